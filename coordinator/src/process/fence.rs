@@ -1,0 +1,228 @@
+//! Proof that a device process is gone.
+//!
+//! An exit is not enough: writes that a killed process had handed to the kernel (O_DIRECT through
+//! io_uring) reach the disk up to a tenth of a second after it was reaped. The kernel keeps the
+//! open file description for them, and with it the `flock` that the device holds on each of its
+//! backing files. So the proof is: SIGKILL, exit seen and reaped, and then an exclusive `flock` of
+//! our own on each backing file.
+//!
+//! What keeps a device's lock alive beyond its end: a process that inherited the fd, and a message
+//! with the fd that nobody has received. Read the control socket to its end, or close it, once the
+//! process has ended.
+
+use super::{DeviceProcess, Exit};
+use rustix::fs::{FileType, FlockOperation, Mode, OFlags};
+use rustix::io::Errno;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use thiserror::Error;
+
+/// A file or block device that a device process writes to, opened anew, so that our lock on it is
+/// another one than the device's.
+#[derive(Debug)]
+pub struct BackingFile {
+    file: OwnedFd,
+    device: u64,
+    inode: u64,
+}
+
+/// An fd cannot serve as a backing file.
+#[derive(Debug, Error)]
+pub enum BackingFileError {
+    /// It is something else than a regular file or a block device; nothing else can be locked or
+    /// reopened without side effects.
+    #[error("backing file is a {found}, expected a regular file or a block device")]
+    Kind {
+        /// What it is.
+        found: &'static str,
+    },
+    /// Its kind cannot be found out.
+    #[error("cannot examine backing file: {source}")]
+    Examine {
+        /// Why not.
+        source: io::Error,
+    },
+    /// It cannot be opened again for reading through `/proc/self/fd`.
+    #[error("cannot reopen backing file {device:#x}:{inode} for reading: {source}")]
+    Reopen {
+        /// Its `st_dev`.
+        device: u64,
+        /// Its `st_ino`.
+        inode: u64,
+        /// Why not.
+        source: io::Error,
+    },
+}
+
+impl BackingFile {
+    /// Opens the file again and closes the received fd, which would keep the device's own lock
+    /// alive.
+    ///
+    /// # Errors
+    ///
+    /// [`BackingFileError`]; the received fd is closed then, too.
+    pub fn reopen(received: OwnedFd) -> Result<Self, BackingFileError> {
+        let status = rustix::fs::fstat(&received)
+            .map_err(|errno| BackingFileError::Examine { source: errno.into() })?;
+        match FileType::from_raw_mode(status.st_mode) {
+            FileType::RegularFile | FileType::BlockDevice => {}
+            other => return Err(BackingFileError::Kind { found: kind_name(other) }),
+        }
+        let (device, inode) = (status.st_dev, status.st_ino);
+        // O_NONBLOCK: a lease that somebody holds on the file must not hold us up.
+        let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC | OFlags::NOCTTY;
+        let path = format!("/proc/self/fd/{}", received.as_raw_fd());
+        let file = rustix::fs::open(path, flags, Mode::empty()).map_err(|errno| {
+            BackingFileError::Reopen { device, inode, source: errno.into() }
+        })?;
+        Ok(Self { file, device, inode })
+    }
+
+    /// True if somebody holds a lock on the file. A running device must, on each of its backing
+    /// files: on an unlocked one a fence would prove nothing.
+    ///
+    /// # Errors
+    ///
+    /// Whatever `flock(2)` says, such as a file system that has no locks.
+    pub fn is_locked(&self) -> io::Result<bool> {
+        if self.try_lock()? {
+            self.unlock();
+            return Ok(false);
+        }
+        Ok(true)
+    }
+
+    /// False if somebody else holds a lock.
+    fn try_lock(&self) -> io::Result<bool> {
+        match rustix::fs::flock(&self.file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => Ok(true),
+            Err(Errno::WOULDBLOCK | Errno::INTR) => Ok(false),
+            Err(errno) => Err(errno.into()),
+        }
+    }
+
+    fn unlock(&self) {
+        // Cannot fail on an fd that was just locked; closing it unlocks in any case.
+        let _ = rustix::fs::flock(&self.file, FlockOperation::NonBlockingUnlock);
+    }
+}
+
+fn kind_name(kind: FileType) -> &'static str {
+    match kind {
+        FileType::Fifo => "pipe",
+        FileType::Socket => "socket",
+        FileType::CharacterDevice => "character device",
+        FileType::Directory => "directory",
+        FileType::Symlink => "symbolic link",
+        _ => "file of unknown kind",
+    }
+}
+
+/// A fence in progress. It never waits: call [`poll`](Self::poll) when the pidfd becomes readable,
+/// and every few milliseconds while it answers [`FenceProgress::WaitingForLocks`].
+#[derive(Debug)]
+pub struct Fence {
+    pid: u32,
+    files: Vec<BackingFile>,
+    obstacle: Option<io::Error>,
+}
+
+/// How far a [`Fence`] is.
+#[derive(Debug)]
+pub enum FenceProgress {
+    /// The process has not ended yet.
+    WaitingForExit,
+    /// The process has ended and was reaped; something of it still has files locked.
+    WaitingForLocks {
+        /// How many of the backing files.
+        held: usize,
+    },
+    /// Nothing of the process is left.
+    Proven(FenceProof),
+}
+
+/// Nothing of a process is left. Holds the locks on its backing files: drop it before the next
+/// incarnation starts, which waits for them.
+#[derive(Debug)]
+pub struct FenceProof {
+    exit: Exit,
+    files: Vec<BackingFile>,
+}
+
+impl FenceProof {
+    /// How the process ended.
+    #[must_use]
+    pub fn exit(&self) -> Exit {
+        self.exit
+    }
+
+    /// How many locks on backing files were obtained.
+    #[must_use]
+    pub fn locks(&self) -> usize {
+        self.files.len()
+    }
+}
+
+impl Fence {
+    /// Kills the process and begins to prove that it is gone, with the backing files that it sent
+    /// in its Hello. A file that came twice counts once.
+    ///
+    /// Two devices may share a file only if the proof about the first is dropped before the second
+    /// is to be proven.
+    pub fn begin(process: &mut DeviceProcess, mut files: Vec<BackingFile>) -> Self {
+        // Two open files of one inode would lock each other out.
+        files.sort_by_key(|file| (file.device, file.inode));
+        files.dedup_by_key(|file| (file.device, file.inode));
+        let obstacle = process.kill().err();
+        Self { pid: process.pid(), files, obstacle }
+    }
+
+    /// Goes as far as it can without waiting. To be called with the same process as
+    /// [`begin`](Self::begin), and not any more once it was [`FenceProgress::Proven`].
+    pub fn poll(&mut self, process: &mut DeviceProcess) -> FenceProgress {
+        if process.pid() != self.pid {
+            let text = format!("fence of process {} asked about {}", self.pid, process.pid());
+            self.obstacle = Some(io::Error::new(io::ErrorKind::InvalidInput, text));
+            return FenceProgress::WaitingForExit;
+        }
+        let exit = match process.try_reap() {
+            Ok(Some(exit)) => exit,
+            Ok(None) => {
+                if self.obstacle.is_some() {
+                    self.obstacle = process.kill().err();
+                }
+                return FenceProgress::WaitingForExit;
+            }
+            Err(error) => {
+                self.obstacle = Some(error);
+                return FenceProgress::WaitingForExit;
+            }
+        };
+
+        self.obstacle = None;
+        let mut held = 0;
+        for file in &self.files {
+            match file.try_lock() {
+                Ok(true) => {}
+                Ok(false) => held += 1,
+                Err(error) => {
+                    held += 1;
+                    self.obstacle = Some(error);
+                }
+            }
+        }
+        if held > 0 {
+            // All or nothing: two fences that each kept a part would wait for each other for ever.
+            self.files.iter().for_each(BackingFile::unlock);
+            return FenceProgress::WaitingForLocks { held };
+        }
+        FenceProgress::Proven(FenceProof { exit, files: std::mem::take(&mut self.files) })
+    }
+
+    /// What stands in the way other than a living process or a held lock: the last error of a
+    /// system call. While it lasts, nothing is proven.
+    #[must_use]
+    pub fn obstacle(&self) -> Option<&io::Error> {
+        self.obstacle.as_ref()
+    }
+}

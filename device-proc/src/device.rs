@@ -1,0 +1,235 @@
+//! What a device author writes: the [`Device`] trait and its contract.
+//!
+//! A device does DMA, interrupts and memory of its own only through the handles that it is given
+//! when it is built ([`Handles`]). The runtime owns the lifecycle, the gate that DMA passes, the
+//! IOVA map and the interrupts, so a device cannot break the rules of a standstill, whatever its
+//! hooks do or leave undone.
+//!
+//! Every method takes `&self`: accesses come from the transport's thread, hooks from the control
+//! thread, and the device's own threads do DMA meanwhile. The runtime holds no lock while it
+//! calls.
+
+use crate::interrupt::Interrupts;
+use crate::memory::Dma;
+use standstill_protocol::message::{Evidence, PeerDma};
+use standstill_protocol::migration::MigrationFlags;
+use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
+use std::time::Duration;
+use thiserror::Error;
+
+/// What the runtime gives to a device when it is built.
+#[derive(Clone, Debug)]
+pub struct Handles {
+    /// Access to guest RAM and to peers' memory by IOVA.
+    pub dma: Dma,
+    /// The device's interrupt lines.
+    pub interrupts: Interrupts,
+}
+
+/// What a device looks like from outside; asked once, before it is served.
+#[derive(Debug)]
+pub struct DeviceInfo {
+    /// Kind of device, such as `copy-engine`; at most 64 bytes.
+    pub kind: String,
+    /// PCI identity.
+    pub pci: PciIdentity,
+    /// BARs 0 to 5, by index; absent ones are `None`.
+    pub bars: [Option<Bar>; 6],
+    /// Number of MSI-X vectors, 0 to 2048.
+    pub msix_vectors: u16,
+    /// The migration states that it has. Devices under this runtime always have the P2P states:
+    /// the gate gives them.
+    pub migration: MigrationFlags,
+    /// Whether its DMA can reach peers, or they it.
+    pub peer_dma: PeerDma,
+    /// Files whose lock proves that a killed incarnation writes no more: each is locked
+    /// (`flock`, exclusive) by the device process as long as it lives.
+    pub backing_files: Vec<OwnedFd>,
+}
+
+/// PCI identity, as in the type 0 configuration header.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PciIdentity {
+    /// Vendor id.
+    pub vendor: u16,
+    /// Device id.
+    pub device: u16,
+    /// Subsystem vendor id.
+    pub subsystem_vendor: u16,
+    /// Subsystem id.
+    pub subsystem: u16,
+    /// Class code: base class, subclass, programming interface (24 bits).
+    pub class: u32,
+    /// Revision id.
+    pub revision: u8,
+}
+
+/// One base address register and what is behind it.
+#[derive(Debug)]
+pub struct Bar {
+    /// Size in bytes; a power of two, at least 4096.
+    pub size: u64,
+    /// What is behind it.
+    pub backing: BarBacking,
+}
+
+/// What is behind a BAR.
+#[derive(Debug)]
+pub enum BarBacking {
+    /// Registers: each access is a call of [`Device::region_read`] or [`Device::region_write`].
+    Registers,
+    /// Memory: a memfd of the BAR's size that clients and peers can map. The runtime serves
+    /// accesses over the socket from it; the device is not asked.
+    Memory(OwnedFd),
+}
+
+/// An access to a register that a device does not accept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+pub enum AccessError {
+    /// There is no such register, or not with that width. Answered with EINVAL.
+    #[error("no register at offset {offset:#x} with width {width}")]
+    NoRegister {
+        /// Offset in the BAR, in bytes.
+        offset: u64,
+        /// Width of the access, in bytes.
+        width: usize,
+    },
+    /// The value is not acceptable. Answered with EINVAL.
+    #[error("value {value:#x} is not acceptable at offset {offset:#x}")]
+    BadValue {
+        /// Offset in the BAR, in bytes.
+        offset: u64,
+        /// What was written.
+        value: u64,
+    },
+}
+
+/// Why a hook of a device failed; travels to the coordinator as text.
+#[derive(Debug, Error)]
+#[error("{0}")]
+pub struct DeviceError(#[source] Box<dyn std::error::Error + Send + Sync>);
+
+impl DeviceError {
+    /// Wraps any error, or a text.
+    pub fn new(error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
+        Self(error.into())
+    }
+}
+
+/// When evidence is collected.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Moment {
+    /// A `PrepareStop` was carried out, its answer is about to go.
+    PrepareStopped,
+    /// A `Stop` has arrived, nothing was done about it yet.
+    StopArrived,
+    /// A `Stop` was carried out, its answer is about to go.
+    Stopped,
+    /// The command that leads out of STOP has arrived, nothing was done about it yet.
+    StartArrived,
+}
+
+/// A device, written once, served over any transport.
+///
+/// Hooks are `async`: while one waits, the process goes on answering queries. A hook that blocks
+/// its thread instead makes the process look hung; use `tokio::task::spawn_blocking` for what
+/// must block. A hook that fails leaves the device as it was before the hook.
+pub trait Device: Send + Sync + 'static {
+    /// Reads a register of a [`BarBacking::Registers`] BAR. `data` has 1, 2, 4 or 8 bytes, lies
+    /// inside the BAR, and is little endian. Never called while the device is stopped unless
+    /// [`reads_have_side_effects`](Self::reads_have_side_effects) says that it is harmless.
+    ///
+    /// DMA from here may only be tried, never waited for (see [`Dma::try_access`]).
+    ///
+    /// # Errors
+    ///
+    /// [`AccessError`] if there is nothing to read; the client gets EINVAL.
+    fn region_read(&self, bar: u32, offset: u64, data: &mut [u8]) -> Result<(), AccessError>;
+
+    /// Writes a register of a [`BarBacking::Registers`] BAR; otherwise as
+    /// [`region_read`](Self::region_read). Never called while the device is stopped.
+    ///
+    /// # Errors
+    ///
+    /// [`AccessError`] if the write is not acceptable; the client gets EINVAL.
+    fn region_write(&self, bar: u32, offset: u64, data: &[u8]) -> Result<(), AccessError>;
+
+    /// Whether reading registers changes anything. If not, they can be read while stopped.
+    fn reads_have_side_effects(&self) -> bool {
+        true
+    }
+
+    /// Brings the device's contents to power-on state. DMA is drained and closed meanwhile.
+    ///
+    /// # Errors
+    ///
+    /// The device goes to ERROR.
+    fn reset(&self) -> Result<(), DeviceError>;
+
+    /// First step of a stop: the device should begin no new peer-to-peer DMA. Called before the
+    /// gate closes for peers, so what it still has to do can be done here. It need not do
+    /// anything: the gate refuses peer DMA when this has returned, and waits for what is in
+    /// flight.
+    ///
+    /// # Errors
+    ///
+    /// The device stays RUNNING and the coordinator is told.
+    fn prepare_stop(&self, _budget: Duration) -> impl Future<Output = Result<(), DeviceError>> + Send {
+        async { Ok(()) }
+    }
+
+    /// Second step of a stop: the device comes to rest. Called before the gate closes for all
+    /// DMA and before interrupts are latched; register accesses are refused already.
+    ///
+    /// # Errors
+    ///
+    /// The device stays in RUNNING_P2P and the coordinator is told.
+    fn stop(&self, _budget: Duration) -> impl Future<Output = Result<(), DeviceError>> + Send {
+        async { Ok(()) }
+    }
+
+    /// First step of a start: called after the gate has opened for RAM and before the answer.
+    ///
+    /// # Errors
+    ///
+    /// The device stays in STOP and the coordinator is told.
+    fn prepare_start(&self, _budget: Duration) -> impl Future<Output = Result<(), DeviceError>> + Send {
+        async { Ok(()) }
+    }
+
+    /// Second step of a start: called after the gate has opened for peers.
+    ///
+    /// # Errors
+    ///
+    /// The device stays in RUNNING_P2P and the coordinator is told.
+    fn start(&self, _budget: Duration) -> impl Future<Output = Result<(), DeviceError>> + Send {
+        async { Ok(()) }
+    }
+
+    /// Writes the device's state. Called in a saving state, on a thread of its own; memory BARs
+    /// are saved by the runtime.
+    ///
+    /// # Errors
+    ///
+    /// The `Save` is refused.
+    fn save(&self, to: &mut dyn Write) -> Result<(), DeviceError>;
+
+    /// Reads what [`save`](Self::save) wrote, and checks it: it comes from another process. The
+    /// device is in RESUMING; what was read takes effect only when this returns Ok.
+    ///
+    /// # Errors
+    ///
+    /// The `Load` is refused and the device is in ERROR until it is reset.
+    fn load(&self, from: &mut dyn Read) -> Result<(), DeviceError>;
+
+    /// What the device can show for an answer; should take microseconds.
+    fn evidence(&self, _moment: Moment) -> Evidence {
+        Evidence::default()
+    }
+
+    /// Grows while the device's data threads work; `None` if the device has none.
+    fn progress(&self) -> Option<u64> {
+        None
+    }
+}

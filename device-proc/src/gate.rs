@@ -1,0 +1,356 @@
+//! Who may do something now, and when is the last one of them done?
+//!
+//! [`InFlight`] is the primitive: who wants to do something takes a [`Permit`] and drops it
+//! afterwards; who wants it to stop [closes](InFlight::close) and waits until
+//! [nobody is left](InFlight::drained). Taking and dropping a permit costs one atomic operation
+//! each and no system call as long as it is open.
+//!
+//! [`Gate`] is the pair of them that all DMA of a device passes: one for accesses that touch a
+//! peer's memory, one for those that touch RAM only. A device comes to rest in two steps:
+//!
+//! | to | call | what goes on |
+//! |---|---|---|
+//! | no peer DMA (RUNNING_P2P) | `close(Scope::Peer)` | RAM accesses |
+//! | no DMA (STOP) | `close(Scope::All)` | nothing |
+//! | no peer DMA | `open(Scope::Ram)` | RAM accesses |
+//! | everything (RUNNING) | `open(Scope::All)` | everything |
+//!
+//! Nothing (no device lock, no reference to a DMA window) may be held while
+//! [waiting for a permit](InFlight::enter): whoever waits for that thing would wait for the start
+//! of the machine.
+//!
+//! # Why nothing is lost
+//!
+//! One word holds the closed bit and the number of permits, so all changes of both have one
+//! order. A closer that does not find the number 0 in its own change comes before the leaver that
+//! brings it to 0; that leaver finds the closed bit in *its* change and wakes the waiters. Who
+//! enters does so by compare-and-swap and never changes a closed word, so after a close the number
+//! only falls. Waiters register (with the mutex, or by making the notification future) before they
+//! look at the word, wakers change the word before they wake.
+//!
+//! Entering acquires and leaving releases: what was done under a permit happens before
+//! whatever a closer does after it found the number 0.
+
+#![forbid(unsafe_code)]
+
+use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+use thiserror::Error;
+use tokio::sync::Notify;
+
+/// The bit of [`InFlight::word`] that says closed; the others count permits.
+const CLOSED: u64 = 1 << 63;
+
+/// Counts what is in flight and can be closed; see the [module](self).
+#[derive(Default)]
+pub struct InFlight {
+    /// [`CLOSED`] and the number of permits.
+    word: AtomicU64,
+    /// Wakes [`drained`](Self::drained).
+    left: Notify,
+    /// Guards nothing but the order of looking at `word` and sleeping on the two below.
+    sleep: Mutex<()>,
+    /// Wakes [`drained_within`](Self::drained_within).
+    empty: Condvar,
+    /// Wakes [`enter`](Self::enter).
+    opened: Condvar,
+}
+
+impl InFlight {
+    /// Open, with nothing in flight.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// A permit, or `None` if it is closed. Never waits.
+    pub fn try_enter(&self) -> Option<Permit<'_>> {
+        self.try_count_up().then_some(Permit { of: self })
+    }
+
+    /// A permit; blocks the calling OS thread while it is closed.
+    ///
+    /// Hold nothing that others wait for, and do not call this from an async task.
+    pub fn enter(&self) -> Permit<'_> {
+        loop {
+            if let Some(permit) = self.try_enter() {
+                return permit;
+            }
+            self.wait_open();
+        }
+    }
+
+    /// Blocks the calling OS thread while it is closed. It may be closed again when this returns.
+    pub fn wait_open(&self) {
+        let mut guard = self.lock();
+        while self.is_closed() {
+            guard = self.opened.wait(guard).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Gives out no more permits. Returns whether it was open before.
+    ///
+    /// Those given out already stay valid: wait for them with [`drained`](Self::drained).
+    pub fn close(&self) -> bool {
+        self.word.fetch_or(CLOSED, Ordering::AcqRel) & CLOSED == 0
+    }
+
+    /// Gives out permits again and wakes whoever waits for one. Returns whether it was closed
+    /// before.
+    pub fn open(&self) -> bool {
+        let was_closed = self.word.fetch_and(!CLOSED, Ordering::AcqRel) & CLOSED != 0;
+        if was_closed {
+            // A waiter holds the mutex from its look at the word until it sleeps; so after this
+            // it either sleeps and is woken or has seen the change.
+            drop(self.lock());
+            self.opened.notify_all();
+            // Who waits for it to drain has nothing to wait for any more.
+            self.empty.notify_all();
+            self.left.notify_waiters();
+        }
+        was_closed
+    }
+
+    /// Whether it is closed.
+    #[must_use]
+    pub fn is_closed(&self) -> bool {
+        self.word.load(Ordering::Acquire) & CLOSED != 0
+    }
+
+    /// How many permits are held now.
+    #[must_use]
+    pub fn in_flight(&self) -> u64 {
+        self.word.load(Ordering::Acquire) & !CLOSED
+    }
+
+    /// Waits until no permit is held. Call it after [`close`](Self::close).
+    ///
+    /// Completes at once, without yielding, if nothing is in flight. Also completes if it is
+    /// opened meanwhile: then there is no end to wait for. May be dropped at any time.
+    pub async fn drained(&self) {
+        loop {
+            // Made before the look at the word: from now on a wake-up is not missed.
+            let left = self.left.notified();
+            if self.is_settled() {
+                return;
+            }
+            left.await;
+        }
+    }
+
+    /// As [`drained`](Self::drained), but blocks the calling OS thread, at most that long.
+    /// Returns whether nothing is in flight.
+    #[must_use]
+    pub fn drained_within(&self, timeout: Duration) -> bool {
+        let begin = Instant::now();
+        let mut guard = self.lock();
+        while !self.is_settled() {
+            let Some(rest) = timeout.checked_sub(begin.elapsed()).filter(|rest| !rest.is_zero())
+            else {
+                break;
+            };
+            guard =
+                self.empty.wait_timeout(guard, rest).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        drop(guard);
+        self.in_flight() == 0
+    }
+
+    /// Enters without a guard; the caller pairs it with [`count_down`](Self::count_down).
+    pub(crate) fn try_count_up(&self) -> bool {
+        // Acquire: what was done before the last `open` is visible to who enters after it.
+        self.word
+            .fetch_update(Ordering::Acquire, Ordering::Relaxed, |word| {
+                (word & CLOSED == 0).then_some(word + 1)
+            })
+            .is_ok()
+    }
+
+    /// Leaves; pairs with one successful [`try_count_up`](Self::try_count_up).
+    pub(crate) fn count_down(&self) {
+        // Release: what was done under the permit is visible to who finds the number 0.
+        let before = self.word.fetch_sub(1, Ordering::Release);
+        if before == CLOSED | 1 {
+            self.wake_closer();
+        }
+    }
+
+    #[cold]
+    fn wake_closer(&self) {
+        drop(self.lock());
+        self.empty.notify_all();
+        self.left.notify_waiters();
+    }
+
+    /// Whether a closer need not wait: nothing in flight, or not closed.
+    fn is_settled(&self) -> bool {
+        let word = self.word.load(Ordering::Acquire);
+        word & CLOSED == 0 || word == CLOSED
+    }
+
+    fn lock(&self) -> MutexGuard<'_, ()> {
+        self.sleep.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl fmt::Debug for InFlight {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("InFlight")
+            .field("closed", &self.is_closed())
+            .field("in_flight", &self.in_flight())
+            .finish()
+    }
+}
+
+/// Leave to do something; ends when it is dropped.
+#[derive(Debug)]
+#[must_use = "the permit ends when it is dropped"]
+pub struct Permit<'a> {
+    of: &'a InFlight,
+}
+
+impl Drop for Permit<'_> {
+    fn drop(&mut self) {
+        self.of.count_down();
+    }
+}
+
+/// Which accesses a [`Gate`] closes or opens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Scope {
+    /// Those that touch a peer's memory.
+    Peer,
+    /// Those that touch RAM only.
+    Ram,
+    /// Both.
+    All,
+}
+
+impl fmt::Display for Scope {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Peer => "peer DMA",
+            Self::Ram => "RAM DMA",
+            Self::All => "all DMA",
+        })
+    }
+}
+
+/// DMA in flight did not end within the budget.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+#[error("{scope}: {in_flight} accesses still in flight after {budget:?}")]
+pub struct DrainTimeout {
+    /// What was to be closed.
+    pub scope: Scope,
+    /// How many accesses of it were in flight at the end.
+    pub in_flight: u64,
+    /// How long was waited.
+    pub budget: Duration,
+}
+
+/// What all DMA of a device passes; see the [module](self).
+#[derive(Debug, Default)]
+pub struct Gate {
+    peer: InFlight,
+    ram: InFlight,
+}
+
+impl Gate {
+    /// Open for everything.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Accesses that touch a peer's memory.
+    #[must_use]
+    pub fn peer(&self) -> &InFlight {
+        &self.peer
+    }
+
+    /// Accesses that touch RAM only.
+    #[must_use]
+    pub fn ram(&self) -> &InFlight {
+        &self.ram
+    }
+
+    /// Lets no more accesses of that scope begin and waits until none is in flight. What is
+    /// closed already stays closed. Completes without yielding if nothing is in flight.
+    ///
+    /// # Errors
+    ///
+    /// [`DrainTimeout`] if accesses are still in flight after `budget`. Then, and if the future
+    /// is dropped half-way, what this call closed is open again.
+    pub async fn close(&self, scope: Scope, budget: Duration) -> Result<(), DrainTimeout> {
+        let reopen = Reopen {
+            peer: self.peer_in(scope).filter(|peer| peer.close()),
+            ram: self.ram_in(scope).filter(|ram| ram.close()),
+        };
+        let drained = async {
+            if let Some(peer) = self.peer_in(scope) {
+                peer.drained().await;
+            }
+            if let Some(ram) = self.ram_in(scope) {
+                ram.drained().await;
+            }
+        };
+        if tokio::time::timeout(budget, drained).await.is_err() {
+            let in_flight = self.in_flight(scope);
+            return Err(DrainTimeout { scope, in_flight, budget });
+        }
+        reopen.disarm();
+        Ok(())
+    }
+
+    /// Lets accesses of that scope begin again and wakes those that wait.
+    pub fn open(&self, scope: Scope) {
+        // RAM first: nobody gets through for peers while RAM is closed.
+        if let Some(ram) = self.ram_in(scope) {
+            ram.open();
+        }
+        if let Some(peer) = self.peer_in(scope) {
+            peer.open();
+        }
+    }
+
+    /// How many accesses of that scope are in flight.
+    #[must_use]
+    pub fn in_flight(&self, scope: Scope) -> u64 {
+        let count = |of: Option<&InFlight>| of.map_or(0, InFlight::in_flight);
+        count(self.peer_in(scope)) + count(self.ram_in(scope))
+    }
+
+    fn peer_in(&self, scope: Scope) -> Option<&InFlight> {
+        matches!(scope, Scope::Peer | Scope::All).then_some(&self.peer)
+    }
+
+    fn ram_in(&self, scope: Scope) -> Option<&InFlight> {
+        matches!(scope, Scope::Ram | Scope::All).then_some(&self.ram)
+    }
+}
+
+/// Opens again what a [`Gate::close`] closed, unless it succeeded.
+struct Reopen<'a> {
+    peer: Option<&'a InFlight>,
+    ram: Option<&'a InFlight>,
+}
+
+impl Reopen<'_> {
+    fn disarm(mut self) {
+        self.peer = None;
+        self.ram = None;
+    }
+}
+
+impl Drop for Reopen<'_> {
+    fn drop(&mut self) {
+        for closed in [self.ram.take(), self.peer.take()].into_iter().flatten() {
+            closed.open();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,25 @@
+//! Write a device once, get a device process that stops and starts with its machine.
+//!
+//! A device author implements [`device::Device`] and calls [`serve`] from `main`. The runtime does
+//! the rest: it greets the coordinator on standard input, serves the device to its VMM, and owns
+//! everything that a standstill depends on.
+//!
+//! - [`device`]: the trait and its contract;
+//! - [`gate`]: who may do DMA now; closing it waits for what is in flight;
+//! - [`memory`]: the IOVA map; all DMA passes here;
+//! - [`interrupt`]: interrupt lines, latched while the device is stopped;
+//! - [`actor`]: control messages to lifecycle to device;
+//! - [`vfio_user`]: the transport towards the VMM;
+//! - [`devices`]: reference devices.
+
+pub mod actor;
+pub mod device;
+pub mod devices;
+pub mod gate;
+pub mod interrupt;
+pub mod memory;
+pub mod pci;
+pub mod serve;
+pub mod vfio_user;
+
+pub use serve::{ServeOptions, serve};

@@ -1,0 +1,160 @@
+//! Logs of a device process.
+//!
+//! With a coordinator: one JSON object on each line of standard error, which is a pipe that the
+//! coordinator reads. Standalone: text for a person. The filter is `RUST_LOG`, by default `info`.
+//!
+//! Writing never waits: a coordinator that does not read its pipe must not stop the device. A line
+//! that cannot be written at once, or is longer than [`LONGEST_LINE`], is dropped and counted
+//! ([`dropped`]); the count travels in the heartbeats.
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use std::io::{self, Write};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+use tracing_subscriber::EnvFilter;
+use tracing_subscriber::fmt::MakeWriter;
+
+/// The longest line in bytes. A pipe that says it is writable takes that much at once (`PIPE_BUF`
+/// of Linux), so writing it does not wait.
+pub const LONGEST_LINE: usize = 4096;
+
+static DROPPED: AtomicU64 = AtomicU64::new(0);
+
+/// How many lines this process has dropped so far.
+#[must_use]
+pub fn dropped() -> u64 {
+    DROPPED.load(Ordering::Relaxed)
+}
+
+/// How log lines look.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LogFormat {
+    /// One JSON object on each line.
+    Json,
+    /// Text for a person.
+    Text,
+}
+
+/// Sends this process's log lines to standard error from now on. Does nothing if the process has
+/// a subscriber already.
+pub fn start(format: LogFormat) {
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    let lines = tracing_subscriber::fmt().with_env_filter(filter).with_writer(Lines(io::stderr()));
+    let started = match format {
+        LogFormat::Json => lines.json().flatten_event(true).with_ansi(false).try_init(),
+        LogFormat::Text => lines.with_ansi(false).try_init(),
+    };
+    if let Err(error) = started {
+        tracing::debug!(%error, "the log lines go elsewhere already");
+    }
+}
+
+/// Makes a panic of any thread end the process at once, by `abort`.
+///
+/// Half a device process would go on acknowledging what it no longer does.
+pub fn abort_on_panic() {
+    std::panic::set_hook(Box::new(|panic| {
+        let thread = std::thread::current();
+        let mut line = format!("device process: thread {:?}: {panic}", thread.name());
+        line.retain(|character| character != '\n');
+        let mut end = line.len().min(LONGEST_LINE - 1);
+        while !line.is_char_boundary(end) {
+            end -= 1;
+        }
+        line.truncate(end);
+        line.push('\n');
+        write_line(io::stderr().as_fd(), line.as_bytes());
+        std::process::abort();
+    }));
+}
+
+/// Writes a line if that can be done without waiting; otherwise drops and counts it.
+fn write_line(to: BorrowedFd<'_>, line: &[u8]) {
+    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+    if line.len() > LONGEST_LINE {
+        DROPPED.fetch_add(1, Ordering::Relaxed);
+        return;
+    }
+    // Never waits for long: whoever holds it does not wait either. A thread that panicked inside
+    // has left nothing half done.
+    let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let mut fds = [PollFd::from_borrowed_fd(to, PollFlags::OUT)];
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    let writable = poll(&mut fds, Some(&now)).is_ok_and(|ready| ready == 1)
+        && fds[0].revents().contains(PollFlags::OUT);
+    let whole = writable && rustix::io::write(to, line).is_ok_and(|written| written == line.len());
+    if !whole {
+        DROPPED.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+/// Gives the subscriber a writer for each line.
+struct Lines<F>(F);
+
+impl<'a, F: AsFd> MakeWriter<'a> for Lines<F>
+where
+    F: 'a,
+{
+    type Writer = Line<'a>;
+
+    fn make_writer(&'a self) -> Line<'a> {
+        Line(self.0.as_fd())
+    }
+}
+
+/// The subscriber formats a line and writes it in one call.
+struct Line<'a>(BorrowedFd<'a>);
+
+impl Write for Line<'_> {
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        write_line(self.0, line);
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Read;
+
+    #[test]
+    fn a_full_pipe_drops_lines_and_counts_them_instead_of_waiting() {
+        let (mut reader, writer) = io::pipe().unwrap();
+        let lines = Lines(writer);
+        let line = [b'x'; LONGEST_LINE];
+        let before = dropped();
+        let mut written = 0;
+        // More than any pipe holds by default.
+        for _ in 0..64 {
+            let dropped_before = dropped();
+            lines.make_writer().write_all(&line).unwrap();
+            if dropped() == dropped_before {
+                written += 1;
+            }
+        }
+        assert!(written > 0, "an empty pipe takes a line");
+        assert!(dropped() > before, "a full pipe does not");
+
+        drop(lines);
+        let mut all = Vec::new();
+        reader.read_to_end(&mut all).unwrap();
+        assert_eq!(all.len(), written * LONGEST_LINE, "whole lines only");
+    }
+
+    #[test]
+    fn a_line_that_is_too_long_is_dropped_whole() {
+        let (mut reader, writer) = io::pipe().unwrap();
+        let lines = Lines(writer);
+        lines.make_writer().write_all(&[b'x'; LONGEST_LINE + 1]).unwrap();
+        lines.make_writer().write_all(b"short\n").unwrap();
+        drop(lines);
+        let mut all = Vec::new();
+        reader.read_to_end(&mut all).unwrap();
+        assert_eq!(all, b"short\n");
+    }
+}

@@ -1,0 +1,141 @@
+//! One DMA window: a range of IOVAs, what may be done with it, and the memory behind it.
+
+#![forbid(unsafe_code)]
+
+use super::WindowClass;
+use super::advise::exclude_from_core_dump;
+use crate::gate::InFlight;
+use rustix::fs::{FileType, Stat, fstat};
+use std::fs::File;
+use std::io;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use vm_memory::{FileOffset, MmapRegion};
+
+/// Identity of a file, whatever fd it comes with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct FileId {
+    dev: u64,
+    ino: u64,
+}
+
+/// What `fstat` says about a file that is to be mapped.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct FileFacts {
+    pub(super) id: FileId,
+    pub(super) size: u64,
+    /// Other files have no size that a mapping could be checked against.
+    pub(super) is_regular: bool,
+}
+
+impl FileFacts {
+    pub(super) fn of(fd: impl AsFd) -> io::Result<Self> {
+        let stat: Stat = fstat(fd)?;
+        Ok(Self {
+            id: FileId { dev: stat.st_dev, ino: stat.st_ino },
+            size: u64::try_from(stat.st_size).unwrap_or(0),
+            is_regular: FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile,
+        })
+    }
+}
+
+/// Where a window lies and what the client allows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WindowSpec {
+    /// First IOVA; a multiple of [`PAGE`](super::PAGE).
+    pub iova: u64,
+    /// Size in bytes; a multiple of [`PAGE`](super::PAGE), not 0.
+    pub size: u64,
+    /// Where in the file it begins; a multiple of [`PAGE`](super::PAGE), 0 without a file.
+    pub offset: u64,
+    /// Whether the device may read it.
+    pub readable: bool,
+    /// Whether the device may write it.
+    pub writable: bool,
+}
+
+impl WindowSpec {
+    /// The last IOVA; the map has checked that it exists.
+    pub(super) fn last(&self) -> u64 {
+        self.iova + (self.size - 1)
+    }
+}
+
+/// A mapped window. It stays mapped as long as somebody holds it.
+#[derive(Debug)]
+pub(super) struct Window {
+    pub(super) spec: WindowSpec,
+    /// The file behind it; `None` for a window without fd.
+    pub(super) file: Option<FileId>,
+    region: Option<MmapRegion>,
+    /// Set when its file was declared RAM, never cleared.
+    ram: AtomicBool,
+    /// Who uses it; closed while it is being unmapped.
+    pub(super) users: InFlight,
+}
+
+impl Window {
+    /// A window without memory: only messages could reach it.
+    pub(super) fn without_file(spec: WindowSpec) -> Self {
+        Self { spec, file: None, region: None, ram: AtomicBool::new(false), users: InFlight::new() }
+    }
+
+    /// Maps the file. The caller has checked the spec against the file's size.
+    pub(super) fn of_file(
+        spec: WindowSpec,
+        file: Arc<File>,
+        id: FileId,
+        ram: bool,
+    ) -> io::Result<Self> {
+        let size = usize::try_from(spec.size)
+            .map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
+        let protection = Protection { readable: spec.readable, writable: spec.writable };
+        let region = map_shared(FileOffset::from_arc(file, spec.offset), size, protection)?;
+        Ok(Self {
+            spec,
+            file: Some(id),
+            region: Some(region),
+            ram: AtomicBool::new(ram),
+            users: InFlight::new(),
+        })
+    }
+
+    pub(super) fn class(&self) -> WindowClass {
+        if self.ram.load(Ordering::Acquire) { WindowClass::Ram } else { WindowClass::Peer }
+    }
+
+    pub(super) fn declare_ram(&self) {
+        self.ram.store(true, Ordering::Release);
+    }
+
+    pub(super) fn region(&self) -> Option<&MmapRegion> {
+        self.region.as_ref()
+    }
+}
+
+/// What a mapping may be used for.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Protection {
+    pub(super) readable: bool,
+    pub(super) writable: bool,
+}
+
+/// Maps a file shared, and keeps it out of core dumps.
+pub(super) fn map_shared(
+    file: FileOffset,
+    size: usize,
+    protection: Protection,
+) -> io::Result<MmapRegion> {
+    use nix::libc::{MAP_NORESERVE, MAP_SHARED, PROT_READ, PROT_WRITE};
+
+    let read = if protection.readable { PROT_READ } else { 0 };
+    let write = if protection.writable { PROT_WRITE } else { 0 };
+    let region = MmapRegion::build(Some(file), size, read | write, MAP_SHARED | MAP_NORESERVE)
+        .map_err(|error| match error {
+            vm_memory::mmap::MmapRegionError::Mmap(error) => error,
+            other => io::Error::other(other),
+        })?;
+    exclude_from_core_dump(&region)?;
+    Ok(region)
+}

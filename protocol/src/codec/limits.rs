@@ -1,0 +1,229 @@
+//! The limits of each message, and how many file descriptors come with it.
+
+#![forbid(unsafe_code)]
+
+use crate::message::{
+    Command, CoordinatorMessage, Counter, DeviceEvent, DeviceMessage, Hello, MAX_COUNTERS, MAX_FDS,
+    MAX_NAME, MAX_TEXT, MemoryDeclaration, Phase, VersionRange,
+};
+use serde::de::{DeserializeOwned, Deserializer, Error as _, SeqAccess, Visitor};
+use serde::Serialize;
+use std::fmt;
+use thiserror::Error;
+
+/// A field is out of its range.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum LimitError {
+    /// A text is too long.
+    #[error("{field} has {length} bytes, at most {limit} are allowed")]
+    Text {
+        /// Which one.
+        field: &'static str,
+        /// Its length in bytes.
+        length: usize,
+        /// What is allowed.
+        limit: usize,
+    },
+    /// There are too many counters.
+    #[error("{count} counters, at most {MAX_COUNTERS} are allowed")]
+    Counters {
+        /// How many there are.
+        count: usize,
+    },
+    /// More file descriptors are announced than fit, or fewer than needed.
+    #[error("{field} announces {count} file descriptors, allowed are {min} to {MAX_FDS}")]
+    Fds {
+        /// Which field.
+        field: &'static str,
+        /// What it announces.
+        count: u8,
+        /// The fewest that are allowed.
+        min: u8,
+    },
+    /// A range of versions is empty or begins at 0, which is the handshake's.
+    #[error("protocol versions {} to {} are no range from 1 upwards", .0.min, .0.max)]
+    Versions(VersionRange),
+    /// The version of a Welcome is 0, which is the handshake's.
+    #[error("version 0 cannot be agreed on")]
+    VersionZero,
+    /// A lease comes with a phase that has none.
+    #[error("{phase} with a lease of {lease_ns} ns; only Stop has one")]
+    Lease {
+        /// The command's phase.
+        phase: Phase,
+        /// The lease.
+        lease_ns: u64,
+    },
+}
+
+mod sealed {
+    pub trait Sealed {}
+    impl Sealed for super::CoordinatorMessage {}
+    impl Sealed for super::DeviceMessage {}
+}
+
+/// What travels in one direction of a control channel: [`CoordinatorMessage`] or
+/// [`DeviceMessage`], and nothing else.
+pub trait Message: Serialize + DeserializeOwned + sealed::Sealed {
+    /// The variant's name, for errors and logs.
+    fn name(&self) -> &'static str;
+
+    /// True for `Hello`, `Welcome` and `Reject`, whose layout is the same in all versions.
+    fn is_handshake(&self) -> bool;
+
+    /// How many file descriptors come with this message.
+    fn fd_count(&self) -> usize;
+
+    /// Checks what the types cannot say: lengths, counts, ranges.
+    ///
+    /// # Errors
+    ///
+    /// [`LimitError`] names the first field that is out of its range.
+    fn validate(&self) -> Result<(), LimitError>;
+}
+
+impl Message for CoordinatorMessage {
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Welcome(_) => "Welcome",
+            Self::Reject(_) => "Reject",
+            Self::Command(_) => "Command",
+            Self::Abort(_) => "Abort",
+            Self::Query(_) => "Query",
+            Self::Memory(_) => "Memory",
+            Self::Shutdown(_) => "Shutdown",
+        }
+    }
+
+    fn is_handshake(&self) -> bool {
+        matches!(self, Self::Welcome(_) | Self::Reject(_))
+    }
+
+    fn fd_count(&self) -> usize {
+        match self {
+            Self::Command(Command { phase: Phase::Save | Phase::Load, .. }) => 1,
+            Self::Memory(MemoryDeclaration { ram_fds, .. }) => usize::from(*ram_fds),
+            _ => 0,
+        }
+    }
+
+    fn validate(&self) -> Result<(), LimitError> {
+        match self {
+            Self::Welcome(welcome) => {
+                if welcome.version == 0 {
+                    return Err(LimitError::VersionZero);
+                }
+                text("name", &welcome.name, MAX_NAME)
+            }
+            Self::Reject(reject) => {
+                versions(reject.versions)?;
+                text("reason", &reject.reason, MAX_TEXT)
+            }
+            Self::Command(Command { phase, lease_ns, .. }) => {
+                if *lease_ns != 0 && *phase != Phase::Stop {
+                    return Err(LimitError::Lease { phase: *phase, lease_ns: *lease_ns });
+                }
+                Ok(())
+            }
+            Self::Memory(memory) => fds("ram_fds", memory.ram_fds, 1),
+            Self::Abort(_) | Self::Query(_) | Self::Shutdown(_) => Ok(()),
+        }
+    }
+}
+
+impl Message for DeviceMessage {
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Hello(_) => "Hello",
+            Self::Reached(_) => "Reached",
+            Self::Refused(_) => "Refused",
+            Self::Status(_) => "Status",
+            Self::MemoryAccepted(_) => "MemoryAccepted",
+            Self::Heartbeat(_) => "Heartbeat",
+            Self::Event(_) => "Event",
+        }
+    }
+
+    fn is_handshake(&self) -> bool {
+        matches!(self, Self::Hello(_))
+    }
+
+    fn fd_count(&self) -> usize {
+        match self {
+            Self::Hello(Hello { backing_files, .. }) => usize::from(*backing_files),
+            _ => 0,
+        }
+    }
+
+    fn validate(&self) -> Result<(), LimitError> {
+        match self {
+            Self::Hello(hello) => {
+                versions(hello.versions)?;
+                text("kind", &hello.kind, MAX_NAME)?;
+                text("program_version", &hello.program_version, MAX_NAME)?;
+                fds("backing_files", hello.backing_files, 0)
+            }
+            Self::Reached(reached) => {
+                let count = reached.evidence.counters.len();
+                if count > MAX_COUNTERS {
+                    return Err(LimitError::Counters { count });
+                }
+                Ok(())
+            }
+            Self::Refused(refused) => text("text", &refused.refusal.text, MAX_TEXT),
+            Self::Event(DeviceEvent::Failed(reason)) => text("reason", reason, MAX_TEXT),
+            Self::Status(_) | Self::MemoryAccepted(_) | Self::Heartbeat(_) | Self::Event(_) => {
+                Ok(())
+            }
+        }
+    }
+}
+
+fn text(field: &'static str, value: &str, limit: usize) -> Result<(), LimitError> {
+    let length = value.len();
+    if length > limit { Err(LimitError::Text { field, length, limit }) } else { Ok(()) }
+}
+
+fn fds(field: &'static str, count: u8, min: u8) -> Result<(), LimitError> {
+    if count < min || usize::from(count) > MAX_FDS {
+        return Err(LimitError::Fds { field, count, min });
+    }
+    Ok(())
+}
+
+fn versions(range: VersionRange) -> Result<(), LimitError> {
+    if range.min == 0 || range.min > range.max { Err(LimitError::Versions(range)) } else { Ok(()) }
+}
+
+/// Reads the counters of an [`Evidence`](crate::message::Evidence).
+///
+/// serde's own reader of a `Vec` believes a length prefix up to 1 MiB; this one refuses what is
+/// beyond the limit before it allocates.
+pub(crate) fn counters<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<Counter>, D::Error> {
+    struct Bounded;
+
+    impl<'de> Visitor<'de> for Bounded {
+        type Value = Vec<Counter>;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            write!(f, "at most {MAX_COUNTERS} counters")
+        }
+
+        fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<Self::Value, A::Error> {
+            let announced = items.size_hint().unwrap_or(0);
+            if announced > MAX_COUNTERS {
+                return Err(A::Error::custom(LimitError::Counters { count: announced }));
+            }
+            let mut read = Vec::with_capacity(announced);
+            while let Some(counter) = items.next_element()? {
+                if read.len() == MAX_COUNTERS {
+                    return Err(A::Error::custom(LimitError::Counters { count: read.len() + 1 }));
+                }
+                read.push(counter);
+            }
+            Ok(read)
+        }
+    }
+
+    from.deserialize_seq(Bounded)
+}

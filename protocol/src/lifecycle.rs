@@ -1,0 +1,752 @@
+//! The device's side of the protocol: a state machine without sockets, clocks or threads.
+//!
+//! The runtime of a device process feeds it [`Event`]s (what the coordinator and the client want,
+//! what became of an effect) and carries out the [`Effect`]s that it gives back.
+//!
+//! # Two masters
+//!
+//! A device has two masters: the coordinator, over the control channel, and the client, in band
+//! over its data socket. Each moves a position of its own through the VFIO migration states and
+//! sees only that one. What the device may do ([`Lifecycle::activity`]) is what the more cautious
+//! of the two positions allows: it runs only if both want it to run. A state stream (PRE_COPY,
+//! STOP_COPY, RESUMING) can be held by one master at a time; the other is refused meanwhile.
+//!
+//! # One arc at a time
+//!
+//! A command is walked arc by arc along [`next_state`]. An arc that was begun
+//! is always finished. A command of a later epoch overtakes an earlier one at the end of the arc
+//! that is being taken; the earlier one is then not answered. So a device is always in a state
+//! that has a name.
+
+use crate::message::{
+    Abort, Command, DeviceEvent, Epoch, OrphanPolicy, Phase, Query, Refusal, RefusalKind, Status,
+    Term,
+};
+use crate::migration::{Activity, MigrationFlags, MigrationState, Next, next_state};
+
+#[cfg(test)]
+mod tests;
+
+/// Who wants something of the device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Master {
+    /// The coordinator, over the control channel.
+    Coordinator,
+    /// The VMM, in band over the data socket.
+    Client,
+}
+
+/// What the client wants, in band.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum ClientRequest {
+    /// vfio-user `MIG_DEVICE_STATE` SET.
+    SetState(MigrationState),
+    /// vfio-user `DEVICE_RESET`.
+    Reset,
+}
+
+/// Something that happened.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// A coordinator accepted this device.
+    Welcome {
+        /// Its term; must be higher than every term before.
+        term: Term,
+        /// The last epoch that was used in it.
+        epoch: Epoch,
+        /// What to do when it goes away.
+        orphan: OrphanPolicy,
+    },
+    /// The coordinator sent a command.
+    Command(Command),
+    /// The coordinator gave a transition up.
+    Abort(Abort),
+    /// The coordinator asked where the device is.
+    Query(Query),
+    /// The client wants something.
+    Client(ClientRequest),
+    /// [`Effect::Arc`] was carried out.
+    ArcDone,
+    /// [`Effect::Arc`] was not carried out.
+    ArcFailed {
+        /// Why.
+        refusal: Refusal,
+        /// True if the device is where the arc began; false if it is unusable (ERROR).
+        restored: bool,
+    },
+    /// [`Effect::WriteStream`] or [`Effect::ReadStream`] ended.
+    StreamDone,
+    /// [`Effect::WriteStream`] or [`Effect::ReadStream`] failed.
+    StreamFailed(Refusal),
+    /// [`Effect::Reset`] was carried out.
+    ResetDone,
+    /// [`Effect::Reset`] failed; the device is unusable.
+    ResetFailed(Refusal),
+    /// The lease of [`Effect::ArmLease`] ran out.
+    LeaseExpired(Epoch),
+    /// The control channel is gone.
+    Disconnected,
+    /// The coordinator wants the process to end.
+    Shutdown(Term),
+}
+
+/// One arc of the migration state machine, and what it means for the device's activity.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Arc {
+    /// Whose position moves.
+    pub master: Master,
+    /// From where.
+    pub from: MigrationState,
+    /// To where.
+    pub to: MigrationState,
+    /// What the device may do before.
+    pub before: Activity,
+    /// What it may do after: the same where the other master holds it back.
+    pub after: Activity,
+}
+
+/// Something to do. Effects are carried out in order; those marked *one answer* come back as an
+/// event, and no second one of them is asked for before.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Effect {
+    /// A command is being carried out from now on.
+    Begin(Command),
+    /// Take an arc. One answer: [`Event::ArcDone`] or [`Event::ArcFailed`].
+    Arc(Arc),
+    /// What is being done was overtaken: end it soon if that is possible. No answer of its own.
+    Hurry,
+    /// Write the device's state to the command's fd. One answer.
+    WriteStream,
+    /// Read the device's state from the command's fd. One answer.
+    ReadStream,
+    /// Bring the device's contents to power-on state. One answer.
+    Reset,
+    /// Answer the command: it was carried out.
+    Reached(Command, MigrationState),
+    /// Answer the command: it was not.
+    Refused(Command, MigrationState, Refusal),
+    /// Answer a query.
+    Status(Status),
+    /// Answer the client: its position now, and why it did not get what it wanted.
+    ClientAnswer(Result<MigrationState, Refusal>),
+    /// Report [`Event::LeaseExpired`] after this many nanoseconds.
+    ArmLease(u64, Epoch),
+    /// Forget the lease.
+    DisarmLease,
+    /// Tell the coordinator.
+    Notify(DeviceEvent),
+    /// End the process.
+    Exit(ExitReason),
+    /// The event was stale, a duplicate or foreign: nothing was done.
+    Dropped(Stale),
+}
+
+/// Why a device process ends by itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum ExitReason {
+    /// The coordinator asked for it.
+    Shutdown,
+    /// The coordinator is gone and the policy says `exit`.
+    Orphaned,
+    /// The lease ran out after the device's state was handed over: it lives elsewhere now.
+    HandedOver,
+}
+
+/// Why an event was dropped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Stale {
+    /// It belongs to another term.
+    Term,
+    /// It belongs to an earlier or given-up epoch, repeats a phase or comes out of order.
+    Epoch,
+    /// Nothing was asked that it could be the answer to.
+    Unasked,
+}
+
+/// What is being carried out.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Job {
+    task: Task,
+    /// Overtaken or given up: end at the end of the present arc, without an answer.
+    overtaken: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Task {
+    Command(Command, Stage),
+    Client(ClientRequest),
+    Lease,
+}
+
+/// How far a command of several steps has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    Walk,
+    Stream,
+    Commit,
+}
+
+/// The device's side of the protocol; see the module's documentation.
+#[derive(Clone, Debug)]
+pub struct Lifecycle {
+    flags: MigrationFlags,
+    coordinator: MigrationState,
+    client: MigrationState,
+    term: Term,
+    epoch: Epoch,
+    last_phase: Option<Phase>,
+    given_up: Epoch,
+    orphan: OrphanPolicy,
+    job: Option<Job>,
+    next_command: Option<Command>,
+    next_client: Option<ClientRequest>,
+    lease: Option<Epoch>,
+    /// The lease ran out while something was being carried out.
+    lease_due: bool,
+    handed_over: bool,
+}
+
+impl Lifecycle {
+    /// A device in power-on state: RUNNING, without a coordinator.
+    #[must_use]
+    pub fn new(flags: MigrationFlags) -> Self {
+        Self {
+            flags,
+            coordinator: MigrationState::Running,
+            client: MigrationState::Running,
+            term: Term(0),
+            epoch: Epoch(0),
+            last_phase: None,
+            given_up: Epoch(0),
+            orphan: OrphanPolicy::Exit,
+            job: None,
+            next_command: None,
+            next_client: None,
+            lease: None,
+            lease_due: false,
+            handed_over: false,
+        }
+    }
+
+    /// Where the coordinator has brought the device.
+    #[must_use]
+    pub fn state(&self) -> MigrationState {
+        self.position(Master::Coordinator)
+    }
+
+    /// Where the client has brought the device: what `MIG_DEVICE_STATE` GET answers.
+    #[must_use]
+    pub fn client_state(&self) -> MigrationState {
+        self.position(Master::Client)
+    }
+
+    /// The highest term seen.
+    #[must_use]
+    pub fn term(&self) -> Term {
+        self.term
+    }
+
+    /// The highest epoch seen in that term.
+    #[must_use]
+    pub fn epoch(&self) -> Epoch {
+        self.epoch
+    }
+
+    /// What the device may do: what the more cautious master allows.
+    #[must_use]
+    pub fn activity(&self) -> Activity {
+        self.coordinator.activity().min(self.client.activity())
+    }
+
+    /// True while something is being carried out.
+    #[must_use]
+    pub fn is_busy(&self) -> bool {
+        self.job.is_some()
+    }
+
+    /// ERROR is the device's, whoever brought it there.
+    fn position(&self, master: Master) -> MigrationState {
+        let (own, other) = match master {
+            Master::Coordinator => (self.coordinator, self.client),
+            Master::Client => (self.client, self.coordinator),
+        };
+        if other == MigrationState::Error { MigrationState::Error } else { own }
+    }
+
+    fn set_position(&mut self, master: Master, state: MigrationState) {
+        match master {
+            Master::Coordinator => self.coordinator = state,
+            Master::Client => self.client = state,
+        }
+    }
+
+    /// Takes an event and says what is to be done.
+    pub fn step(&mut self, event: Event) -> Vec<Effect> {
+        let mut out = Vec::with_capacity(4);
+        match event {
+            Event::Welcome { term, epoch, orphan } => self.welcome(term, epoch, orphan, &mut out),
+            Event::Command(command) => self.command(command, &mut out),
+            Event::Abort(abort) => self.abort(abort, &mut out),
+            Event::Query(query) => self.query(query, &mut out),
+            Event::Client(request) => self.client(request, &mut out),
+            Event::ArcDone => self.arc_ended(Ok(()), &mut out),
+            Event::ArcFailed { refusal, restored } => {
+                self.arc_ended(Err((refusal, restored)), &mut out);
+            }
+            Event::StreamDone => self.stream_ended(Ok(()), &mut out),
+            Event::StreamFailed(refusal) => self.stream_ended(Err(refusal), &mut out),
+            Event::ResetDone => self.reset_ended(Ok(()), &mut out),
+            Event::ResetFailed(refusal) => self.reset_ended(Err(refusal), &mut out),
+            Event::LeaseExpired(epoch) => self.lease_expired(epoch, &mut out),
+            Event::Disconnected => {
+                if self.orphan == OrphanPolicy::Exit {
+                    out.push(Effect::Exit(ExitReason::Orphaned));
+                }
+            }
+            Event::Shutdown(term) if term == self.term => {
+                out.push(Effect::Exit(ExitReason::Shutdown));
+            }
+            Event::Shutdown(_) => out.push(Effect::Dropped(Stale::Term)),
+        }
+        out
+    }
+
+    fn welcome(&mut self, term: Term, epoch: Epoch, orphan: OrphanPolicy, out: &mut Vec<Effect>) {
+        if term <= self.term {
+            out.push(Effect::Dropped(Stale::Term));
+            return;
+        }
+        self.term = term;
+        self.epoch = epoch;
+        self.given_up = epoch;
+        self.last_phase = None;
+        self.orphan = orphan;
+        self.next_command = None;
+        if let Some(Job { task: Task::Command(..), overtaken }) = &mut self.job {
+            *overtaken = true;
+            out.push(Effect::Hurry);
+        }
+    }
+
+    fn command(&mut self, command: Command, out: &mut Vec<Effect>) {
+        if command.term != self.term || self.term == Term(0) {
+            out.push(Effect::Dropped(Stale::Term));
+            return;
+        }
+        let in_order = match command.epoch.cmp(&self.epoch) {
+            std::cmp::Ordering::Less => false,
+            // The second phase follows the first once that was answered; nothing else follows.
+            std::cmp::Ordering::Equal => {
+                self.job.is_none()
+                    && self.next_command.is_none()
+                    && matches!(
+                        (self.last_phase, command.phase),
+                        (Some(Phase::PrepareStop), Phase::Stop)
+                            | (Some(Phase::PrepareStart), Phase::Start)
+                    )
+            }
+            std::cmp::Ordering::Greater => true,
+        };
+        if !in_order || command.epoch <= self.given_up {
+            out.push(Effect::Dropped(Stale::Epoch));
+            return;
+        }
+        self.epoch = command.epoch;
+        self.last_phase = Some(command.phase);
+        // Saving is what a lease is for; everything else ends it.
+        if command.phase != Phase::Save && self.lease.take().is_some() {
+            self.lease_due = false;
+            out.push(Effect::DisarmLease);
+        }
+        self.next_command = Some(command);
+        match &mut self.job {
+            None => self.take_next(out),
+            Some(job) => {
+                if !matches!(job.task, Task::Client(_)) {
+                    job.overtaken = true;
+                    out.push(Effect::Hurry);
+                }
+            }
+        }
+    }
+
+    fn abort(&mut self, abort: Abort, out: &mut Vec<Effect>) {
+        if abort.term != self.term || self.term == Term(0) {
+            out.push(Effect::Dropped(Stale::Term));
+            return;
+        }
+        if abort.epoch < self.epoch {
+            out.push(Effect::Dropped(Stale::Epoch));
+            return;
+        }
+        // An epoch that this device has not heard of yet can be given up too.
+        self.epoch = abort.epoch;
+        self.given_up = abort.epoch;
+        self.next_command = None;
+        if let Some(job) = &mut self.job
+            && matches!(job.task, Task::Command(..))
+            && !job.overtaken
+        {
+            job.overtaken = true;
+            out.push(Effect::Hurry);
+        }
+    }
+
+    fn query(&mut self, query: Query, out: &mut Vec<Effect>) {
+        if query.term != self.term || self.term == Term(0) {
+            out.push(Effect::Dropped(Stale::Term));
+            return;
+        }
+        let moving_to = match &self.job {
+            Some(Job { task: Task::Command(command, _), .. }) => Some(command.target),
+            Some(Job { task: Task::Client(ClientRequest::SetState(state)), .. }) => Some(*state),
+            Some(Job { task: Task::Lease, .. }) => Some(self.lease_target()),
+            Some(Job { task: Task::Client(ClientRequest::Reset), .. }) | None => None,
+        };
+        out.push(Effect::Status(Status {
+            term: query.term,
+            epoch: query.epoch,
+            state: self.state(),
+            client_state: self.client_state(),
+            moving_to,
+        }));
+    }
+
+    fn client(&mut self, request: ClientRequest, out: &mut Vec<Effect>) {
+        let client_busy = matches!(&self.job, Some(Job { task: Task::Client(_), .. }));
+        if client_busy || self.next_client.is_some() {
+            let refusal = Refusal {
+                kind: RefusalKind::Busy,
+                text: "an earlier request of the client is not answered yet".into(),
+            };
+            out.push(Effect::ClientAnswer(Err(refusal)));
+            return;
+        }
+        self.next_client = Some(request);
+        if self.job.is_none() {
+            self.take_next(out);
+        }
+    }
+
+    /// Begins what waits; the coordinator goes first.
+    fn take_next(&mut self, out: &mut Vec<Effect>) {
+        if let Some(command) = self.next_command.take() {
+            self.begin_command(command, out);
+        } else if let Some(request) = self.next_client.take() {
+            self.begin_client(request, out);
+        }
+    }
+
+    fn begin_command(&mut self, command: Command, out: &mut Vec<Effect>) {
+        out.push(Effect::Begin(command));
+        self.job = Some(Job { task: Task::Command(command, Stage::Walk), overtaken: false });
+        match command.phase {
+            Phase::PrepareStop | Phase::Stop | Phase::PrepareStart | Phase::Start => {
+                let now = self.state().activity();
+                let wanted = command.target.activity();
+                let fits = match command.phase {
+                    Phase::PrepareStop | Phase::Stop => wanted <= now,
+                    _ => wanted >= now,
+                };
+                if command.phase == Phase::PrepareStop && now == Activity::Stopped {
+                    // Quieter than it was asked to be; nothing is opened for a stop.
+                    match self.state() {
+                        MigrationState::Error => {
+                            self.walk(Master::Coordinator, command.target, out);
+                        }
+                        _ => self.reached(out),
+                    }
+                } else if fits {
+                    self.walk(Master::Coordinator, command.target, out);
+                } else {
+                    let text = format!(
+                        "{} cannot lead from {} to {}",
+                        command.phase,
+                        self.state(),
+                        command.target
+                    );
+                    self.refuse(Refusal { kind: RefusalKind::NoWay, text }, out);
+                }
+            }
+            Phase::Load => self.walk(Master::Coordinator, MigrationState::Resuming, out),
+            Phase::Save if self.state().is_saving() && self.state() == command.target => {
+                out.push(Effect::WriteStream);
+            }
+            Phase::Save => {
+                let text = format!(
+                    "Save needs {} and a saving state, the device is in {}",
+                    command.target,
+                    self.state()
+                );
+                self.refuse(Refusal { kind: RefusalKind::NoWay, text }, out);
+            }
+            Phase::Reset => out.push(Effect::Reset),
+        }
+    }
+
+    fn begin_client(&mut self, request: ClientRequest, out: &mut Vec<Effect>) {
+        self.job = Some(Job { task: Task::Client(request), overtaken: false });
+        match request {
+            ClientRequest::SetState(state) => self.walk(Master::Client, state, out),
+            ClientRequest::Reset => match self.client_reset_refusal() {
+                None => out.push(Effect::Reset),
+                Some(refusal) => self.refuse(refusal, out),
+            },
+        }
+    }
+
+    /// DEVICE_RESET is for running devices, and for the way out of what the client itself began.
+    fn client_reset_refusal(&self) -> Option<Refusal> {
+        use MigrationState as S;
+        let refused = |who: &str, state: S| {
+            Some(Refusal {
+                kind: RefusalKind::Busy,
+                text: format!("DEVICE_RESET is not possible while the {who} holds {state}"),
+            })
+        };
+        match (self.coordinator, self.client) {
+            (S::Stop | S::StopCopy | S::Error | S::Resuming, _) => {
+                refused("coordinator", self.coordinator)
+            }
+            (_, S::Stop | S::StopCopy) => refused("client", self.client),
+            _ => None,
+        }
+    }
+
+    /// Takes the next arc towards `target`, or ends the walk.
+    fn walk(&mut self, master: Master, target: MigrationState, out: &mut Vec<Effect>) {
+        let from = self.position(master);
+        match next_state(self.flags, from, target) {
+            Ok(Next::Already) => self.walk_ended(out),
+            Ok(Next::Arc(to)) => {
+                let other = match master {
+                    Master::Coordinator => self.client,
+                    Master::Client => self.coordinator,
+                };
+                if holds_stream(to) && holds_stream(other) {
+                    let text = format!("{to} is not possible while the other side holds {other}");
+                    self.refuse(Refusal { kind: RefusalKind::Busy, text }, out);
+                    return;
+                }
+                out.push(Effect::Arc(Arc {
+                    master,
+                    from,
+                    to,
+                    before: from.activity().min(other.activity()),
+                    after: to.activity().min(other.activity()),
+                }));
+            }
+            Err(no_way) => {
+                let refusal = Refusal { kind: RefusalKind::NoWay, text: no_way.to_string() };
+                self.refuse(refusal, out);
+            }
+        }
+    }
+
+    fn walk_ended(&mut self, out: &mut Vec<Effect>) {
+        let Some(job) = &mut self.job else { return };
+        match &mut job.task {
+            Task::Command(command, stage) if command.phase == Phase::Load => match stage {
+                Stage::Walk => {
+                    *stage = Stage::Stream;
+                    out.push(Effect::ReadStream);
+                }
+                Stage::Stream | Stage::Commit => self.reached(out),
+            },
+            Task::Command(..) | Task::Client(_) | Task::Lease => self.reached(out),
+        }
+    }
+
+    fn arc_ended(&mut self, result: Result<(), (Refusal, bool)>, out: &mut Vec<Effect>) {
+        let Some((master, target)) = self.walking() else {
+            out.push(Effect::Dropped(Stale::Unasked));
+            return;
+        };
+        let from = self.position(master);
+        match result {
+            Ok(()) => {
+                if let Ok(Next::Arc(to)) = next_state(self.flags, from, target) {
+                    self.set_position(master, to);
+                    if from == MigrationState::StopCopy {
+                        self.handed_over = false;
+                    }
+                }
+                if self.is_overtaken() {
+                    self.end_job(out);
+                } else {
+                    self.walk(master, target, out);
+                }
+            }
+            Err((refusal, restored)) => {
+                if !restored {
+                    self.set_position(master, MigrationState::Error);
+                }
+                if self.is_overtaken() {
+                    self.end_job(out);
+                } else {
+                    self.refuse(refusal, out);
+                }
+            }
+        }
+    }
+
+    /// Whose position is being moved, and where to, if an arc is being taken.
+    fn walking(&self) -> Option<(Master, MigrationState)> {
+        match self.job.as_ref()?.task {
+            Task::Command(command, stage) => match (command.phase, stage) {
+                (Phase::Save | Phase::Reset, _) | (Phase::Load, Stage::Stream) => None,
+                (Phase::Load, Stage::Walk) => {
+                    Some((Master::Coordinator, MigrationState::Resuming))
+                }
+                (Phase::Load, Stage::Commit) => Some((Master::Coordinator, MigrationState::Stop)),
+                _ => Some((Master::Coordinator, command.target)),
+            },
+            Task::Client(ClientRequest::SetState(state)) => Some((Master::Client, state)),
+            Task::Client(ClientRequest::Reset) => None,
+            Task::Lease => Some((Master::Coordinator, self.lease_target())),
+        }
+    }
+
+    fn stream_ended(&mut self, result: Result<(), Refusal>, out: &mut Vec<Effect>) {
+        let overtaken = self.is_overtaken();
+        let Some(Job { task: Task::Command(command, stage), .. }) = &mut self.job else {
+            out.push(Effect::Dropped(Stale::Unasked));
+            return;
+        };
+        match (command.phase, *stage, result) {
+            (Phase::Save, _, result) => {
+                let whole = result.is_ok() && self.coordinator == MigrationState::StopCopy;
+                self.handed_over |= whole;
+                match result {
+                    _ if overtaken => self.end_job(out),
+                    Ok(()) => self.reached(out),
+                    Err(refusal) => self.refuse(refusal, out),
+                }
+            }
+            (Phase::Load, Stage::Stream, Ok(())) if !overtaken => {
+                *stage = Stage::Commit;
+                self.walk(Master::Coordinator, MigrationState::Stop, out);
+            }
+            (Phase::Load, Stage::Stream, result) => {
+                // Half a state is no state: unusable until it is reset.
+                self.coordinator = MigrationState::Error;
+                match result {
+                    Err(refusal) if !overtaken => self.refuse(refusal, out),
+                    _ => self.end_job(out),
+                }
+            }
+            _ => out.push(Effect::Dropped(Stale::Unasked)),
+        }
+    }
+
+    fn reset_ended(&mut self, result: Result<(), Refusal>, out: &mut Vec<Effect>) {
+        use MigrationState as S;
+        let master = match self.job.as_ref().map(|job| job.task) {
+            Some(Task::Command(command, _)) if command.phase == Phase::Reset => Master::Coordinator,
+            Some(Task::Client(ClientRequest::Reset)) => Master::Client,
+            _ => {
+                out.push(Effect::Dropped(Stale::Unasked));
+                return;
+            }
+        };
+        match result {
+            Ok(()) => {
+                self.handed_over = false;
+                if matches!(self.client, S::Error | S::Resuming) {
+                    self.client = S::Running;
+                }
+                if master == Master::Coordinator && self.coordinator.activity() == Activity::Stopped
+                {
+                    self.coordinator = S::Stop;
+                }
+                if self.is_overtaken() { self.end_job(out) } else { self.reached(out) }
+            }
+            Err(refusal) => {
+                self.set_position(master, S::Error);
+                if self.is_overtaken() { self.end_job(out) } else { self.refuse(refusal, out) }
+            }
+        }
+    }
+
+    fn lease_target(&self) -> MigrationState {
+        if self.flags.p2p() { MigrationState::RunningP2p } else { MigrationState::Running }
+    }
+
+    fn lease_expired(&mut self, epoch: Epoch, out: &mut Vec<Effect>) {
+        if self.lease != Some(epoch) {
+            out.push(Effect::Dropped(Stale::Epoch));
+            return;
+        }
+        if self.job.is_some() {
+            self.lease_due = true;
+            return;
+        }
+        self.lease = None;
+        self.lease_due = false;
+        if self.handed_over {
+            out.push(Effect::Exit(ExitReason::HandedOver));
+            return;
+        }
+        self.job = Some(Job { task: Task::Lease, overtaken: false });
+        self.walk(Master::Coordinator, self.lease_target(), out);
+    }
+
+    fn is_overtaken(&self) -> bool {
+        self.job.as_ref().is_some_and(|job| job.overtaken)
+    }
+
+    /// The job ends well.
+    fn reached(&mut self, out: &mut Vec<Effect>) {
+        match self.job.as_ref().map(|job| job.task) {
+            Some(Task::Command(command, _)) => {
+                let state = self.state();
+                out.push(Effect::Reached(command, state));
+                if command.phase == Phase::Stop && command.lease_ns > 0 {
+                    self.lease = Some(command.epoch);
+                    out.push(Effect::ArmLease(command.lease_ns, command.epoch));
+                }
+            }
+            Some(Task::Client(request)) => {
+                let state = self.client_state();
+                out.push(Effect::ClientAnswer(Ok(state)));
+                if matches!(request, ClientRequest::SetState(_)) {
+                    out.push(Effect::Notify(DeviceEvent::ClientState(state)));
+                }
+            }
+            Some(Task::Lease) => {
+                out.push(Effect::Notify(DeviceEvent::LeaseExpired(self.state())));
+            }
+            None => {}
+        }
+        self.end_job(out);
+    }
+
+    /// The job ends badly.
+    fn refuse(&mut self, refusal: Refusal, out: &mut Vec<Effect>) {
+        match self.job.as_ref().map(|job| job.task) {
+            Some(Task::Command(command, _)) => {
+                out.push(Effect::Refused(command, self.state(), refusal));
+            }
+            Some(Task::Client(_)) => out.push(Effect::ClientAnswer(Err(refusal))),
+            Some(Task::Lease) => {
+                let text = format!("the lease ran out, but: {refusal}");
+                out.push(Effect::Notify(DeviceEvent::Failed(text)));
+            }
+            None => {}
+        }
+        self.end_job(out);
+    }
+
+    fn end_job(&mut self, out: &mut Vec<Effect>) {
+        self.job = None;
+        match self.lease {
+            Some(epoch) if self.lease_due => self.lease_expired(epoch, out),
+            _ => self.take_next(out),
+        }
+    }
+}
+
+/// True where a state stream is open: one master at a time may hold one.
+fn holds_stream(state: MigrationState) -> bool {
+    state.is_saving() || state == MigrationState::Resuming
+}

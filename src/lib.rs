@@ -1,0 +1,1 @@
+//! Stops and starts all device processes of a virtual machine as one.

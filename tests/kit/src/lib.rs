@@ -1,0 +1,1 @@
+//! Machines, rogue devices and oracles for tests of device processes.
