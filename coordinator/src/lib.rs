@@ -1,7 +1,37 @@
-//! The coordinator of a virtual machine's device processes, to be embedded in a VMM.
+//! Stops and starts all device processes of a virtual machine as one; embedded by a VMM.
 //!
+//! [`MachineBuilder`] describes a machine and starts it; [`Machine`] is the handle: `pause`,
+//! `resume`, `status`, `shutdown`. Every transition gives a [`report::TransitionReport`]; a failure
+//! is data: who, in which phase, in what state, what was done about it.
+//!
+//! - [`machine`]: the API;
+//! - [`participant`]: devices and hooks inside the VMM;
+//! - [`report`]: what happened, when, per participant;
+//! - [`error`]: why a machine does not start, stop or answer;
 //! - [`process`]: starts device processes and proves that they are gone;
 //! - [`logs`]: takes what they write to standard error into this program's log.
+//!
+//! Inside: one actor owns the machine and all control sockets (behind one nested epoll fd) and
+//! drives the pure state machine [`standstill_protocol::transition`]; one actor for each device
+//! process owns the process, fences it and forwards its log.
 
+#![forbid(unsafe_code)]
+
+mod coordinator;
+mod device;
+pub mod error;
 pub mod logs;
+pub mod machine;
+pub mod participant;
+mod poll;
 pub mod process;
+mod recorder;
+pub mod report;
+
+pub use error::{MachineError, StartError};
+pub use machine::{
+    Deadlines, DeviceSpec, DeviceStatus, HookSpec, Machine, MachineBuilder, MachineEvent, Status,
+    Stopped,
+};
+pub use participant::{Hook, LocalDevice, LocalError};
+pub use standstill_protocol::transition::{OnFailure, OnLoss, Operation, Outcome, Slot};

@@ -17,6 +17,7 @@ pub mod device;
 pub mod devices;
 pub mod gate;
 pub mod interrupt;
+pub mod log;
 pub mod memory;
 pub mod pci;
 pub mod serve;

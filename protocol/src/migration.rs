@@ -12,6 +12,9 @@
 //! assert_eq!(way.as_slice(), [RunningP2p, Stop]);
 //! ```
 
+#[cfg(test)]
+mod tests;
+
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use thiserror::Error;
@@ -291,7 +294,7 @@ fn full_table(from: MigrationState, to: MigrationState) -> Option<MigrationState
 
 /// The arcs from one state to another: every state that is entered, the last one the target.
 ///
-/// At most five, so it lives on the stack.
+/// At most four, so it lives on the stack.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Path {
     states: [MigrationState; Path::LONGEST],
@@ -300,7 +303,7 @@ pub struct Path {
 
 impl Path {
     /// No two states are further apart than this many arcs (a test walks every pair).
-    pub const LONGEST: usize = 5;
+    pub const LONGEST: usize = 4;
 
     /// The states that are entered, in order; empty if the device is there already.
     #[must_use]
@@ -319,7 +322,10 @@ pub fn path(
     from: MigrationState,
     to: MigrationState,
 ) -> Result<Path, NoWay> {
-    let mut way = Path { states: [from; Path::LONGEST], len: 0 };
+    let mut way = Path {
+        states: [from; Path::LONGEST],
+        len: 0,
+    };
     let mut at = from;
     while let Next::Arc(step) = next_state(flags, at, to)? {
         let refused = NoWay { from, to, flags };

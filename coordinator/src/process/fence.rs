@@ -1,7 +1,7 @@
 //! Proof that a device process is gone.
 //!
-//! An exit is not enough: writes that a killed process had handed to the kernel (O_DIRECT through
-//! io_uring) reach the disk up to a tenth of a second after it was reaped. The kernel keeps the
+//! An exit is not enough: writes that a killed process had handed to the kernel (`O_DIRECT`
+//! through `io_uring`) reach the disk up to a tenth of a second after it was reaped. The kernel keeps the
 //! open file description for them, and with it the `flock` that the device holds on each of its
 //! backing files. So the proof is: SIGKILL, exit seen and reaped, and then an exclusive `flock` of
 //! our own on each backing file.
@@ -62,20 +62,35 @@ impl BackingFile {
     ///
     /// [`BackingFileError`]; the received fd is closed then, too.
     pub fn reopen(received: OwnedFd) -> Result<Self, BackingFileError> {
-        let status = rustix::fs::fstat(&received)
-            .map_err(|errno| BackingFileError::Examine { source: errno.into() })?;
+        let status = rustix::fs::fstat(&received).map_err(|errno| BackingFileError::Examine {
+            source: errno.into(),
+        })?;
         match FileType::from_raw_mode(status.st_mode) {
             FileType::RegularFile | FileType::BlockDevice => {}
-            other => return Err(BackingFileError::Kind { found: kind_name(other) }),
+            other => {
+                return Err(BackingFileError::Kind {
+                    found: kind_name(other),
+                });
+            }
         }
         let (device, inode) = (status.st_dev, status.st_ino);
         // O_NONBLOCK: a lease that somebody holds on the file must not hold us up.
         let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC | OFlags::NOCTTY;
         let path = format!("/proc/self/fd/{}", received.as_raw_fd());
         let file = rustix::fs::open(path, flags, Mode::empty()).map_err(|errno| {
-            BackingFileError::Reopen { device, inode, source: errno.into() }
+            BackingFileError::Reopen {
+                device,
+                inode,
+                source: errno.into(),
+            }
         })?;
-        Ok(Self { file, device, inode })
+        // Whatever else happens: as long as this one is open, the device's lock stays.
+        drop(received);
+        Ok(Self {
+            file,
+            device,
+            inode,
+        })
     }
 
     /// True if somebody holds a lock on the file. A running device must, on each of its backing
@@ -102,8 +117,16 @@ impl BackingFile {
     }
 
     fn unlock(&self) {
-        // Cannot fail on an fd that was just locked; closing it unlocks in any case.
+        // Fails on no fd that could be locked, and does nothing to one that is not.
         let _ = rustix::fs::flock(&self.file, FlockOperation::NonBlockingUnlock);
+    }
+}
+
+impl Drop for BackingFile {
+    /// Closing is not enough: a child that is being spawned at this moment has a copy of the fd
+    /// until it executes its program, and the lock would last as long.
+    fn drop(&mut self) {
+        self.unlock();
     }
 }
 
@@ -169,19 +192,27 @@ impl Fence {
     ///
     /// Two devices may share a file only if the proof about the first is dropped before the second
     /// is to be proven.
-    pub fn begin(process: &mut DeviceProcess, mut files: Vec<BackingFile>) -> Self {
+    pub fn begin(process: &DeviceProcess, mut files: Vec<BackingFile>) -> Self {
         // Two open files of one inode would lock each other out.
         files.sort_by_key(|file| (file.device, file.inode));
         files.dedup_by_key(|file| (file.device, file.inode));
         let obstacle = process.kill().err();
-        Self { pid: process.pid(), files, obstacle }
+        Self {
+            pid: process.pid(),
+            files,
+            obstacle,
+        }
     }
 
     /// Goes as far as it can without waiting. To be called with the same process as
     /// [`begin`](Self::begin), and not any more once it was [`FenceProgress::Proven`].
     pub fn poll(&mut self, process: &mut DeviceProcess) -> FenceProgress {
         if process.pid() != self.pid {
-            let text = format!("fence of process {} asked about {}", self.pid, process.pid());
+            let text = format!(
+                "fence of process {} asked about {}",
+                self.pid,
+                process.pid()
+            );
             self.obstacle = Some(io::Error::new(io::ErrorKind::InvalidInput, text));
             return FenceProgress::WaitingForExit;
         }
@@ -216,7 +247,10 @@ impl Fence {
             self.files.iter().for_each(BackingFile::unlock);
             return FenceProgress::WaitingForLocks { held };
         }
-        FenceProgress::Proven(FenceProof { exit, files: std::mem::take(&mut self.files) })
+        FenceProgress::Proven(FenceProof {
+            exit,
+            files: std::mem::take(&mut self.files),
+        })
     }
 
     /// What stands in the way other than a living process or a held lock: the last error of a
@@ -224,5 +258,23 @@ impl Fence {
     #[must_use]
     pub fn obstacle(&self) -> Option<&io::Error> {
         self.obstacle.as_ref()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn dropping_a_locked_file_unlocks_it_even_while_a_copy_of_its_fd_is_open() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let open = || BackingFile::reopen(file.reopen().unwrap().into()).unwrap();
+        let (locked, other) = (open(), open());
+        // As in a child between its birth and the execution of its program.
+        let _copy = locked.file.try_clone().unwrap();
+        assert!(locked.try_lock().unwrap());
+        assert!(other.is_locked().unwrap());
+        drop(locked);
+        assert!(!other.is_locked().unwrap());
     }
 }

@@ -34,7 +34,12 @@ impl<Tx: Message, Rx> Channel<Tx, Rx> {
             match wait.until_ready(self.as_fd(), PollFlags::OUT) {
                 Ok(true) => {}
                 Ok(false) => return Err(SendError::TimedOut { timeout }),
-                Err(source) => return Err(SendError::Io { message: message.name(), source }),
+                Err(source) => {
+                    return Err(SendError::Io {
+                        message: message.name(),
+                        source,
+                    });
+                }
             }
         }
     }

@@ -27,7 +27,7 @@ pub enum FromFdError {
         kind: u32,
     },
     /// The system refused to say, or to make it close-on-exec.
-    #[error("the control channel's fd cannot be set up")]
+    #[error("the control channel's fd cannot be set up: {source}")]
     Io {
         /// Why.
         source: io::Error,
@@ -36,11 +36,17 @@ pub enum FromFdError {
 
 impl FromFdError {
     pub(super) fn not_a_socket(error: Errno) -> Self {
-        if error == Errno::NOTSOCK { Self::NotASocket } else { Self::io(error) }
+        if error == Errno::NOTSOCK {
+            Self::NotASocket
+        } else {
+            Self::io(error)
+        }
     }
 
     pub(super) fn io(error: Errno) -> Self {
-        Self::Io { source: error.into() }
+        Self::Io {
+            source: error.into(),
+        }
     }
 }
 
@@ -81,7 +87,7 @@ pub enum SendError {
     #[error(transparent)]
     Encode(#[from] EncodeError),
     /// The system refused.
-    #[error("{message} cannot be sent")]
+    #[error("{message} cannot be sent: {source}")]
     Io {
         /// The message's name.
         message: &'static str,
@@ -134,7 +140,7 @@ pub enum RecvError {
     #[error(transparent)]
     Decode(#[from] DecodeError),
     /// The system refused.
-    #[error("the control channel cannot be read")]
+    #[error("the control channel cannot be read: {source}")]
     Io {
         /// Why.
         source: io::Error,

@@ -77,14 +77,16 @@ impl<F: StableFd> Readiness<F> {
     ///
     /// # Errors
     ///
-    /// Those of epoll_ctl(2) (a regular file cannot be watched), and an error if there is no
+    /// Those of `epoll_ctl(2)` (a regular file cannot be watched), and an error if there is no
     /// runtime here. The fd is dropped then.
     ///
     /// # Panics
     ///
     /// If the runtime was built without I/O (`enable_io`): a mistake in this process.
     pub fn new(inner: F) -> io::Result<Self> {
-        Ok(Self { registered: register(inner, Interest::READABLE)? })
+        Ok(Self {
+            registered: register(inner, Interest::READABLE)?,
+        })
     }
 
     /// The owner of the fd.
@@ -107,7 +109,9 @@ impl<F: StableFd> Readiness<F> {
     ///
     /// If the runtime is shutting down.
     pub async fn readable(&self) -> io::Result<ReadyGuard<'_, F>> {
-        Ok(ReadyGuard { guard: self.registered.readable().await? })
+        Ok(ReadyGuard {
+            guard: self.registered.readable().await?,
+        })
     }
 }
 

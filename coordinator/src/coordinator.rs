@@ -1,0 +1,146 @@
+//! The coordinator actor: owns the machine and every control socket, and runs transitions.
+//!
+//! It never waits: requests, packets, process ends, hook returns and deadlines are messages, and
+//! each is handled at once. The decisions are those of the pure
+//! [`Transition`]; here is the I/O around it.
+
+mod greeting;
+mod incoming;
+mod memory;
+mod shutdown;
+mod start;
+mod state;
+mod transition;
+
+use crate::device::ProcessEvent;
+use crate::error::MachineError;
+use crate::participant::LocalAnswer;
+use crate::process::Exit;
+use crate::report::TransitionReport;
+use crate::machine::Status;
+use ractor::{Actor, ActorProcessingErr, ActorRef, SupervisionEvent};
+use standstill_protocol::transition::{MachineState, Operation, ParticipantId, Timer};
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::oneshot;
+
+pub(crate) use start::start;
+use state::State;
+
+/// How ended device processes are told: by name, `None` where no end was seen.
+pub(crate) type Exits = Vec<(String, Option<Exit>)>;
+
+/// What an owner asks of a machine.
+#[derive(Debug)]
+pub(crate) enum Request {
+    /// Move it.
+    Transition(Operation, oneshot::Sender<Result<Arc<TransitionReport>, MachineError>>),
+    /// Say where it is.
+    Status(oneshot::Sender<Status>),
+    /// Declare a file to be RAM.
+    DeclareRam(OwnedFd, oneshot::Sender<Result<(), MachineError>>),
+    /// Give up what is under way.
+    Cancel(oneshot::Sender<()>),
+    /// Take what is not proven as it is.
+    AcceptHold(oneshot::Sender<Result<(), MachineError>>),
+    /// End every process.
+    Shutdown(Duration, oneshot::Sender<Exits>),
+}
+
+/// What the actor handles.
+#[derive(Debug)]
+pub(crate) enum Message {
+    /// The owner asks.
+    Request(Request),
+    /// Some control socket can be read.
+    Readable,
+    /// A device process ended, or is proven gone.
+    Process(ParticipantId, ProcessEvent),
+    /// A local device or a hook returned.
+    Local(LocalAnswer),
+    /// A deadline of the transition with that number.
+    Expired(u64, Timer),
+    /// The deadline of the greetings.
+    HelloExpired,
+    /// The deadline of a memory declaration.
+    MemoryExpired(u64),
+    /// The deadline of a shutdown.
+    ShutdownExpired,
+}
+
+pub(crate) struct CoordinatorActor;
+
+impl Actor for CoordinatorActor {
+    type Msg = Message;
+    type State = State;
+    type Arguments = start::Prepared;
+
+    async fn pre_start(
+        &self,
+        myself: ActorRef<Message>,
+        prepared: start::Prepared,
+    ) -> Result<State, ActorProcessingErr> {
+        Ok(prepared.into_state(myself).await?)
+    }
+
+    async fn handle(
+        &self,
+        _myself: ActorRef<Message>,
+        message: Message,
+        state: &mut State,
+    ) -> Result<(), ActorProcessingErr> {
+        match message {
+            Message::Readable => state.readable(),
+            Message::Request(request) => state.request(request),
+            Message::Process(id, event) => state.process_event(id, event),
+            Message::Local(answer) => state.local_answer(answer),
+            Message::Expired(transition, timer) => state.timer_expired(transition, timer),
+            Message::HelloExpired => state.hello_expired(),
+            Message::MemoryExpired(sequence) => state.memory_expired(sequence),
+            Message::ShutdownExpired => state.shutdown_expired(),
+        }
+        Ok(())
+    }
+
+    async fn handle_supervisor_evt(
+        &self,
+        _myself: ActorRef<Message>,
+        event: SupervisionEvent,
+        state: &mut State,
+    ) -> Result<(), ActorProcessingErr> {
+        // The actor's state owned the process and has killed it when it was dropped. What is lost
+        // is the proof, so the device stays unproven; its socket's end tells that it is lost.
+        if let SupervisionEvent::ActorFailed(actor, error) = event {
+            let device = state.device_of_actor(actor.get_id());
+            tracing::error!(device, %error, "the actor of a device process failed");
+        }
+        Ok(())
+    }
+}
+
+impl State {
+    fn request(&mut self, request: Request) {
+        // Whoever asked may be gone: an answer that nobody hears is no error.
+        match request {
+            Request::Transition(operation, reply) => self.begin(operation, reply),
+            Request::Status(reply) => drop(reply.send(self.status())),
+            Request::DeclareRam(fd, reply) => self.declare_ram(&fd, reply),
+            Request::Cancel(reply) => {
+                self.cancel();
+                let _ = reply.send(());
+            }
+            Request::AcceptHold(reply) => drop(reply.send(self.accept_hold())),
+            Request::Shutdown(grace, reply) => self.shutdown(grace, reply),
+        }
+    }
+
+    fn accept_hold(&mut self) -> Result<(), MachineError> {
+        if self.machine != MachineState::Held {
+            return Err(MachineError::NotHeld(self.machine));
+        }
+        self.held.clear();
+        self.machine = MachineState::Stopped;
+        Ok(())
+    }
+}

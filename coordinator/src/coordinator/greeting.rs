@@ -1,0 +1,100 @@
+//! Hello and Welcome.
+
+use super::state::{EndingReply, Standing, Starting, State};
+use crate::device::Message as DeviceMessage;
+use crate::error::{GreetingError, ProtocolError};
+use crate::process::BackingFile;
+use standstill_protocol::message::{
+    CoordinatorMessage, Hello, Reject, Term, VERSIONS, Welcome,
+};
+use standstill_protocol::migration::MigrationState;
+use standstill_protocol::transition::ParticipantId;
+use std::os::fd::OwnedFd;
+
+impl State {
+    /// A device process said Hello.
+    pub(super) fn hello(&mut self, id: ParticipantId, hello: Hello, files: Vec<OwnedFd>) {
+        match self.welcome(id, &hello, files) {
+            Ok(()) => {
+                if let Some(device) = self.device(id) {
+                    tracing::debug!(
+                        device = device.spec.name,
+                        kind = hello.kind,
+                        version = hello.program_version,
+                        pid = device.pid,
+                        "greeted"
+                    );
+                    device.state = hello.state;
+                    device.hello = Some(hello);
+                    device.standing = Standing::Ready;
+                }
+                self.maybe_started();
+            }
+            Err(error) => self.greeting_failed(id, error),
+        }
+    }
+
+    fn welcome(
+        &mut self,
+        id: ParticipantId,
+        hello: &Hello,
+        files: Vec<OwnedFd>,
+    ) -> Result<(), GreetingError> {
+        let protocol = |error| GreetingError::Protocol(error);
+        let (machine, term, epoch) = (self.uuid, self.term, self.epoch);
+        let (heartbeat_ns, orphan) = (self.heartbeat_ns, self.orphan);
+        let Some(device) = self.device(id) else { return Ok(()) };
+        let Some(channel) = &device.channel else { return Ok(()) };
+        let Some(version) = VERSIONS.negotiate(hello.versions) else {
+            let (theirs, ours) = (hello.versions, VERSIONS);
+            let reason = format!("this coordinator speaks protocol version {ours}, not {theirs}");
+            let reject = Reject { versions: ours, reason };
+            // It is killed next; the message is a courtesy to whoever reads its log.
+            let _ = channel.try_send(&CoordinatorMessage::Reject(reject), &[]);
+            return Err(GreetingError::Version { theirs, ours });
+        };
+        let fresh = hello.machine.is_none()
+            && hello.term == Term(0)
+            && hello.state == MigrationState::Running;
+        if !fresh {
+            return Err(protocol(ProtocolError::NotFresh));
+        }
+        let files = files
+            .into_iter()
+            .map(BackingFile::reopen)
+            .collect::<Result<Vec<_>, _>>()
+            .map_err(|error| protocol(ProtocolError::BackingFile(error)))?;
+        let welcome = Welcome {
+            version,
+            machine,
+            name: device.spec.name.clone(),
+            incarnation: 1,
+            term,
+            epoch,
+            heartbeat_ns,
+            orphan,
+        };
+        channel
+            .try_send(&CoordinatorMessage::Welcome(welcome), &[])
+            .map_err(|error| protocol(ProtocolError::Send(error)))?;
+        channel.set_version(version);
+        // An actor that is gone is seen at the socket.
+        let _ = device.actor.cast(DeviceMessage::BackingFiles(files));
+        Ok(())
+    }
+
+    /// One device that does not greet is one machine that does not start.
+    pub(super) fn greeting_failed(&mut self, id: ParticipantId, error: GreetingError) {
+        if let Some(Starting { reply, deadline }) = self.starting.take() {
+            deadline.abort();
+            self.end_after(EndingReply::Starter(reply, id, error));
+        }
+    }
+
+    pub(super) fn hello_expired(&mut self) {
+        let silent = self.devices.iter().find(|device| device.standing == Standing::Greeting);
+        if let Some(id) = silent.map(|device| device.id) {
+            self.greeting_failed(id, GreetingError::Silent(self.deadlines.hello));
+        }
+    }
+}

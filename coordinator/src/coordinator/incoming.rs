@@ -1,0 +1,235 @@
+//! What comes from device processes: packets, and their ends.
+
+use super::state::{Allowance, Standing, State};
+use crate::device::{Message as DeviceActorMessage, ProcessEvent};
+use crate::error::{GreetingError, ProtocolError};
+use crate::machine::MachineEvent;
+use standstill_protocol::channel::{Received, RecvError};
+use standstill_protocol::message::{DeviceMessage, Phase};
+use standstill_protocol::transition::{
+    Answer, Event, HeldReason, Loss, MachineState, ParticipantId,
+};
+
+/// How many packets of one socket are read before the others have their turn.
+const PACKETS: usize = 64;
+/// How many rounds over the ready sockets one message of the actor may take.
+const ROUNDS: usize = 16;
+
+impl State {
+    /// Reads what there is to read, in turns, so that one that floods delays nobody for long.
+    pub(super) fn readable(&mut self) {
+        for _ in 0..ROUNDS {
+            let ready = self.poll.ready();
+            if ready.is_empty() {
+                self.poll.drained();
+                return;
+            }
+            for id in ready {
+                self.drain(id, PACKETS);
+            }
+        }
+        // Others may have something to say to this actor; then it goes on.
+        let _ = self.myself.cast(super::Message::Readable);
+    }
+
+    /// Reads up to that many packets of a device process.
+    fn drain(&mut self, id: ParticipantId, packets: usize) {
+        for _ in 0..packets {
+            let Some(device) = self.device(id) else { return };
+            let Some(channel) = &device.channel else { return };
+            let received = match channel.try_recv() {
+                Ok(None) => return,
+                Ok(Some(received)) => Ok(received),
+                Err(error) => Err(error),
+            };
+            let result = match received {
+                Ok(_) if !device.allowance.came() => Err(ProtocolError::Flood(Allowance::LIMIT)),
+                Ok(received) => self.received(id, received),
+                Err(RecvError::Disconnected) => {
+                    self.disconnected(id);
+                    return;
+                }
+                Err(error) => Err(ProtocolError::Packet(error)),
+            };
+            if let Err(error) = result {
+                self.broke_protocol(id, error);
+                return;
+            }
+        }
+    }
+
+    fn received(
+        &mut self,
+        id: ParticipantId,
+        received: Received<DeviceMessage>,
+    ) -> Result<(), ProtocolError> {
+        let Received { message, fds } = received;
+        let Some(device) = self.device(id) else { return Ok(()) };
+        let greeting = device.standing == Standing::Greeting;
+        let unexpected = |what, expected| Err(ProtocolError::Unexpected { what, expected });
+        match message {
+            DeviceMessage::Hello(hello) if greeting => self.hello(id, hello, fds),
+            DeviceMessage::Hello(_) => return unexpected("a second Hello", "an answer"),
+            _ if greeting => return unexpected("something else", "a Hello"),
+            DeviceMessage::Reached(reached) => {
+                let event = Event::Answer {
+                    from: id,
+                    term: reached.term,
+                    epoch: reached.epoch,
+                    phase: reached.phase,
+                    state: reached.state,
+                    answer: Answer::Reached,
+                };
+                if let Some(active) = &mut self.active
+                    && reached.term == self.term
+                {
+                    active.recorder.reached(id, reached);
+                }
+                self.feed(event);
+            }
+            DeviceMessage::Refused(refused) => {
+                let event = Event::Answer {
+                    from: id,
+                    term: refused.term,
+                    epoch: refused.epoch,
+                    phase: refused.phase,
+                    state: refused.state,
+                    answer: Answer::Refused,
+                };
+                if let Some(active) = &mut self.active
+                    && refused.term == self.term
+                {
+                    active.recorder.refused(id, refused);
+                }
+                self.feed(event);
+            }
+            DeviceMessage::Status(status) => {
+                let answer = Answer::Status { moving_to: status.moving_to };
+                // A status belongs to no phase; the transition does not look at it.
+                let phase = Phase::PrepareStop;
+                let (term, epoch, state) = (status.term, status.epoch, status.state);
+                self.feed(Event::Answer { from: id, term, epoch, phase, state, answer });
+            }
+            DeviceMessage::MemoryAccepted(accepted) => {
+                self.memory_accepted(id, accepted.sequence);
+            }
+            DeviceMessage::Heartbeat(heartbeat) => device.progress = heartbeat.progress,
+            DeviceMessage::Event(event) => {
+                let device = device.spec.name.clone();
+                tracing::debug!(device, ?event, "event");
+                self.emit(MachineEvent::Device { device, event });
+            }
+        }
+        Ok(())
+    }
+
+    fn broke_protocol(&mut self, id: ParticipantId, error: ProtocolError) {
+        let Some(device) = self.device(id) else { return };
+        let error: ProtocolError = error;
+        tracing::warn!(
+            device = device.spec.name,
+            error = &error as &dyn std::error::Error,
+            "broke the protocol"
+        );
+        if device.standing == Standing::Greeting {
+            self.close(id);
+            self.greeting_failed(id, GreetingError::Protocol(error));
+        } else {
+            self.lost(id, Loss::Protocol, error.to_string());
+        }
+    }
+
+    /// Everything that it had sent was read, and there will be no more.
+    fn disconnected(&mut self, id: ParticipantId) {
+        self.close(id);
+        let Some(device) = self.device(id) else { return };
+        match device.standing {
+            Standing::Greeting => self.greeting_failed(id, GreetingError::Disconnected),
+            Standing::Ready => {
+                self.lost(id, Loss::Disconnected, Loss::Disconnected.to_string());
+            }
+            Standing::Lost(_) | Standing::Fenced(_) => {}
+        }
+    }
+
+    fn close(&mut self, id: ParticipantId) {
+        if let Some(channel) = self.device(id).and_then(|device| device.channel.take()) {
+            self.poll.remove(&channel);
+        }
+    }
+
+    /// A device process does not count any more.
+    pub(super) fn lost(&mut self, id: ParticipantId, why: Loss, text: String) {
+        self.close(id);
+        let ending = self.ending.is_some();
+        let Some(device) = self.device(id) else { return };
+        if device.standing != Standing::Ready || ending {
+            return;
+        }
+        device.standing = Standing::Lost(text.clone());
+        self.memory_lost(id, &text);
+        if self.active.is_some() {
+            self.feed(Event::Lost(id, why));
+        } else {
+            let Some(device) = self.device(id) else { return };
+            let name = device.spec.name.clone();
+            tracing::warn!(device = name, why = text, "a device process is lost");
+            // An actor that is gone has killed its process.
+            let _ = device.actor.cast(DeviceActorMessage::Fence);
+            self.emit(MachineEvent::DeviceLost { device: name, why: text });
+        }
+    }
+
+    pub(super) fn process_event(&mut self, id: ParticipantId, event: ProcessEvent) {
+        match event {
+            ProcessEvent::Exited(exit) => {
+                // Its last answers count: they were sent before it ended.
+                self.drain(id, usize::MAX);
+                let Some(device) = self.device(id) else { return };
+                device.exit = Some(exit);
+                match device.standing {
+                    Standing::Greeting => {
+                        self.close(id);
+                        self.greeting_failed(id, GreetingError::Exited(exit));
+                    }
+                    _ => self.lost(id, Loss::Exited, format!("its process ended: {exit}")),
+                }
+            }
+            ProcessEvent::Fenced { exit, locks } => {
+                let proof = match locks {
+                    0 => exit.to_string(),
+                    _ => format!("{exit}, {locks} backing files unlocked"),
+                };
+                self.fenced(id, proof);
+            }
+            ProcessEvent::Gone => self.process_gone(id),
+        }
+    }
+
+    fn fenced(&mut self, id: ParticipantId, proof: String) {
+        let Some(device) = self.device(id) else { return };
+        let why = match std::mem::replace(&mut device.standing, Standing::Greeting) {
+            Standing::Lost(why) | Standing::Fenced(why) => why,
+            Standing::Greeting | Standing::Ready => Loss::Exited.to_string(),
+        };
+        device.standing = Standing::Fenced(why);
+        let name = device.spec.name.clone();
+        if let Some(active) = &mut self.active {
+            active.recorder.fenced(id, proof.clone());
+        }
+        self.emit(MachineEvent::DeviceFenced { device: name, proof });
+        self.feed(Event::Fenced(id));
+        self.proven(|reason| *reason == HeldReason::FenceUnproven(id));
+    }
+
+    /// What was not proven is proven now; when all is, a held machine counts as stopped.
+    pub(super) fn proven(&mut self, which: impl Fn(&HeldReason) -> bool) {
+        if self.machine == MachineState::Held && self.active.is_none() {
+            self.held.retain(|reason| !which(reason));
+            if self.held.is_empty() {
+                tracing::info!("everything is proven now; the machine is stopped");
+                self.machine = MachineState::Stopped;
+            }
+        }
+    }
+}

@@ -1,0 +1,242 @@
+//! From a description to a running machine.
+
+use super::state::{
+    Allowance, Device, EndingReply, HookEntry, Local, Standing, Starting, State,
+};
+use super::{CoordinatorActor, Message};
+use crate::device::{Arguments, DeviceActor};
+use crate::error::StartError;
+use crate::logs::{LogTail, Origin};
+use crate::machine::{DeviceSpec, HookSpec, Machine, MachineBuilder, MachineEvent};
+use crate::participant::{self, LocalAnswer};
+use crate::poll::Poll;
+use crate::process::{DeviceProcess, Spawner};
+use crate::report::{Names, nanos};
+use ractor::{Actor, ActorRef};
+use standstill_protocol::channel::CoordinatorEnd;
+use standstill_protocol::message::{Epoch, MAX_NAME, Term};
+use standstill_protocol::migration::MigrationState;
+use standstill_protocol::transition::{Hook, HookId, MachineState, Operation, ParticipantId};
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use tokio::sync::{broadcast, oneshot};
+use uuid::Uuid;
+
+/// How many events a slow reader may be behind.
+const EVENTS: usize = 1024;
+
+/// A machine whose processes run and have not greeted yet.
+pub(crate) struct Prepared {
+    builder: MachineBuilder,
+    processes: Vec<(CoordinatorEnd, DeviceProcess)>,
+    events: broadcast::Sender<MachineEvent>,
+    reply: oneshot::Sender<Result<Machine, StartError>>,
+}
+
+/// Starts a machine: its processes, its actors, its threads; waits for the greetings.
+pub(crate) async fn start(builder: MachineBuilder) -> Result<Machine, StartError> {
+    check(&builder)?;
+    let (builder, processes) = spawn_processes(builder).await?;
+    let (events, _) = broadcast::channel(EVENTS);
+    let (reply, answer) = oneshot::channel();
+    let prepared = Prepared { builder, processes, events, reply };
+    let actor = Actor::spawn(None, CoordinatorActor, prepared).await;
+    actor.map_err(|error| system("start the coordinator actor", io::Error::other(error)))?;
+    answer.await.unwrap_or_else(|_| {
+        Err(system("start the machine", io::Error::other("the coordinator actor has ended")))
+    })
+}
+
+fn system(what: &'static str, source: io::Error) -> StartError {
+    StartError::System { what, source }
+}
+
+/// Whether the names are usable.
+fn check(builder: &MachineBuilder) -> Result<(), StartError> {
+    let devices = builder.devices.iter().map(|spec| &spec.name);
+    let names = devices.chain(builder.locals.iter().map(|(name, _)| name));
+    let mut seen = BTreeSet::new();
+    for name in names {
+        if name.is_empty() || name.len() > MAX_NAME {
+            let text = format!("device name {name:?} must have 1 to {MAX_NAME} bytes");
+            return Err(StartError::Description(text));
+        }
+        if !seen.insert(name) {
+            return Err(StartError::Description(format!("two devices are named {name:?}")));
+        }
+    }
+    Ok(())
+}
+
+/// Starts all device processes, on a thread that may block.
+async fn spawn_processes(
+    builder: MachineBuilder,
+) -> Result<(MachineBuilder, Vec<(CoordinatorEnd, DeviceProcess)>), StartError> {
+    let specs: Vec<_> = builder.devices.clone();
+    let task = tokio::task::spawn_blocking(move || {
+        let spawner = Spawner::new().map_err(|source| StartError::Spawn {
+            device: specs.first().map_or_else(String::new, |spec| spec.name.clone()),
+            source,
+        })?;
+        specs.iter().map(|spec| spawn_process(&spawner, spec)).collect()
+    });
+    let processes: Result<Vec<_>, StartError> =
+        task.await.map_err(|error| system("start processes", io::Error::other(error)))?;
+    Ok((builder, processes?))
+}
+
+fn spawn_process(
+    spawner: &Spawner,
+    spec: &DeviceSpec,
+) -> Result<(CoordinatorEnd, DeviceProcess), StartError> {
+    let (channel, stdin) =
+        CoordinatorEnd::pair().map_err(|source| system("make a control channel", source))?;
+    let process = spawner
+        .spawn(&spec.process, stdin)
+        .map_err(|source| StartError::Spawn { device: spec.name.clone(), source })?;
+    Ok((channel, process))
+}
+
+impl Prepared {
+    pub(super) async fn into_state(self, myself: ActorRef<Message>) -> io::Result<State> {
+        let Self { builder, processes, events, reply } = self;
+        let poll = Poll::new(myself.clone())?;
+        let mut names = Names::default();
+        let mut devices = Vec::with_capacity(processes.len());
+        for ((spec, (channel, process)), number) in
+            builder.devices.into_iter().zip(processes).zip(0..)
+        {
+            let id = ParticipantId(number);
+            names.participants.insert(id, spec.name.clone());
+            poll.add(id, &channel)?;
+            devices.push(device(&myself, id, spec, channel, process).await?);
+        }
+        let mut locals = Vec::with_capacity(builder.locals.len());
+        for ((name, local), number) in builder.locals.into_iter().zip(devices.len()..) {
+            let id = ParticipantId(u32::try_from(number).map_err(io::Error::other)?);
+            names.participants.insert(id, name.clone());
+            let (flags, peer_dma) = (local.migration(), local.peer_dma());
+            let thread = participant::local_device(id, &name, local, answer(&myself))?;
+            let state = MigrationState::Running;
+            locals.push(Local { id, name, flags, peer_dma, state, thread });
+        }
+        let mut hooks = Vec::with_capacity(builder.hooks.len());
+        for ((spec, hook), number) in builder.hooks.into_iter().zip(0..) {
+            let id = HookId(number);
+            names.hooks.insert(id, spec.name.clone());
+            let thread = participant::hook(id, &spec.name, hook, answer(&myself))?;
+            let hook = hook_of(id, &spec);
+            hooks.push(HookEntry { hook, hung: false, thread });
+        }
+        let hello = builder.deadlines.hello;
+        let deadline = {
+            let myself = myself.clone();
+            tokio::spawn(async move {
+                tokio::time::sleep(hello).await;
+                let _ = myself.cast(Message::HelloExpired);
+            })
+            .abort_handle()
+        };
+        let mut state = State {
+            myself,
+            name: builder.name,
+            uuid: Uuid::new_v4(),
+            term: Term(1),
+            epoch: Epoch(0),
+            machine: MachineState::Running,
+            held: Vec::new(),
+            deadlines: builder.deadlines,
+            on_failure: builder.on_failure,
+            orphan: builder.orphan,
+            heartbeat_ns: nanos(builder.heartbeat),
+            phases: builder.phases,
+            poll,
+            devices,
+            locals,
+            hooks,
+            names,
+            active: None,
+            transitions: 0,
+            starting: Some(Starting { reply, deadline }),
+            ending: None,
+            declarations: BTreeMap::new(),
+            next_declaration: 1,
+            events,
+            paused_at: None,
+        };
+        // A machine without device processes has nobody to wait for.
+        state.maybe_started();
+        Ok(state)
+    }
+}
+
+async fn device(
+    myself: &ActorRef<Message>,
+    id: ParticipantId,
+    spec: DeviceSpec,
+    channel: CoordinatorEnd,
+    process: DeviceProcess,
+) -> io::Result<Device> {
+    let tail = LogTail::default();
+    let pid = process.pid();
+    let origin = Origin { device: spec.name.clone(), incarnation: 1 };
+    let arguments =
+        Arguments { id, origin, process, tail: tail.clone(), coordinator: myself.clone() };
+    let (actor, _) = Actor::spawn_linked(None, DeviceActor, arguments, myself.get_cell())
+        .await
+        .map_err(io::Error::other)?;
+    Ok(Device {
+        id,
+        spec,
+        pid,
+        actor,
+        channel: Some(channel),
+        tail,
+        standing: Standing::Greeting,
+        hello: None,
+        state: MigrationState::Running,
+        progress: 0,
+        exit: None,
+        gone: false,
+        allowance: Allowance::new(),
+    })
+}
+
+fn answer(myself: &ActorRef<Message>) -> impl Fn(LocalAnswer) + Send + 'static {
+    let myself = myself.clone();
+    move |answer| {
+        // A coordinator that is gone waits for nobody.
+        let _ = myself.cast(Message::Local(answer));
+    }
+}
+
+fn hook_of(id: HookId, spec: &HookSpec) -> Hook {
+    Hook {
+        id,
+        stop: spec.stop,
+        start: spec.start,
+        stop_rank: spec.stop_rank,
+        start_rank: spec.start_rank,
+        budget_ns: nanos(spec.deadline),
+        stopped: false,
+    }
+}
+
+impl State {
+    /// The machine runs when everybody has greeted and the whole is possible.
+    pub(super) fn maybe_started(&mut self) {
+        if self.devices.iter().any(|device| device.standing != Standing::Ready) {
+            return;
+        }
+        let Some(Starting { reply, deadline }) = self.starting.take() else { return };
+        deadline.abort();
+        match self.plan(Operation::Pause).check() {
+            Ok(()) => {
+                let machine = Machine::new(self.myself.clone(), self.events.clone());
+                // Whoever has given up waiting drops the machine, and so ends it.
+                let _ = reply.send(Ok(machine));
+            }
+            Err(error) => self.end_after(EndingReply::Planner(reply, error.into())),
+        }
+    }
+}

@@ -1,0 +1,281 @@
+//! What the coordinator actor knows about its machine.
+
+use super::{Exits, Message};
+use crate::device::Message as DeviceMessage;
+use crate::error::{GreetingError, MachineError, StartError};
+use crate::logs::LogTail;
+use crate::machine::{Deadlines, DeviceSpec, DeviceStatus, Machine, MachineEvent, Status};
+use crate::participant::LocalThread;
+use crate::poll::Poll;
+use crate::process::Exit;
+use crate::recorder::Recorder;
+use crate::report::{Names, TransitionReport};
+use ractor::{ActorId, ActorRef};
+use standstill_protocol::channel::CoordinatorEnd;
+use standstill_protocol::message::{Command, Epoch, Hello, OrphanPolicy, PeerDma, Term};
+use standstill_protocol::migration::{MigrationFlags, MigrationState};
+use standstill_protocol::transition::{
+    HeldReason, Hook, HookMoment, MachineState, OnFailure, Operation, ParticipantId, Phases, Timer,
+    Transition,
+};
+use std::collections::{BTreeMap, BTreeSet};
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Instant;
+use tokio::sync::{broadcast, oneshot};
+use tokio::task::AbortHandle;
+use uuid::Uuid;
+
+/// The machine, as the coordinator actor knows it.
+pub(crate) struct State {
+    pub(super) myself: ActorRef<Message>,
+    pub(super) name: String,
+    pub(super) uuid: Uuid,
+    pub(super) term: Term,
+    pub(super) epoch: Epoch,
+    pub(super) machine: MachineState,
+    /// Why the machine is held: what is still to be proven.
+    pub(super) held: Vec<HeldReason>,
+    pub(super) deadlines: Deadlines,
+    pub(super) on_failure: OnFailure,
+    pub(super) orphan: OrphanPolicy,
+    pub(super) heartbeat_ns: u64,
+    pub(super) phases: Phases,
+    pub(super) poll: Poll,
+    /// By participant number, from 0.
+    pub(super) devices: Vec<Device>,
+    /// Their participant numbers follow those of the devices.
+    pub(super) locals: Vec<Local>,
+    pub(super) hooks: Vec<HookEntry>,
+    pub(super) names: Names,
+    pub(super) active: Option<Active>,
+    pub(super) transitions: u64,
+    pub(super) starting: Option<Starting>,
+    pub(super) ending: Option<Ending>,
+    pub(super) declarations: BTreeMap<u64, Declaration>,
+    pub(super) next_declaration: u64,
+    pub(super) events: broadcast::Sender<MachineEvent>,
+    pub(super) paused_at: Option<Instant>,
+}
+
+/// One device process.
+pub(super) struct Device {
+    pub(super) id: ParticipantId,
+    pub(super) spec: DeviceSpec,
+    pub(super) pid: u32,
+    pub(super) actor: ActorRef<DeviceMessage>,
+    /// `None` once it was read to its end.
+    pub(super) channel: Option<CoordinatorEnd>,
+    pub(super) tail: LogTail,
+    pub(super) standing: Standing,
+    pub(super) hello: Option<Hello>,
+    pub(super) state: MigrationState,
+    pub(super) progress: u64,
+    pub(super) exit: Option<Exit>,
+    pub(super) gone: bool,
+    pub(super) allowance: Allowance,
+}
+
+/// Whether a device process counts.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Standing {
+    /// It has not said Hello yet.
+    Greeting,
+    /// It counts.
+    Ready,
+    /// It does not; its end is not proven yet.
+    Lost(String),
+    /// It does not, and nothing of it is left.
+    Fenced(String),
+}
+
+/// How much a device process may say that nobody has asked for: a number of messages a second.
+#[derive(Debug)]
+pub(super) struct Allowance {
+    left: u32,
+    since: Instant,
+}
+
+impl Allowance {
+    /// Unasked messages a second.
+    pub(super) const LIMIT: u32 = 1000;
+
+    pub(super) fn new() -> Self {
+        Self { left: Self::LIMIT, since: Instant::now() }
+    }
+
+    /// Something was asked: its answer is welcome.
+    pub(super) fn asked(&mut self) {
+        self.left = self.left.saturating_add(1);
+    }
+
+    /// A message came; false if it is one too many.
+    pub(super) fn came(&mut self) -> bool {
+        if self.left == 0 {
+            if self.since.elapsed().as_secs() == 0 {
+                return false;
+            }
+            *self = Self::new();
+        }
+        self.left -= 1;
+        true
+    }
+}
+
+/// One device inside the VMM.
+pub(super) struct Local {
+    pub(super) id: ParticipantId,
+    pub(super) name: String,
+    pub(super) flags: MigrationFlags,
+    pub(super) peer_dma: PeerDma,
+    pub(super) state: MigrationState,
+    pub(super) thread: LocalThread<Command>,
+}
+
+/// One hook.
+pub(super) struct HookEntry {
+    pub(super) hook: Hook,
+    pub(super) hung: bool,
+    pub(super) thread: LocalThread<HookMoment>,
+}
+
+/// The transition that is under way.
+pub(super) struct Active {
+    pub(super) number: u64,
+    pub(super) operation: Operation,
+    pub(super) transition: Transition,
+    pub(super) recorder: Recorder,
+    pub(super) timers: Timers,
+    pub(super) reply: oneshot::Sender<Result<Arc<TransitionReport>, MachineError>>,
+}
+
+/// Deadlines that run; they are forgotten with the transition.
+#[derive(Debug, Default)]
+pub(super) struct Timers(Vec<(Timer, AbortHandle)>);
+
+impl Timers {
+    pub(super) fn arm(&mut self, timer: Timer, handle: AbortHandle) {
+        self.0.push((timer, handle));
+    }
+
+    pub(super) fn disarm(&mut self, timer: Timer) {
+        self.0.retain(|(armed, handle)| {
+            if *armed == timer {
+                handle.abort();
+            }
+            *armed != timer
+        });
+    }
+}
+
+impl Drop for Timers {
+    fn drop(&mut self) {
+        self.0.iter().for_each(|(_, handle)| handle.abort());
+    }
+}
+
+/// The greeting of a new machine.
+pub(super) struct Starting {
+    pub(super) reply: oneshot::Sender<Result<Machine, StartError>>,
+    pub(super) deadline: AbortHandle,
+}
+
+/// The end of a machine.
+pub(super) struct Ending {
+    pub(super) reply: EndingReply,
+    pub(super) deadline: AbortHandle,
+}
+
+/// Who waits for the end.
+pub(super) enum EndingReply {
+    /// Whoever asked for it.
+    Owner(oneshot::Sender<Exits>),
+    /// Whoever tried to start a machine of which one device did not start.
+    Starter(oneshot::Sender<Result<Machine, StartError>>, ParticipantId, GreetingError),
+    /// Whoever tried to start a machine that is not possible as a whole.
+    Planner(oneshot::Sender<Result<Machine, StartError>>, StartError),
+}
+
+/// A memory declaration that is not in force everywhere yet.
+pub(super) struct Declaration {
+    pub(super) waiting: BTreeSet<ParticipantId>,
+    pub(super) reply: oneshot::Sender<Result<(), MachineError>>,
+    pub(super) deadline: AbortHandle,
+    /// Kept open until every device has it.
+    pub(super) _ram: OwnedFd,
+}
+
+impl State {
+    pub(super) fn device(&mut self, id: ParticipantId) -> Option<&mut Device> {
+        self.devices.get_mut(usize::try_from(id.0).ok()?)
+    }
+
+    pub(super) fn local(&mut self, id: ParticipantId) -> Option<&mut Local> {
+        let at = usize::try_from(id.0).ok()?.checked_sub(self.devices.len())?;
+        self.locals.get_mut(at)
+    }
+
+    pub(super) fn device_of_actor(&self, actor: ActorId) -> Option<&str> {
+        let device = self.devices.iter().find(|device| device.actor.get_id() == actor)?;
+        Some(&device.spec.name)
+    }
+
+    /// Casts a message to this actor after a time.
+    pub(super) fn after(
+        &self,
+        time: std::time::Duration,
+        message: impl FnOnce() -> Message + Send + 'static,
+    ) -> AbortHandle {
+        let myself = self.myself.clone();
+        tokio::spawn(async move {
+            tokio::time::sleep(time).await;
+            // An actor that is gone has no deadlines.
+            let _ = myself.cast(message());
+        })
+        .abort_handle()
+    }
+
+    pub(super) fn emit(&self, event: MachineEvent) {
+        // Nobody may be listening.
+        let _ = self.events.send(event);
+    }
+
+    pub(super) fn status(&self) -> Status {
+        let devices = self.devices.iter().map(|device| {
+            let (state, lost) = match &device.standing {
+                Standing::Ready => (Some(device.state), None),
+                Standing::Greeting => (None, None),
+                Standing::Lost(why) | Standing::Fenced(why) => (None, Some(why.clone())),
+            };
+            let kind = device.hello.as_ref().map_or_else(String::new, |hello| {
+                format!("{} {}", hello.kind, hello.program_version)
+            });
+            let name = device.spec.name.clone();
+            DeviceStatus { name, pid: Some(device.pid), kind, state, lost, progress: device.progress }
+        });
+        let locals = self.locals.iter().map(|local| DeviceStatus {
+            name: local.name.clone(),
+            pid: None,
+            kind: "local".to_owned(),
+            state: Some(local.state),
+            lost: None,
+            progress: 0,
+        });
+        Status {
+            name: self.name.clone(),
+            machine: self.machine,
+            operation: self.active.as_ref().map(|active| active.operation),
+            devices: devices.chain(locals).collect(),
+        }
+    }
+}
+
+impl Drop for State {
+    fn drop(&mut self) {
+        // All are killed before the first is waited for, which their actors do.
+        for device in self.devices.iter().filter(|device| device.exit.is_none()) {
+            // A device process whose channel ends and whose actor dies is killed in any case.
+            let _ = device.actor.cast(DeviceMessage::Kill);
+        }
+    }
+}

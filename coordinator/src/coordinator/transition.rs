@@ -1,0 +1,391 @@
+//! Runs a transition: the effects of the pure machine are carried out, what comes of them is fed
+//! back.
+
+use super::state::{Active, Standing, State, Timers};
+use super::Message;
+use crate::device::Message as DeviceActorMessage;
+use crate::error::MachineError;
+use crate::machine::MachineEvent;
+use crate::participant::LocalAnswer;
+use crate::recorder::Recorder;
+use crate::report::{TransitionReport, nanos};
+use standstill_protocol::channel::{Frame, SendError};
+use standstill_protocol::message::{Command, CoordinatorMessage, PeerDma};
+use standstill_protocol::migration::MigrationFlags;
+use standstill_protocol::transition::{
+    Answer, Effect, Event, HeldReason, HookId, HookMoment, Loss, MachineState, Member, MemberKind,
+    OnLoss, Operation, Outcome, ParticipantId, Plan, Timer, Transition,
+};
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tokio::sync::oneshot;
+
+type Reply = oneshot::Sender<Result<Arc<TransitionReport>, MachineError>>;
+
+impl State {
+    /// What an operation would be for this machine as it is.
+    pub(super) fn plan(&self, operation: Operation) -> Plan {
+        let default = (self.deadlines.first_phase, self.deadlines.second_phase);
+        let devices = self.devices.iter().filter_map(|device| {
+            let on_loss = match device.standing {
+                Standing::Ready => device.spec.on_loss,
+                // It was lost before; what is left is to prove it.
+                Standing::Lost(_) => OnLoss::ContinueWithout,
+                Standing::Greeting | Standing::Fenced(_) => return None,
+            };
+            let capabilities = device.hello.as_ref().map(|hello| hello.capabilities);
+            Some(Member {
+                id: device.id,
+                kind: MemberKind::Process,
+                state: device.state,
+                flags: capabilities.map_or(MigrationFlags::STOP_COPY, |c| c.migration),
+                peer_dma: capabilities.map_or(PeerDma::Possible, |c| c.peer_dma),
+                one_phase_allowed: device.spec.one_phase_allowed,
+                on_loss,
+                first_ns: nanos(device.spec.first_phase.unwrap_or(default.0)),
+                second_ns: nanos(device.spec.second_phase.unwrap_or(default.1)),
+                lease_ns: 0,
+            })
+        });
+        let locals = self.locals.iter().map(|local| Member {
+            id: local.id,
+            kind: MemberKind::Local,
+            state: local.state,
+            flags: local.flags,
+            peer_dma: local.peer_dma,
+            one_phase_allowed: false,
+            on_loss: OnLoss::Fail,
+            first_ns: nanos(default.0),
+            second_ns: nanos(default.1),
+            lease_ns: 0,
+        });
+        Plan {
+            operation,
+            term: self.term,
+            epoch: self.epoch.next(),
+            members: devices.chain(locals).collect(),
+            hooks: self.hooks.iter().filter(|entry| !entry.hung).map(|e| e.hook).collect(),
+            phases: self.phases,
+            on_failure: self.on_failure,
+            undo_ns: nanos(self.deadlines.undo),
+            fence_ns: nanos(self.deadlines.fence),
+        }
+    }
+
+    /// The owner asks for a transition.
+    pub(super) fn begin(&mut self, operation: Operation, reply: Reply) {
+        match self.admit(operation) {
+            Ok(transition) => {
+                let began = Instant::now();
+                self.transitions += 1;
+                let members = self.devices.iter().map(|d| (d.id, d.spec.name.clone(), d.state));
+                let locals = self.locals.iter().map(|l| (l.id, l.name.clone(), l.state));
+                let recorder = Recorder::new(
+                    operation,
+                    (self.term, transition.epoch()),
+                    began,
+                    members.chain(locals).filter(|(id, ..)| transition.state(*id).is_some()),
+                    self.names.clone(),
+                );
+                self.active = Some(Active {
+                    number: self.transitions,
+                    operation,
+                    transition,
+                    recorder,
+                    timers: Timers::default(),
+                    reply,
+                });
+                let lost: Vec<_> = self
+                    .devices
+                    .iter()
+                    .filter(|device| matches!(device.standing, Standing::Lost(_)))
+                    .map(|device| Event::Lost(device.id, Loss::Exited))
+                    .collect();
+                // Those that are lost already are not told anything.
+                for event in lost.into_iter().chain([Event::Begin]) {
+                    self.feed(event);
+                }
+            }
+            Err(error) => drop(reply.send(Err(error))),
+        }
+    }
+
+    fn admit(&self, operation: Operation) -> Result<Transition, MachineError> {
+        let under_way = self.active.as_ref().map(|active| active.operation);
+        let possible = match operation {
+            Operation::Resume => self.machine != MachineState::Held,
+            _ => true,
+        };
+        if under_way.is_some() || !possible || self.ending.is_some() {
+            return Err(MachineError::State { operation, machine: self.machine, under_way });
+        }
+        Ok(Transition::new(self.plan(operation))?)
+    }
+
+    pub(super) fn cancel(&mut self) {
+        self.feed(Event::Cancel);
+    }
+
+    pub(super) fn timer_expired(&mut self, number: u64, timer: Timer) {
+        if self.active.as_ref().is_some_and(|active| active.number == number) {
+            self.feed(Event::Expired(timer));
+        }
+    }
+
+    /// Feeds the transition that is under way, if one is, and carries out what it says.
+    pub(super) fn feed(&mut self, event: Event) {
+        let mut events = VecDeque::from([event]);
+        while let Some(event) = events.pop_front() {
+            let Some(active) = &mut self.active else { return };
+            let effects = active.transition.step(event);
+            let mut frame = None;
+            for effect in effects {
+                self.carry_out(effect, &mut frame, &mut events);
+            }
+        }
+    }
+
+    fn carry_out(
+        &mut self,
+        effect: Effect,
+        frame: &mut Option<(Command, Frame<CoordinatorMessage>)>,
+        events: &mut VecDeque<Event>,
+    ) {
+        match effect {
+            Effect::Send(id, command) => self.send_command(id, command, frame, events),
+            Effect::Abort(id, abort) => {
+                self.send(id, &CoordinatorMessage::Abort(abort), events);
+            }
+            Effect::Query(id, query) => match self.local(id) {
+                Some(local) => events.push_back(Event::Answer {
+                    from: id,
+                    term: query.term,
+                    epoch: query.epoch,
+                    phase: standstill_protocol::message::Phase::PrepareStop,
+                    state: local.state,
+                    answer: Answer::Status { moving_to: None },
+                }),
+                None => self.send(id, &CoordinatorMessage::Query(query), events),
+            },
+            Effect::Fence(id, why) => self.fence(id, why, events),
+            Effect::RunHook(id, moment) => self.run_hook(id, moment),
+            Effect::Arm(timer, budget_ns) => {
+                let Some(number) = self.active.as_ref().map(|active| active.number) else { return };
+                let handle = self.after(Duration::from_nanos(budget_ns), move || {
+                    Message::Expired(number, timer)
+                });
+                if let Some(active) = &mut self.active {
+                    active.timers.arm(timer, handle);
+                }
+            }
+            Effect::Disarm(timer) => {
+                if let Some(active) = &mut self.active {
+                    active.timers.disarm(timer);
+                }
+            }
+            Effect::Finish(outcome) => self.finish(outcome),
+        }
+    }
+
+    fn send_command(
+        &mut self,
+        id: ParticipantId,
+        command: Command,
+        frame: &mut Option<(Command, Frame<CoordinatorMessage>)>,
+        events: &mut VecDeque<Event>,
+    ) {
+        if let Some(active) = &mut self.active {
+            let undo = active.transition.is_undoing();
+            active.recorder.sent(id, &command, undo);
+        }
+        if let Some(local) = self.local(id) {
+            // A thread that is gone answers as one that hangs: not at all.
+            local.thread.call(command);
+            return;
+        }
+        let Some(device) = self.device(id) else { return };
+        let Some(channel) = &device.channel else { return };
+        device.allowance.asked();
+        // A broadcast is encoded once.
+        let sent = match frame {
+            Some((encoded, bytes)) if *encoded == command => channel.try_send_frame(bytes, &[]),
+            _ => match Frame::new(&CoordinatorMessage::Command(command), channel.version()) {
+                Ok(bytes) => {
+                    let sent = channel.try_send_frame(&bytes, &[]);
+                    *frame = Some((command, bytes));
+                    sent
+                }
+                Err(error) => Err(SendError::Encode(error)),
+            },
+        };
+        self.sent(id, sent, events);
+    }
+
+    fn send(
+        &mut self,
+        id: ParticipantId,
+        message: &CoordinatorMessage,
+        events: &mut VecDeque<Event>,
+    ) {
+        let Some(device) = self.device(id) else { return };
+        let Some(channel) = &device.channel else { return };
+        device.allowance.asked();
+        let sent = channel.try_send(message, &[]);
+        self.sent(id, sent, events);
+    }
+
+    fn sent(
+        &mut self,
+        id: ParticipantId,
+        sent: Result<(), SendError>,
+        events: &mut VecDeque<Event>,
+    ) {
+        let Err(error) = sent else { return };
+        let device = self.names.participant(id);
+        match error {
+            // It does not read: its deadline decides.
+            SendError::WouldBlock => tracing::warn!(device, "does not read its control channel"),
+            error => {
+                tracing::warn!(device, %error, "cannot be told");
+                // What it said before its end is still to be read, and then its end is.
+                if !matches!(error, SendError::Disconnected) {
+                    events.push_back(Event::Lost(id, Loss::Disconnected));
+                }
+            }
+        }
+    }
+
+    fn fence(&mut self, id: ParticipantId, why: Loss, events: &mut VecDeque<Event>) {
+        if let Some(active) = &mut self.active {
+            active.recorder.fencing(id, why);
+        }
+        let Some(device) = self.device(id) else { return };
+        match &device.standing {
+            Standing::Fenced(_) => events.push_back(Event::Fenced(id)),
+            standing => {
+                if !matches!(standing, Standing::Lost(_)) {
+                    device.standing = Standing::Lost(why.to_string());
+                }
+                tracing::warn!(device = device.spec.name, %why, "fencing");
+                // An actor that is gone cannot prove anything: the grace decides.
+                let _ = device.actor.cast(DeviceActorMessage::Fence);
+            }
+        }
+    }
+
+    fn run_hook(&mut self, id: HookId, moment: HookMoment) {
+        if let Some(active) = &mut self.active {
+            active.recorder.hook_called(id, moment);
+        }
+        if let Some(entry) = self.hooks.iter().find(|entry| entry.hook.id == id) {
+            // As for local devices: a thread that is gone is one that hangs.
+            entry.thread.call(moment);
+        }
+    }
+
+    /// A local device or a hook returned.
+    pub(super) fn local_answer(&mut self, answer: LocalAnswer) {
+        match answer {
+            LocalAnswer::Device(id, command, result) => {
+                let (state, answer, why) = match result {
+                    Ok(()) => (command.target, Answer::Reached, None),
+                    Err((why, state)) => (state, Answer::Refused, Some(why)),
+                };
+                if let Some(local) = self.local(id) {
+                    local.state = state;
+                }
+                if let Some(active) = &mut self.active {
+                    active.recorder.local(id, &command, state, why);
+                }
+                let Command { term, epoch, phase, .. } = command;
+                self.feed(Event::Answer { from: id, term, epoch, phase, state, answer });
+                self.proven(|reason| *reason == HeldReason::LocalHung(id));
+            }
+            LocalAnswer::Hook(id, moment, result) => {
+                let failed = result.is_err();
+                if let Some(active) = &mut self.active {
+                    active.recorder.hook_returned(id, moment, result.err());
+                }
+                if let Some(entry) = self.hooks.iter_mut().find(|entry| entry.hook.id == id)
+                    && std::mem::take(&mut entry.hung)
+                    && !failed
+                {
+                    entry.hook.stopped = moment == HookMoment::Stop;
+                }
+                self.feed(match failed {
+                    false => Event::HookDone(id, moment),
+                    true => Event::HookFailed(id, moment),
+                });
+                self.proven(|reason| *reason == HeldReason::HookHung(id));
+            }
+        }
+    }
+
+    fn finish(&mut self, outcome: Outcome) {
+        let Some(active) = self.active.take() else { return };
+        self.epoch = active.transition.epoch();
+        for device in &mut self.devices {
+            if let Some(state) = active.transition.state(device.id) {
+                device.state = state;
+            }
+        }
+        for local in &mut self.locals {
+            if let Some(state) = active.transition.state(local.id) {
+                local.state = state;
+            }
+        }
+        for entry in &mut self.hooks {
+            if let Some(hook) = active.transition.hooks().iter().find(|h| h.id == entry.hook.id) {
+                entry.hook.stopped = hook.stopped;
+            }
+        }
+        self.machine = match (&outcome, active.operation) {
+            (Outcome::Done, Operation::Resume) => MachineState::Running,
+            (Outcome::Done | Outcome::Stopped, _) => MachineState::Stopped,
+            (Outcome::RolledBack, _) => self.machine,
+            (Outcome::Degraded { machine, .. }, _) => *machine,
+            (Outcome::Held { .. }, _) => MachineState::Held,
+        };
+        self.held = match &outcome {
+            Outcome::Held { reasons, .. } => reasons.clone(),
+            _ => Vec::new(),
+        };
+        for reason in &self.held {
+            if let HeldReason::HookHung(id) = reason
+                && let Some(entry) = self.hooks.iter_mut().find(|entry| entry.hook.id == *id)
+            {
+                entry.hung = true;
+            }
+        }
+        let downtime_ns = self.downtime(&active);
+        let Active { transition, recorder, reply, .. } = active;
+        let report = Arc::new(recorder.finish(&transition, outcome, self.machine, downtime_ns));
+        for line in report.failure_lines() {
+            tracing::warn!(operation = %report.operation, "{line}");
+        }
+        tracing::debug!(
+            operation = %report.operation,
+            outcome = report.outcome.name(),
+            total_ns = report.total_ns,
+            "transition ended"
+        );
+        self.emit(MachineEvent::Transition(Arc::clone(&report)));
+        // Whoever asked may have given up; the machine is where it is all the same.
+        let _ = reply.send(Ok(report));
+    }
+
+    /// The machine has stood from the beginning of the first pause to the end of this resume.
+    fn downtime(&mut self, active: &Active) -> Option<u64> {
+        match (active.operation, self.machine) {
+            (_, MachineState::Running) => {
+                let paused_at = self.paused_at.take()?;
+                (active.operation == Operation::Resume).then(|| nanos(paused_at.elapsed()))
+            }
+            _ => {
+                self.paused_at.get_or_insert(active.recorder.began());
+                None
+            }
+        }
+    }
+}

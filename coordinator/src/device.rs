@@ -1,0 +1,201 @@
+//! The actor of one device process: owns the process, sees its end, fences it, forwards its log.
+//!
+//! It is not on the way of any answer: those come to the coordinator actor directly. When it is
+//! dropped for whatever reason, its process is killed.
+
+use crate::coordinator::Message as CoordinatorMessage;
+use crate::logs::{self, LogTail, Origin};
+use crate::process::{BackingFile, DeviceProcess, Exit, Fence, FenceProgress};
+use ractor::{Actor, ActorProcessingErr, ActorRef};
+use standstill_protocol::channel::Readiness;
+use standstill_protocol::transition::ParticipantId;
+use std::time::Duration;
+use tokio::task::JoinHandle;
+
+/// How often the locks of a dead process's files are tried.
+const LOCK_INTERVAL: Duration = Duration::from_millis(2);
+/// How long a dead process's last lines are waited for; a grandchild may keep the pipe open.
+const LOG_GRACE: Duration = Duration::from_millis(200);
+
+/// What the actor of a device process is told.
+#[derive(Debug)]
+pub(crate) enum Message {
+    /// These are the files that a fence must find unlocked.
+    BackingFiles(Vec<BackingFile>),
+    /// Kill the process and prove it.
+    Fence,
+    /// The process is to end by itself; kill it after this time.
+    Expect(Duration),
+    /// The time is over.
+    Kill,
+    /// The pidfd says that the process has ended.
+    Exited,
+    /// Try the locks again.
+    TryLocks,
+    /// Its log was read to the end, or was waited for long enough.
+    LogEnded,
+}
+
+/// What it tells the coordinator.
+#[derive(Debug)]
+pub(crate) enum ProcessEvent {
+    /// The process has ended.
+    Exited(Exit),
+    /// Nothing of it is left.
+    Fenced {
+        /// How it ended.
+        exit: Exit,
+        /// How many locks on its files were obtained.
+        locks: usize,
+    },
+    /// It has ended and its last words were read.
+    Gone,
+}
+
+pub(crate) struct DeviceActor;
+
+pub(crate) struct Arguments {
+    pub(crate) id: ParticipantId,
+    pub(crate) origin: Origin,
+    pub(crate) process: DeviceProcess,
+    pub(crate) tail: LogTail,
+    pub(crate) coordinator: ActorRef<CoordinatorMessage>,
+}
+
+pub(crate) struct State {
+    id: ParticipantId,
+    name: String,
+    process: DeviceProcess,
+    files: Vec<BackingFile>,
+    fence: Option<Fence>,
+    coordinator: ActorRef<CoordinatorMessage>,
+    tasks: Vec<JoinHandle<()>>,
+    log: Option<JoinHandle<()>>,
+}
+
+impl State {
+    fn tell(&self, event: ProcessEvent) {
+        // A coordinator that is gone needs to know nothing.
+        let _ = self.coordinator.cast(CoordinatorMessage::Process(self.id, event));
+    }
+
+    fn poll_fence(&mut self, myself: &ActorRef<Message>) {
+        let Some(fence) = &mut self.fence else { return };
+        match fence.poll(&mut self.process) {
+            // The pidfd will tell.
+            FenceProgress::WaitingForExit => {
+                if let Some(obstacle) = fence.obstacle() {
+                    tracing::warn!(device = self.name, error = %obstacle, "fence is obstructed");
+                    myself.send_after(LOCK_INTERVAL, || Message::TryLocks);
+                }
+            }
+            FenceProgress::WaitingForLocks { held } => {
+                tracing::trace!(device = self.name, held, "waiting for locks of backing files");
+                myself.send_after(LOCK_INTERVAL, || Message::TryLocks);
+            }
+            FenceProgress::Proven(proof) => {
+                let (exit, locks) = (proof.exit(), proof.locks());
+                self.fence = None;
+                tracing::info!(device = self.name, %exit, locks, "fenced");
+                self.tell(ProcessEvent::Fenced { exit, locks });
+            }
+        }
+    }
+}
+
+impl Drop for State {
+    fn drop(&mut self) {
+        self.tasks.iter().for_each(JoinHandle::abort);
+    }
+}
+
+impl Actor for DeviceActor {
+    type Msg = Message;
+    type State = State;
+    type Arguments = Arguments;
+
+    async fn pre_start(
+        &self,
+        myself: ActorRef<Message>,
+        arguments: Arguments,
+    ) -> Result<State, ActorProcessingErr> {
+        let Arguments { id, origin, mut process, tail, coordinator } = arguments;
+        let name = origin.device.clone();
+        let pidfd = Readiness::new(process.pidfd().try_clone_to_owned()?)?;
+        let exit = {
+            let myself = myself.clone();
+            tokio::spawn(async move {
+                if pidfd.readable().await.is_ok() {
+                    let _ = myself.cast(Message::Exited);
+                }
+            })
+        };
+        let log = process.take_stderr().map(|stderr| {
+            let device = name.clone();
+            tokio::spawn(async move {
+                if let Err(error) = logs::forward(stderr, origin, tail).await {
+                    tracing::warn!(device, %error, "the device's log cannot be read");
+                }
+            })
+        });
+        Ok(State {
+            id,
+            name,
+            process,
+            files: Vec::new(),
+            fence: None,
+            coordinator,
+            tasks: vec![exit],
+            log,
+        })
+    }
+
+    async fn handle(
+        &self,
+        myself: ActorRef<Message>,
+        message: Message,
+        state: &mut State,
+    ) -> Result<(), ActorProcessingErr> {
+        match message {
+            Message::BackingFiles(files) => state.files = files,
+            Message::Fence => {
+                if state.fence.is_none() {
+                    let files = std::mem::take(&mut state.files);
+                    state.fence = Some(Fence::begin(&mut state.process, files));
+                }
+                state.poll_fence(&myself);
+            }
+            Message::Expect(grace) => {
+                myself.send_after(grace, || Message::Kill);
+            }
+            Message::Kill => {
+                if let Err(error) = state.process.kill() {
+                    tracing::warn!(device = state.name, %error, "cannot be killed");
+                }
+            }
+            Message::Exited => {
+                match state.process.try_reap() {
+                    Ok(Some(exit)) => {
+                        tracing::debug!(device = state.name, %exit, "process ended");
+                        state.tell(ProcessEvent::Exited(exit));
+                    }
+                    Ok(None) => tracing::warn!(device = state.name, "pidfd readable, no exit"),
+                    Err(error) => tracing::warn!(device = state.name, %error, "cannot be reaped"),
+                }
+                state.poll_fence(&myself);
+                if let Some(log) = state.log.take() {
+                    state.tasks.push(tokio::spawn(async move {
+                        // Either way there is nothing more to wait for.
+                        let _ = tokio::time::timeout(LOG_GRACE, log).await;
+                        let _ = myself.cast(Message::LogEnded);
+                    }));
+                } else {
+                    state.tell(ProcessEvent::Gone);
+                }
+            }
+            Message::TryLocks => state.poll_fence(&myself),
+            Message::LogEnded => state.tell(ProcessEvent::Gone),
+        }
+        Ok(())
+    }
+}

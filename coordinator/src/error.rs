@@ -1,0 +1,163 @@
+//! Why a machine does not start, stop or answer.
+
+use crate::process::{Exit, SpawnError};
+use crate::report::TransitionReport;
+use standstill_protocol::channel::{RecvError, SendError};
+use standstill_protocol::message::VersionRange;
+use standstill_protocol::transition::{MachineState, Operation, PlanError};
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+use thiserror::Error;
+
+/// Why a machine was not started. Everything that was started is gone.
+#[derive(Debug, Error)]
+pub enum StartError {
+    /// The description does not fit.
+    #[error("bad machine description: {0}")]
+    Description(String),
+    /// A device's program cannot be started.
+    #[error("device {device:?} cannot be started")]
+    Spawn {
+        /// Its name.
+        device: String,
+        /// Why.
+        source: SpawnError,
+    },
+    /// A device did not greet as it should.
+    #[error("device {device:?} {source}{}", tail(.stderr))]
+    Greeting {
+        /// Its name.
+        device: String,
+        /// What it did instead.
+        source: GreetingError,
+        /// The last lines that it wrote to standard error.
+        stderr: Vec<String>,
+    },
+    /// The machine as a whole is not possible.
+    #[error(transparent)]
+    Plan(#[from] PlanError),
+    /// The system refused something.
+    #[error("cannot {what}")]
+    System {
+        /// What.
+        what: &'static str,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+fn tail(lines: &[String]) -> String {
+    if lines.is_empty() {
+        String::new()
+    } else {
+        format!("; it last wrote:\n    {}", lines.join("\n    "))
+    }
+}
+
+/// What a device process did instead of greeting.
+#[derive(Debug, Error)]
+pub enum GreetingError {
+    /// Nothing.
+    #[error("did not say Hello within {0:?}")]
+    Silent(Duration),
+    /// It ended.
+    #[error("ended before it said Hello: {0}")]
+    Exited(Exit),
+    /// It closed its control channel.
+    #[error("closed its control channel before it said Hello")]
+    Disconnected,
+    /// It speaks other versions of the protocol.
+    #[error("speaks protocol version {theirs}, this coordinator speaks {ours}")]
+    Version {
+        /// What it speaks.
+        theirs: VersionRange,
+        /// What this coordinator speaks.
+        ours: VersionRange,
+    },
+    /// It sent something that is no Hello.
+    #[error("broke the protocol before it said Hello")]
+    Protocol(#[source] ProtocolError),
+}
+
+/// How a device process broke the protocol.
+#[derive(Debug, Error)]
+pub enum ProtocolError {
+    /// Its packet is no message.
+    #[error(transparent)]
+    Packet(#[from] RecvError),
+    /// Its message comes at the wrong time.
+    #[error("sent {what} where {expected} was expected")]
+    Unexpected {
+        /// What it sent.
+        what: &'static str,
+        /// What was expected.
+        expected: &'static str,
+    },
+    /// It sends too much.
+    #[error("sent more than {0} messages in a second that nobody had asked for")]
+    Flood(u32),
+    /// A backing file of its Hello is not acceptable.
+    #[error("declared a backing file that cannot be used")]
+    BackingFile(#[source] crate::process::BackingFileError),
+    /// It cannot be answered.
+    #[error("cannot be answered")]
+    Send(#[from] SendError),
+    /// It claims to belong to another machine or term although it has just been started.
+    #[error("claims a past although it has just been started")]
+    NotFresh,
+}
+
+/// Why a machine did not do what it was asked.
+#[derive(Debug, Error)]
+pub enum MachineError {
+    /// The transition did not end where it was to end; the report says everything.
+    #[error("{}", transition(.0))]
+    Transition(Arc<TransitionReport>),
+    /// The machine is not in a state from which this is possible.
+    #[error("{operation} is not possible: the machine is {machine}{}", during(.under_way))]
+    State {
+        /// What was asked.
+        operation: Operation,
+        /// Where the machine is.
+        machine: MachineState,
+        /// What is under way.
+        under_way: Option<Operation>,
+    },
+    /// The participants do not allow it; nothing was sent.
+    #[error(transparent)]
+    Plan(#[from] PlanError),
+    /// A device did not accept a memory declaration.
+    #[error("device {device:?} did not accept the memory declaration: {why}")]
+    Memory {
+        /// Its name.
+        device: String,
+        /// Why, for a person.
+        why: String,
+    },
+    /// The fd cannot be used.
+    #[error("the file descriptor cannot be used")]
+    Fd {
+        /// Why.
+        source: io::Error,
+    },
+    /// The machine is not held.
+    #[error("the machine is {0}, not held")]
+    NotHeld(MachineState),
+    /// The machine was shut down.
+    #[error("the machine is gone")]
+    Gone,
+}
+
+fn transition(report: &TransitionReport) -> String {
+    let mut text = format!("{} ended in {}", report.operation, report.outcome.name());
+    for line in report.failure_lines() {
+        text.push_str("; ");
+        text.push_str(&line);
+    }
+    text
+}
+
+fn during(operation: &Option<Operation>) -> String {
+    operation.map_or_else(String::new, |operation| format!(", and a {operation} is under way"))
+}

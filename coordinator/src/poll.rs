@@ -1,0 +1,85 @@
+//! All control sockets behind one nested epoll fd, so that a burst of answers is one wake-up.
+//!
+//! The sockets are registered level-triggered in an epoll of their own; tokio watches only that
+//! epoll's fd. A task waits for it and tells the coordinator actor, one message at a time: it goes
+//! on waiting only when the actor says that it found nothing more to read. So the actor's mailbox
+//! cannot be filled from outside.
+
+use crate::coordinator::Message;
+use ractor::ActorRef;
+use rustix::buffer::spare_capacity;
+use rustix::event::epoll;
+use standstill_protocol::channel::Readiness;
+use standstill_protocol::transition::ParticipantId;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use tokio::sync::Notify;
+use tokio::task::JoinHandle;
+
+/// How many ready sockets one call of [`Poll::ready`] gives at most.
+const BATCH: usize = 128;
+
+/// The nested epoll and the task that watches it.
+#[derive(Debug)]
+pub(crate) struct Poll {
+    epoll: Arc<OwnedFd>,
+    drained: Arc<Notify>,
+    watch: JoinHandle<()>,
+}
+
+impl Poll {
+    /// Begins to watch; the actor gets [`Message::Readable`].
+    pub(crate) fn new(actor: ActorRef<Message>) -> io::Result<Self> {
+        let epoll = Arc::new(epoll::create(epoll::CreateFlags::CLOEXEC)?);
+        let drained = Arc::new(Notify::new());
+        let readiness = Readiness::new(Arc::clone(&epoll))?;
+        let actor_drained = Arc::clone(&drained);
+        let watch = tokio::spawn(async move {
+            while let Ok(guard) = readiness.readable().await {
+                if actor.cast(Message::Readable).is_err() {
+                    return;
+                }
+                actor_drained.notified().await;
+                guard.clear();
+            }
+        });
+        Ok(Self { epoll, drained, watch })
+    }
+
+    /// Adds a participant's socket.
+    pub(crate) fn add(&self, id: ParticipantId, socket: impl AsFd) -> io::Result<()> {
+        let data = epoll::EventData::new_u64(u64::from(id.0));
+        Ok(epoll::add(&self.epoll, socket, data, epoll::EventFlags::IN)?)
+    }
+
+    /// Takes a socket out; closing its last fd does the same.
+    pub(crate) fn remove(&self, socket: impl AsFd) {
+        // Fails only if it is not there, which is what is wanted.
+        let _ = epoll::delete(&self.epoll, socket);
+    }
+
+    /// Whose sockets can be read now; empty if nobody's.
+    pub(crate) fn ready(&self) -> Vec<ParticipantId> {
+        let mut events = Vec::with_capacity(BATCH);
+        let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
+        // If it fails nothing was lost: the sockets are level-triggered.
+        let _ = epoll::wait(&self.epoll, spare_capacity(&mut events), Some(&now));
+        events
+            .iter()
+            .filter_map(|event| u32::try_from(event.data.u64()).ok())
+            .map(ParticipantId)
+            .collect()
+    }
+
+    /// Nothing more can be read: watch on.
+    pub(crate) fn drained(&self) {
+        self.drained.notify_one();
+    }
+}
+
+impl Drop for Poll {
+    fn drop(&mut self) {
+        self.watch.abort();
+    }
+}

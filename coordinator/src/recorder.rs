@@ -1,0 +1,182 @@
+//! Keeps what happens in a transition, and when, until it becomes a report.
+
+use crate::report::{
+    CommandAnswer, CommandReport, FenceReport, HookReport, Names, ParticipantReport,
+    TransitionReport, nanos,
+};
+use standstill_protocol::message::{Command, Epoch, Evidence, Phase, Reached, Refused, Term, Timings};
+use standstill_protocol::migration::MigrationState;
+use standstill_protocol::transition::{
+    HookId, HookMoment, Loss, MachineState, Operation, Outcome, ParticipantId, Transition,
+};
+use std::collections::HashMap;
+use std::time::Instant;
+
+/// What has happened so far in one transition.
+#[derive(Debug)]
+pub(crate) struct Recorder {
+    operation: Operation,
+    term: Term,
+    first_epoch: Epoch,
+    began: Instant,
+    participants: Vec<ParticipantReport>,
+    index: HashMap<ParticipantId, usize>,
+    hooks: Vec<HookReport>,
+    names: Names,
+}
+
+impl Recorder {
+    pub(crate) fn new(
+        operation: Operation,
+        (term, first_epoch): (Term, Epoch),
+        began: Instant,
+        members: impl Iterator<Item = (ParticipantId, String, MigrationState)>,
+        names: Names,
+    ) -> Self {
+        let participants: Vec<_> = members
+            .map(|(id, name, before)| ParticipantReport {
+                id,
+                name,
+                before,
+                after: None,
+                commands: Vec::with_capacity(2),
+                fence: None,
+            })
+            .collect();
+        let index = participants.iter().enumerate().map(|(at, p)| (p.id, at)).collect();
+        Self { operation, term, first_epoch, began, participants, index, hooks: Vec::new(), names }
+    }
+
+    pub(crate) fn began(&self) -> Instant {
+        self.began
+    }
+
+    fn now(&self) -> u64 {
+        nanos(self.began.elapsed())
+    }
+
+    fn participant(&mut self, id: ParticipantId) -> Option<&mut ParticipantReport> {
+        self.index.get(&id).map(|&at| &mut self.participants[at])
+    }
+
+    pub(crate) fn sent(&mut self, id: ParticipantId, command: &Command, undo: bool) {
+        let sent_ns = self.now();
+        if let Some(participant) = self.participant(id) {
+            participant.commands.push(CommandReport {
+                epoch: command.epoch,
+                phase: command.phase,
+                target: command.target,
+                undo,
+                sent_ns,
+                answered_ns: None,
+                answer: CommandAnswer::None,
+            });
+        }
+    }
+
+    fn answered(&mut self, id: ParticipantId, key: (Epoch, Phase), answer: CommandAnswer) {
+        let now = self.now();
+        let Some(participant) = self.participant(id) else { return };
+        let command = participant.commands.iter_mut().rev().find(|command| {
+            (command.epoch, command.phase) == key && command.answered_ns.is_none()
+        });
+        if let Some(command) = command {
+            command.answered_ns = Some(now);
+            command.answer = answer;
+        }
+    }
+
+    pub(crate) fn reached(&mut self, id: ParticipantId, reached: Reached) {
+        let Reached { epoch, phase, state, timings, evidence, .. } = reached;
+        self.answered(id, (epoch, phase), CommandAnswer::Reached { state, timings, evidence });
+    }
+
+    pub(crate) fn refused(&mut self, id: ParticipantId, refused: Refused) {
+        let Refused { epoch, phase, state, refusal, .. } = refused;
+        let why = refusal.to_string();
+        self.answered(id, (epoch, phase), CommandAnswer::Refused { state, why });
+    }
+
+    /// A local device answered.
+    pub(crate) fn local(
+        &mut self,
+        id: ParticipantId,
+        command: &Command,
+        state: MigrationState,
+        why: Option<String>,
+    ) {
+        let answer = match why {
+            Some(why) => CommandAnswer::Refused { state, why },
+            None => CommandAnswer::Reached {
+                state,
+                timings: Timings::default(),
+                evidence: Evidence::default(),
+            },
+        };
+        self.answered(id, (command.epoch, command.phase), answer);
+    }
+
+    pub(crate) fn fencing(&mut self, id: ParticipantId, why: Loss) {
+        let began_ns = self.now();
+        if let Some(participant) = self.participant(id) {
+            participant.fence = Some(FenceReport { why, began_ns, proven_ns: None, proof: None });
+        }
+    }
+
+    pub(crate) fn fenced(&mut self, id: ParticipantId, proof: String) {
+        let now = self.now();
+        if let Some(fence) = self.participant(id).and_then(|p| p.fence.as_mut()) {
+            fence.proven_ns = Some(now);
+            fence.proof = Some(proof);
+        }
+    }
+
+    pub(crate) fn hook_called(&mut self, id: HookId, moment: HookMoment) {
+        let called_ns = self.now();
+        let name = self.names.hook(id);
+        self.hooks.push(HookReport { id, name, moment, called_ns, returned_ns: None, error: None });
+    }
+
+    pub(crate) fn hook_returned(&mut self, id: HookId, moment: HookMoment, error: Option<String>) {
+        let now = self.now();
+        let call = self
+            .hooks
+            .iter_mut()
+            .rev()
+            .find(|hook| hook.id == id && hook.moment == moment && hook.returned_ns.is_none());
+        if let Some(call) = call {
+            call.returned_ns = Some(now);
+            call.error = error;
+        }
+    }
+
+    pub(crate) fn finish(
+        mut self,
+        transition: &Transition,
+        outcome: Outcome,
+        machine: MachineState,
+        downtime_ns: Option<u64>,
+    ) -> TransitionReport {
+        let total_ns = self.now();
+        for participant in &mut self.participants {
+            participant.after = transition.state(participant.id);
+        }
+        TransitionReport {
+            operation: self.operation,
+            outcome,
+            machine,
+            term: self.term,
+            first_epoch: self.first_epoch,
+            last_epoch: transition.epoch(),
+            total_ns,
+            downtime_ns,
+            participants: self.participants,
+            hooks: self.hooks,
+            failures: transition.failures().to_vec(),
+            strays: transition.strays(),
+            names: self.names,
+        }
+    }
+}
+
+

@@ -1,0 +1,234 @@
+//! Carrying out what the lifecycle says.
+
+use super::arc::{ArcOutcome, Spent, change_activity, reset};
+use super::budget::{Budget, Overtaken};
+use super::job::{Job, moment_of_answer, moment_of_arrival};
+use super::stream::{self, StreamError};
+use super::stream_fd::StreamFd;
+use super::{Message, State};
+use crate::device::Device;
+use standstill_protocol::lifecycle::{Arc as LifecycleArc, Effect, Event};
+use standstill_protocol::message::{
+    Command, DeviceMessage, Reached, Refusal, RefusalKind, Refused,
+};
+use standstill_protocol::migration::{Activity, MigrationState};
+use std::future::poll_fn;
+use std::sync::Arc;
+use std::task::Poll;
+use std::time::{Duration, Instant};
+
+/// How long what the client or a lease wants may take: a VMM gives up 5 s after its request.
+const CLIENT_BUDGET: Duration = Duration::from_secs(4);
+
+/// Which way a state stream goes.
+#[derive(Clone, Copy)]
+enum Direction {
+    Save,
+    Load,
+}
+
+impl<D: Device> State<D> {
+    /// Carries out one effect. What was done at once gives its event back.
+    pub(super) async fn carry(&mut self, effect: Effect) -> Option<Event> {
+        match effect {
+            Effect::Begin(command) => self.begin(command),
+            Effect::Arc(arc) => return self.take_arc(arc).await,
+            Effect::Hurry => self.overtaken.fire(),
+            Effect::WriteStream => return self.start_stream(Direction::Save),
+            Effect::ReadStream => return self.start_stream(Direction::Load),
+            Effect::Reset => self.start_reset(),
+            Effect::Reached(command, state) => self.reached(command, state),
+            Effect::Refused(command, state, refusal) => self.refused(command, state, refusal),
+            Effect::Status(status) => self.send(DeviceMessage::Status(status)),
+            Effect::ClientAnswer(answer) => {
+                if let Some(reply) = self.client_reply.take() {
+                    // The client may have stopped waiting.
+                    let _ = reply.try_send(answer);
+                }
+            }
+            Effect::ArmLease(nanoseconds, epoch) => {
+                let after = Duration::from_nanos(nanoseconds);
+                self.lease = Some(self.cast_after(after, Message::LeaseExpired(epoch)));
+            }
+            Effect::DisarmLease => {
+                if let Some(lease) = self.lease.take() {
+                    lease.abort();
+                }
+            }
+            Effect::Notify(event) => self.send(DeviceMessage::Event(event)),
+            Effect::Exit(reason) => self.exit(reason),
+            Effect::Dropped(why) => tracing::debug!(?why, "dropped"),
+        }
+        None
+    }
+
+    fn begin(&mut self, command: Command) {
+        self.overtaken = Arc::default();
+        let arrival = self.arrival.take().filter(|arrival| arrival.command == command);
+        // The lifecycle begins the latest command that it took, and that one is kept.
+        let Some(arrival) = arrival else {
+            tracing::error!(?command, "a command begins that has not arrived");
+            return;
+        };
+        let mut job = Job::new(arrival, Arc::clone(&self.overtaken));
+        if let Some(moment) = moment_of_arrival(&command, self.lifecycle.state().activity()) {
+            job.collect(&self.parts.device, moment);
+        }
+        self.job = Some(job);
+    }
+
+    /// The deadline of what is being done.
+    fn budget(&self) -> Budget {
+        match &self.job {
+            Some(job) => job.budget.clone(),
+            None => Budget::new(Instant::now(), CLIENT_BUDGET, Arc::clone(&self.overtaken)),
+        }
+    }
+
+    async fn take_arc(&mut self, arc: LifecycleArc) -> Option<Event> {
+        if self.in_force == arc.after {
+            return Some(Event::ArcDone);
+        }
+        let work =
+            change_activity(Arc::clone(&self.parts), self.in_force, arc.after, self.budget());
+        let after = arc.after;
+        let mut work = Box::pin(async move { (work.await, after) });
+        // Usually there is nothing to wait for.
+        let at_once = poll_fn(|context| Poll::Ready(work.as_mut().poll(context))).await;
+        if let Poll::Ready((outcome, after)) = at_once {
+            return Some(self.arc_ended(outcome, after));
+        }
+        let myself = self.myself.clone();
+        tokio::spawn(async move {
+            let (outcome, after) = work.await;
+            // If the actor is gone, so is the process.
+            let _ = myself.cast(Message::ArcFinished(outcome, after));
+        });
+        None
+    }
+
+    /// What was overtaken ends without an answer, as soon as what it is doing has ended.
+    pub(super) fn forget_overtaken_job(&mut self) {
+        if self.overtaken.has_fired() {
+            self.job = None;
+            self.overtaken = Arc::default();
+        }
+    }
+
+    pub(super) fn arc_ended(&mut self, outcome: ArcOutcome, after: Activity) -> Event {
+        self.forget_overtaken_job();
+        if let Some(job) = &mut self.job {
+            job.spent.add(outcome.spent);
+        }
+        match outcome.result {
+            Ok(()) => {
+                self.in_force = after;
+                Event::ArcDone
+            }
+            Err(failure) => {
+                if !failure.restored {
+                    self.in_force = Activity::Stopped;
+                }
+                Event::ArcFailed { refusal: failure.refusal, restored: failure.restored }
+            }
+        }
+    }
+
+    fn start_reset(&mut self) {
+        // Where the lifecycle will be if it succeeds: nothing moves before it has ended.
+        let mut then = self.lifecycle.clone();
+        then.step(Event::ResetDone);
+        let to = then.activity().max(self.in_force);
+        let work = reset(Arc::clone(&self.parts), self.in_force, to, self.budget());
+        let myself = self.myself.clone();
+        tokio::spawn(async move {
+            let (result, spent) = work.await;
+            // If the actor is gone, so is the process.
+            let _ = myself.cast(Message::ResetFinished(result.map(|()| to), spent));
+        });
+    }
+
+    pub(super) fn reset_ended(
+        &mut self,
+        result: Result<Activity, Refusal>,
+        spent: Spent,
+    ) -> Event {
+        self.forget_overtaken_job();
+        if let Some(job) = &mut self.job {
+            job.spent.add(spent);
+        }
+        match result {
+            Ok(activity) => {
+                self.in_force = activity;
+                Event::ResetDone
+            }
+            Err(refusal) => {
+                self.in_force = Activity::Stopped;
+                Event::ResetFailed(refusal)
+            }
+        }
+    }
+
+    fn start_stream(&mut self, direction: Direction) -> Option<Event> {
+        let budget = self.budget();
+        let Some(fd) = self.job.as_mut().and_then(|job| job.fd.take()) else {
+            return Some(Event::StreamFailed(stream_refusal("no fd came with the command")));
+        };
+        let fd = match StreamFd::new(fd, budget) {
+            Ok(fd) => fd,
+            Err(error) => {
+                let text = format!("the fd of the state stream: {error}");
+                return Some(Event::StreamFailed(stream_refusal(text)));
+            }
+        };
+        let parts = Arc::clone(&self.parts);
+        let myself = self.myself.clone();
+        // It may block: on a thread of its own.
+        tokio::task::spawn_blocking(move || {
+            let done = match direction {
+                Direction::Save => stream::save(&parts, fd),
+                Direction::Load => stream::load(&parts, fd),
+            };
+            let result = done.map_err(|error| refusal_of(&error));
+            // If the actor is gone, so is the process.
+            let _ = myself.cast(Message::StreamFinished(result));
+        });
+        None
+    }
+
+    fn reached(&mut self, command: Command, state: MigrationState) {
+        let Some(mut job) = self.job.take() else { return };
+        if let Some(moment) = moment_of_answer(&command) {
+            job.collect(&self.parts.device, moment);
+        }
+        let (timings, evidence) = job.finish();
+        let Command { term, epoch, phase, .. } = command;
+        let reached = Reached { term, epoch, phase, state, timings, evidence };
+        self.send(DeviceMessage::Reached(reached));
+    }
+
+    fn refused(&mut self, command: Command, state: MigrationState, refusal: Refusal) {
+        tracing::warn!(phase = %command.phase, epoch = command.epoch.0, %state, %refusal, "refused");
+        self.job = None;
+        let Command { term, epoch, phase, .. } = command;
+        self.send(DeviceMessage::Refused(Refused { term, epoch, phase, state, refusal }));
+    }
+}
+
+fn stream_refusal(text: impl Into<String>) -> Refusal {
+    Refusal { kind: RefusalKind::Stream, text: text.into() }
+}
+
+/// The reason with its causes.
+fn refusal_of(error: &StreamError) -> Refusal {
+    let mut text = error.to_string();
+    let mut cause = std::error::Error::source(error);
+    while let Some(error) = cause {
+        let more = error.to_string();
+        if !text.ends_with(&more) {
+            text = format!("{text}: {more}");
+        }
+        cause = error.source();
+    }
+    stream_refusal(text)
+}

@@ -1,0 +1,139 @@
+//! What the control side and the data side of a device process have in common.
+
+use crate::device::{Bar, BarBacking, Device, DeviceInfo};
+use crate::gate::{Gate, InFlight};
+use crate::interrupt::Interrupts;
+use crate::memory::MemoryMap;
+use crate::pci::{BarUse, ConfigSpace, PciError, PciLayout};
+use standstill_protocol::migration::Activity;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use thiserror::Error;
+
+/// A device and all that the runtime keeps for it.
+#[derive(Debug)]
+pub(crate) struct Parts<D> {
+    pub(crate) device: D,
+    /// What all DMA passes.
+    pub(crate) gate: Arc<Gate>,
+    /// What all accesses to BARs pass.
+    pub(crate) accesses: InFlight,
+    pub(crate) memory: MemoryMap,
+    pub(crate) interrupts: Interrupts,
+    pub(crate) kind: String,
+    pub(crate) layout: PciLayout,
+    config: Mutex<ConfigSpace>,
+    /// What the client wrote into the MSI-X table and pending bits.
+    msix: Mutex<Vec<u8>>,
+    /// The memory behind each [`BarUse::Memory`] BAR.
+    pub(crate) bar_memory: [Option<OwnedFd>; 6],
+}
+
+/// A device cannot be served as it describes itself.
+#[derive(Debug, Error)]
+pub enum InfoError {
+    /// As a PCI device.
+    #[error(transparent)]
+    Pci(#[from] PciError),
+    /// Its name.
+    #[error("a device's kind has 1 to 64 bytes, {0:?} has not")]
+    Kind(String),
+    /// Too many backing files.
+    #[error("{0} backing files, at most 16 are possible")]
+    BackingFiles(usize),
+    /// The memory behind a BAR cannot be looked at.
+    #[error("the memory of BAR {bar} cannot be examined")]
+    Memory {
+        /// Its index.
+        bar: usize,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The memory behind a BAR does not fill it.
+    #[error("the memory of BAR {bar} has {actual:#x} bytes, the BAR has {expected:#x}")]
+    MemorySize {
+        /// Its index.
+        bar: usize,
+        /// The BAR's size in bytes.
+        expected: u64,
+        /// The memory's size in bytes.
+        actual: u64,
+    },
+}
+
+impl<D: Device> Parts<D> {
+    /// Puts a device together; its backing files are the caller's business.
+    pub(crate) fn new(
+        device: D,
+        info: DeviceInfo,
+        memory: MemoryMap,
+        interrupts: Interrupts,
+    ) -> Result<Self, InfoError> {
+        if info.kind.is_empty() || info.kind.len() > standstill_protocol::message::MAX_NAME {
+            return Err(InfoError::Kind(info.kind));
+        }
+        let layout = PciLayout::new(&info)?;
+        let config = ConfigSpace::new(&info, &layout)?;
+        let mut bar_memory = [const { None }; 6];
+        for (index, bar) in info.bars.into_iter().enumerate() {
+            if let Some(Bar { size, backing: BarBacking::Memory(fd) }) = bar {
+                check_size(index, size, &fd)?;
+                bar_memory[index] = Some(fd);
+            }
+        }
+        let msix_size = layout.bars.iter().find(|bar| bar.usage == BarUse::Msix);
+        // At most 64 KiB: 2048 vectors.
+        let msix_size = msix_size.map_or(0, |bar| usize::try_from(bar.size).unwrap_or(0));
+        Ok(Self {
+            device,
+            gate: Arc::clone(memory.gate()),
+            accesses: InFlight::new(),
+            memory,
+            interrupts,
+            kind: info.kind,
+            layout,
+            config: Mutex::new(config),
+            msix: Mutex::new(vec![0; msix_size]),
+            bar_memory,
+        })
+    }
+
+    pub(crate) fn config(&self) -> MutexGuard<'_, ConfigSpace> {
+        self.config.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn msix(&self) -> MutexGuard<'_, Vec<u8>> {
+        self.msix.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Closes everything at once, without waiting for what is in flight: the device is unusable.
+    pub(crate) async fn force_stop(&self) {
+        self.accesses.close();
+        self.gate.ram().close();
+        self.gate.peer().close();
+        self.interrupts.freeze().await;
+    }
+
+    /// What is open now; for tests and assertions.
+    pub(crate) fn is_at(&self, activity: Activity) -> bool {
+        let open = (!self.gate.ram().is_closed(), !self.gate.peer().is_closed());
+        let accesses = !self.accesses.is_closed();
+        match activity {
+            Activity::Stopped => open == (false, false) && !accesses,
+            Activity::NoPeer => open == (true, false) && accesses,
+            Activity::Full => open == (true, true) && accesses,
+        }
+    }
+}
+
+fn check_size(bar: usize, expected: u64, fd: &OwnedFd) -> Result<(), InfoError> {
+    let facts = rustix::fs::fstat(fd)
+        .map_err(|errno| InfoError::Memory { bar, source: errno.into() })?;
+    let actual = u64::try_from(facts.st_size).unwrap_or(0);
+    if actual < expected {
+        return Err(InfoError::MemorySize { bar, expected, actual });
+    }
+    Ok(())
+}

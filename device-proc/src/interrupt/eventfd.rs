@@ -1,0 +1,59 @@
+//! Eventfds that come from another process: what they must be, and how to signal them without
+//! ever waiting.
+
+#![forbid(unsafe_code)]
+
+use super::IrqError;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::{Errno, write};
+use std::os::fd::{AsRawFd, OwnedFd};
+
+/// What the kernel calls an eventfd.
+const EVENTFD_LINK: &str = "anon_inode:[eventfd]";
+
+/// An fd that is known to be an eventfd.
+#[derive(Debug)]
+pub(super) struct EventFd(OwnedFd);
+
+impl EventFd {
+    /// Accepts only a real eventfd: a write to a pipe or a terminal could block, or do anything.
+    pub(super) fn new(fd: OwnedFd) -> Result<Self, IrqError> {
+        let link = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()))
+            .map_err(IrqError::Io)?;
+        if link.as_os_str() == EVENTFD_LINK {
+            Ok(Self(fd))
+        } else {
+            Err(IrqError::NotEventfd { found: link.to_string_lossy().into_owned() })
+        }
+    }
+
+    /// Adds 1 to the counter. A counter that is full is signalled already.
+    ///
+    /// The client may have left it blocking, and its flags are the client's too: so this asks
+    /// first. A client that fills the counter in between can block us; it hurts only its own
+    /// device, whose next stop then fails.
+    pub(super) fn signal(&self) {
+        let mut fds = [PollFd::new(&self.0, PollFlags::OUT)];
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        loop {
+            match poll(&mut fds, Some(&now)) {
+                Ok(0) => return,
+                Ok(_) => break,
+                Err(Errno::INTR) => {}
+                Err(error) => return Self::report(error),
+            }
+        }
+        loop {
+            match write(&self.0, &1u64.to_ne_bytes()) {
+                Ok(_) | Err(Errno::AGAIN) => return,
+                Err(Errno::INTR) => {}
+                Err(error) => return Self::report(error),
+            }
+        }
+    }
+
+    #[cold]
+    fn report(error: Errno) {
+        tracing::warn!(%error, "an interrupt's eventfd could not be signalled");
+    }
+}

@@ -1,0 +1,452 @@
+//! The IOVA map: which DMA windows the client has given to the device, and what is behind them.
+//! All DMA passes here, and here passes the [gate](crate::gate).
+//!
+//! The runtime owns a [`MemoryMap`] and keeps it as the client says ([`MemoryMap::map`],
+//! [`MemoryMap::unmap`]) and as the coordinator says ([`MemoryMap::declare_ram`]). The device has
+//! a [`Dma`] and opens an [`Access`] for each transaction:
+//!
+//! ```
+//! # use standstill_device_proc::memory::{Dma, DmaError, Span};
+//! fn copy(dma: &Dma, from: u64, to: u64, len: u64) -> Result<(), DmaError> {
+//!     let access = dma.access(&[Span::read(from, len), Span::write(to, len)])?;
+//!     access.copy(0, 1)
+//! }
+//! ```
+//!
+//! **RAM or peer.** A window is RAM only if its file was declared to be RAM; all others count as
+//! peers' memory, windows without a file included. A declaration after the mapping counts too.
+//! No window ever becomes a peer's again.
+//!
+//! **Windows without a file** are known, but nothing can be read or written there: that would
+//! need messages to the client.
+//!
+//! The rules of `DMA_MAP` and `DMA_UNMAP` are those of the vfio-user specification; where it
+//! leaves a choice (exact repeats, unmapping parts) those of libvfio-user.
+
+#![deny(unsafe_code)]
+
+#[expect(unsafe_code, reason = "madvise is unsafe; this module does nothing else")]
+mod advise;
+mod dma;
+mod shared;
+mod window;
+
+pub use dma::{Access, AccessKind, Dma, DmaError, MAX_SPANS, Span};
+pub use shared::{MAX_SHARED_MEMORY, SharedAccessError, SharedMemory, SharedMemoryError};
+pub use window::WindowSpec;
+
+use crate::gate::Gate;
+use nix::libc;
+use std::collections::HashMap;
+use std::fs::File;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::{
+    Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak,
+};
+use std::time::{Duration, Instant};
+use thiserror::Error;
+use window::{FileFacts, FileId, Window};
+
+/// Granularity of windows in bytes; what `pgsizes` of the vfio-user version exchange promises.
+pub const PAGE: u64 = 4096;
+/// The most windows at a time; what `max_dma_maps` promises.
+pub const MAX_WINDOWS: usize = 65_535;
+/// The most bytes in all mapped windows together: 16 TiB. Windows without a file count not.
+pub const MAX_MAPPED: u64 = 1 << 44;
+/// The most files that can be declared RAM.
+pub const MAX_RAM_FILES: usize = 64;
+
+/// What a window's memory is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum WindowClass {
+    /// Guest RAM, declared by the coordinator.
+    Ram,
+    /// Everything else.
+    Peer,
+}
+
+/// What a successful [`MemoryMap::map`] did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mapped {
+    /// There is a new window.
+    New,
+    /// The same window was there already; nothing has changed.
+    Repeated,
+}
+
+/// A window could not be mapped.
+#[derive(Debug, Error)]
+pub enum MapError {
+    /// Size 0, an address that is not a multiple of [`PAGE`], or an end beyond 64 bits.
+    #[error("DMA window {spec:x?}: not aligned to {PAGE:#x}, empty, or beyond the address space")]
+    BadRange {
+        /// What was asked for.
+        spec: WindowSpec,
+    },
+    /// It overlaps a window without being the same.
+    #[error("DMA window {spec:x?} overlaps {present:x?}")]
+    Overlap {
+        /// What was asked for.
+        spec: WindowSpec,
+        /// What is there.
+        present: WindowSpec,
+    },
+    /// The file ends before the window does.
+    #[error("DMA window {spec:x?} ends beyond its file of {file_size:#x} bytes")]
+    BeyondFile {
+        /// What was asked for.
+        spec: WindowSpec,
+        /// The file's size, in bytes.
+        file_size: u64,
+    },
+    /// The fd is no regular file or memfd, so that nobody knows where it ends.
+    #[error("DMA window {spec:x?}: its fd is no regular file")]
+    NotRegular {
+        /// What was asked for.
+        spec: WindowSpec,
+    },
+    /// There are [`MAX_WINDOWS`] windows or [`MAX_MAPPED`] bytes.
+    #[error("DMA window {spec:x?}: more than {MAX_WINDOWS} windows or {MAX_MAPPED:#x} bytes")]
+    TooMany {
+        /// What was asked for.
+        spec: WindowSpec,
+    },
+    /// The file could not be mapped.
+    #[error("DMA window {spec:x?} could not be mapped")]
+    Io {
+        /// What was asked for.
+        spec: WindowSpec,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl MapError {
+    /// What to answer the client.
+    #[must_use]
+    pub fn errno(&self) -> i32 {
+        match self {
+            Self::BadRange { .. } | Self::BeyondFile { .. } | Self::NotRegular { .. } => {
+                libc::EINVAL
+            }
+            Self::Overlap { .. } => libc::EEXIST,
+            Self::TooMany { .. } => libc::ENOSPC,
+            Self::Io { source, .. } => source.raw_os_error().unwrap_or(libc::EIO),
+        }
+    }
+}
+
+/// A window could not be unmapped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+pub enum UnmapError {
+    /// No window has exactly that range.
+    #[error("no DMA window at {iova:#x} with {size:#x} bytes")]
+    Unknown {
+        /// First IOVA.
+        iova: u64,
+        /// Size, in bytes.
+        size: u64,
+    },
+    /// It was still in use at the end.
+    #[error("{accesses} accesses still use the DMA window at {iova:#x} after {waited:?}")]
+    Busy {
+        /// First IOVA.
+        iova: u64,
+        /// How many.
+        accesses: u64,
+        /// How long was waited.
+        waited: Duration,
+    },
+}
+
+impl UnmapError {
+    /// What to answer the client.
+    #[must_use]
+    pub fn errno(&self) -> i32 {
+        match self {
+            Self::Unknown { .. } => libc::ENOENT,
+            Self::Busy { .. } => libc::EBUSY,
+        }
+    }
+}
+
+/// A file could not be declared RAM.
+#[derive(Debug, Error)]
+pub enum DeclareError {
+    /// There are [`MAX_RAM_FILES`] already.
+    #[error("more than {MAX_RAM_FILES} files declared RAM")]
+    TooMany,
+    /// The file says nothing about itself.
+    #[error("the identity of a file declared RAM cannot be read")]
+    Io(#[source] io::Error),
+}
+
+/// The IOVA map of one device. Clones are the same map.
+#[derive(Clone, Debug)]
+pub struct MemoryMap {
+    shared: Arc<Shared>,
+}
+
+/// What the map and the device's handles have in common.
+#[derive(Debug)]
+struct Shared {
+    gate: Arc<Gate>,
+    /// By IOVA, without overlap. Held for the length of a look-up or of the insertion of one
+    /// element, never across a system call: so a look-up waits only while the map changes.
+    windows: RwLock<Vec<Arc<Window>>>,
+    /// Serialises changes; taken before `windows`.
+    changes: Mutex<Changes>,
+}
+
+#[derive(Debug, Default)]
+struct Changes {
+    /// Kept open, so that a file's identity cannot be given to another.
+    ram: Vec<(FileId, OwnedFd)>,
+    /// Open files behind windows, so that many windows of one file need one fd.
+    files: HashMap<(FileId, bool), Weak<File>>,
+    /// Bytes in mapped windows.
+    mapped: u64,
+}
+
+impl MemoryMap {
+    /// An empty map whose accesses pass this gate.
+    #[must_use]
+    pub fn new(gate: Arc<Gate>) -> Self {
+        let windows = RwLock::default();
+        Self { shared: Arc::new(Shared { gate, windows, changes: Mutex::default() }) }
+    }
+
+    /// What a device gets.
+    #[must_use]
+    pub fn dma(&self) -> Dma {
+        Dma::new(Arc::clone(&self.shared))
+    }
+
+    /// The gate that accesses pass.
+    #[must_use]
+    pub fn gate(&self) -> &Arc<Gate> {
+        &self.shared.gate
+    }
+
+    /// Adds a window, with the file behind it if there is one. An exact repeat (same range, same
+    /// rights, same file) is accepted and changes nothing.
+    ///
+    /// A regular file that its owner shrinks afterwards kills this process at the next access, as
+    /// it does any program that maps it; sealed memfds cannot shrink.
+    ///
+    /// # Errors
+    ///
+    /// [`MapError`]; nothing has changed then.
+    pub fn map(&self, spec: WindowSpec, file: Option<OwnedFd>) -> Result<Mapped, MapError> {
+        check_range(&spec)?;
+        let io_error = |source| MapError::Io { spec, source };
+        let facts = match &file {
+            Some(fd) => {
+                let facts = FileFacts::of(fd).map_err(io_error)?;
+                check_file(&spec, &facts)?;
+                Some(facts)
+            }
+            None if spec.offset != 0 => return Err(MapError::BadRange { spec }),
+            None => None,
+        };
+
+        let mut changes = self.shared.changes();
+        let place = match self.place_for(&spec) {
+            Ok(place) => place,
+            Err(present) => {
+                let same = present.spec == spec
+                    && present.file == facts.map(|facts| facts.id)
+                    && !present.users.is_closed();
+                return if same {
+                    Ok(Mapped::Repeated)
+                } else {
+                    Err(MapError::Overlap { spec, present: present.spec })
+                };
+            }
+        };
+        let mapped = if facts.is_some() { spec.size } else { 0 };
+        let total = changes.mapped.saturating_add(mapped);
+        if total > MAX_MAPPED || self.shared.windows().len() >= MAX_WINDOWS {
+            return Err(MapError::TooMany { spec });
+        }
+        let window = match (file, facts) {
+            (Some(fd), Some(facts)) => {
+                let ram = changes.is_ram(facts.id);
+                let file = changes.file(facts.id, spec.writable, fd);
+                Window::of_file(spec, file, facts.id, ram).map_err(io_error)?
+            }
+            _ => Window::without_file(spec),
+        };
+        changes.mapped = total;
+        // Nobody else changes the windows while this holds `changes`, so the place still holds.
+        self.shared.windows_mut().insert(place, Arc::new(window));
+        Ok(Mapped::New)
+    }
+
+    /// Removes the window with exactly this range, when nobody uses it any more. Blocks the
+    /// calling OS thread until then, at most that long; no new access to it begins meanwhile.
+    ///
+    /// # Errors
+    ///
+    /// [`UnmapError`]; the window is there and can be used as before.
+    pub fn unmap(&self, iova: u64, size: u64, timeout: Duration) -> Result<(), UnmapError> {
+        let unknown = UnmapError::Unknown { iova, size };
+        let window = self
+            .shared
+            .window_at(iova)
+            .filter(|window| window.spec.iova == iova && window.spec.size == size)
+            .ok_or(unknown)?;
+        // Who closes it, removes it: of two that unmap the same window one finds it closed.
+        if !window.users.close() {
+            return Err(unknown);
+        }
+        // It stays in the table meanwhile, so that nothing else can be mapped over it.
+        if !window.users.drained_within(timeout) {
+            let accesses = window.users.in_flight();
+            window.users.open();
+            return Err(UnmapError::Busy { iova, accesses, waited: timeout });
+        }
+        self.remove(&[window]);
+        Ok(())
+    }
+
+    /// Removes all windows: the client has gone. Blocks the calling OS thread until nobody uses
+    /// them any more, at most that long. Declarations of RAM stay.
+    ///
+    /// # Errors
+    ///
+    /// [`UnmapError::Busy`] for the first one that was still in use at the end. It is removed
+    /// all the same; its memory stays mapped until that use ends.
+    pub fn unmap_all(&self, timeout: Duration) -> Result<(), UnmapError> {
+        let begin = Instant::now();
+        let all = self.shared.windows().clone();
+        for window in &all {
+            window.users.close();
+        }
+        let mut result = Ok(());
+        for window in &all {
+            let rest = timeout.saturating_sub(begin.elapsed());
+            if !window.users.drained_within(rest) && result.is_ok() {
+                let (iova, accesses) = (window.spec.iova, window.users.in_flight());
+                result = Err(UnmapError::Busy { iova, accesses, waited: timeout });
+            }
+        }
+        self.remove(&all);
+        result
+    }
+
+    /// Declares a file to be guest RAM. Windows that it is behind are RAM from now on, those to
+    /// come too. The fd is kept open. A repeat changes nothing.
+    ///
+    /// # Errors
+    ///
+    /// [`DeclareError`]; nothing has changed then.
+    pub fn declare_ram(&self, file: OwnedFd) -> Result<(), DeclareError> {
+        let id = FileFacts::of(&file).map_err(DeclareError::Io)?.id;
+        let mut changes = self.shared.changes();
+        if changes.is_ram(id) {
+            return Ok(());
+        }
+        if changes.ram.len() >= MAX_RAM_FILES {
+            return Err(DeclareError::TooMany);
+        }
+        changes.ram.push((id, file));
+        for window in self.shared.windows().iter().filter(|window| window.file == Some(id)) {
+            window.declare_ram();
+        }
+        Ok(())
+    }
+
+    /// How many windows there are.
+    #[must_use]
+    pub fn windows(&self) -> usize {
+        self.shared.windows().len()
+    }
+
+    /// Where a window with this range belongs, or a window that it would overlap.
+    fn place_for(&self, spec: &WindowSpec) -> Result<usize, Arc<Window>> {
+        let windows = self.shared.windows();
+        let place = windows.partition_point(|window| window.spec.last() < spec.iova);
+        match windows.get(place) {
+            Some(next) if next.spec.iova <= spec.last() => Err(Arc::clone(next)),
+            _ => Ok(place),
+        }
+    }
+
+    /// Takes windows out of the table; `gone` is sorted by IOVA, as the table is.
+    fn remove(&self, gone: &[Arc<Window>]) {
+        let is_gone = |window: &Arc<Window>| {
+            gone.binary_search_by_key(&window.spec.iova, |gone| gone.spec.iova)
+                .is_ok_and(|at| gone.get(at).is_some_and(|gone| Arc::ptr_eq(gone, window)))
+        };
+        let mut changes = self.shared.changes();
+        let mut bytes = 0;
+        self.shared.windows_mut().retain(|window| {
+            let gone = is_gone(window);
+            if gone && window.file.is_some() {
+                bytes += window.spec.size;
+            }
+            !gone
+        });
+        changes.mapped = changes.mapped.saturating_sub(bytes);
+        changes.files.retain(|_, file| file.strong_count() > 0);
+    }
+}
+
+impl Shared {
+    fn windows(&self) -> RwLockReadGuard<'_, Vec<Arc<Window>>> {
+        self.windows.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn windows_mut(&self) -> RwLockWriteGuard<'_, Vec<Arc<Window>>> {
+        self.windows.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn changes(&self) -> MutexGuard<'_, Changes> {
+        self.changes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The window that contains this address.
+    fn window_at(&self, iova: u64) -> Option<Arc<Window>> {
+        let windows = self.windows();
+        let place = windows.partition_point(|window| window.spec.last() < iova);
+        windows.get(place).filter(|window| window.spec.iova <= iova).cloned()
+    }
+}
+
+impl Changes {
+    fn is_ram(&self, id: FileId) -> bool {
+        self.ram.iter().any(|(ram, _)| *ram == id)
+    }
+
+    /// The open file to map: one that other windows use already, or this one.
+    fn file(&mut self, id: FileId, writable: bool, fd: OwnedFd) -> Arc<File> {
+        if let Some(file) = self.files.get(&(id, writable)).and_then(Weak::upgrade) {
+            return file;
+        }
+        let file = Arc::new(File::from(fd));
+        self.files.insert((id, writable), Arc::downgrade(&file));
+        file
+    }
+}
+
+fn check_range(spec: &WindowSpec) -> Result<(), MapError> {
+    let aligned = [spec.iova, spec.size, spec.offset].iter().all(|at| at.is_multiple_of(PAGE));
+    let has_end = spec.size != 0 && spec.iova.checked_add(spec.size - 1).is_some();
+    if aligned && has_end { Ok(()) } else { Err(MapError::BadRange { spec: *spec }) }
+}
+
+fn check_file(spec: &WindowSpec, facts: &FileFacts) -> Result<(), MapError> {
+    if !facts.is_regular {
+        return Err(MapError::NotRegular { spec: *spec });
+    }
+    match spec.offset.checked_add(spec.size) {
+        Some(end) if end <= facts.size => Ok(()),
+        _ => Err(MapError::BeyondFile { spec: *spec, file_size: facts.size }),
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,431 @@
+//! What a device uses: DMA transactions that pass the gate.
+
+#![forbid(unsafe_code)]
+
+use super::window::Window;
+use super::{Shared, WindowClass};
+use crate::gate::{InFlight, Permit};
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use thiserror::Error;
+use vm_memory::{Bytes, VolatileMemory, VolatileSlice};
+
+/// The most spans in one transaction.
+pub const MAX_SPANS: usize = 256;
+/// As many spans are kept without a heap allocation.
+const INLINE_SPANS: usize = 4;
+
+/// What is done with a [`Span`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum AccessKind {
+    /// The device reads it.
+    Read,
+    /// The device writes it.
+    Write,
+    /// Both.
+    ReadWrite,
+}
+
+impl AccessKind {
+    fn reads(self) -> bool {
+        self != Self::Write
+    }
+
+    fn writes(self) -> bool {
+        self != Self::Read
+    }
+}
+
+impl fmt::Display for AccessKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Read => "read",
+            Self::Write => "write",
+            Self::ReadWrite => "read and write",
+        })
+    }
+}
+
+/// A range of IOVAs that a transaction touches. It must lie in one window.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Span {
+    /// First IOVA.
+    pub iova: u64,
+    /// Length in bytes, not 0.
+    pub len: u64,
+    /// What is done with it.
+    pub kind: AccessKind,
+}
+
+impl Span {
+    /// A range that is read.
+    #[must_use]
+    pub fn read(iova: u64, len: u64) -> Self {
+        Self { iova, len, kind: AccessKind::Read }
+    }
+
+    /// A range that is written.
+    #[must_use]
+    pub fn write(iova: u64, len: u64) -> Self {
+        Self { iova, len, kind: AccessKind::Write }
+    }
+
+    /// A range that is read and written.
+    #[must_use]
+    pub fn read_write(iova: u64, len: u64) -> Self {
+        Self { iova, len, kind: AccessKind::ReadWrite }
+    }
+}
+
+/// A DMA transaction could not be begun, or went outside what it had named.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+pub enum DmaError {
+    /// The gate is closed for it; only [`Dma::try_access`] says so.
+    #[error("DMA is closed")]
+    Closed,
+    /// No window begins there or before and reaches so far.
+    #[error("no DMA window contains {len:#x} bytes at {iova:#x}")]
+    Unmapped {
+        /// First IOVA.
+        iova: u64,
+        /// Length, in bytes.
+        len: u64,
+    },
+    /// The client does not allow it.
+    #[error("the DMA window at {iova:#x} does not allow to {kind}")]
+    Forbidden {
+        /// First IOVA.
+        iova: u64,
+        /// What was to be done.
+        kind: AccessKind,
+    },
+    /// The window has no memory that could be mapped.
+    #[error("the DMA window at {iova:#x} has no file to map; DMA by messages is not offered")]
+    NoMemory {
+        /// First IOVA.
+        iova: u64,
+    },
+    /// More than [`MAX_SPANS`] spans.
+    #[error("{spans} spans in one transaction, at most {MAX_SPANS} are possible")]
+    TooManySpans {
+        /// How many.
+        spans: usize,
+    },
+    /// The access goes outside its span, is not aligned, or is not what the span was named for.
+    #[error("{len} bytes at offset {offset:#x} of span {index}: outside, not aligned, or not of its kind")]
+    OutsideSpan {
+        /// Which span.
+        index: usize,
+        /// Where in it, in bytes.
+        offset: u64,
+        /// How much, in bytes.
+        len: u64,
+    },
+}
+
+/// A device's access to guest RAM and to peers' memory. Clones are cheap and the same.
+///
+/// Each transaction names all that it will touch and takes one permit for it: a peer's if any of
+/// it is a peer's memory, else one for RAM. While the gate is closed for it,
+/// [`access`](Self::access) waits and [`try_access`](Self::try_access) fails.
+#[derive(Clone, Debug)]
+pub struct Dma {
+    shared: Arc<Shared>,
+}
+
+impl Dma {
+    pub(super) fn new(shared: Arc<Shared>) -> Self {
+        Self { shared }
+    }
+
+    /// Begins a transaction; blocks the calling OS thread while the gate is closed for it.
+    ///
+    /// Meanwhile it holds neither a window nor a lock, and it looks the spans up again
+    /// afterwards. Hold nothing that a register access, a stop or an unmapping waits for. Without
+    /// spans it waits for a RAM permit: leave to change the device's state.
+    ///
+    /// An error is found while the gate is open, too: so a stopped device learns nothing new.
+    ///
+    /// # Errors
+    ///
+    /// [`DmaError`] but not [`DmaError::Closed`].
+    pub fn access(&self, spans: &[Span]) -> Result<Access<'_>, DmaError> {
+        loop {
+            // In here the references to windows come and go.
+            let closed = match self.attempt(spans) {
+                Ok(access) => return Ok(access),
+                Err(Obstacle::Closed(gate)) => gate,
+                Err(Obstacle::Error(error)) if !self.shared.gate.ram().is_closed() => {
+                    return Err(error);
+                }
+                Err(Obstacle::Error(_)) => self.shared.gate.ram(),
+            };
+            closed.wait_open();
+        }
+    }
+
+    /// Begins a transaction if the gate is open for it; never waits.
+    ///
+    /// # Errors
+    ///
+    /// [`DmaError`]; [`DmaError::Closed`] if the gate is closed for it.
+    pub fn try_access(&self, spans: &[Span]) -> Result<Access<'_>, DmaError> {
+        self.attempt(spans).map_err(|obstacle| match obstacle {
+            Obstacle::Closed(_) => DmaError::Closed,
+            Obstacle::Error(error) => error,
+        })
+    }
+
+    /// What is behind a range; `None` if no window contains all of it.
+    #[must_use]
+    pub fn classify(&self, iova: u64, len: u64) -> Option<WindowClass> {
+        let last = iova.checked_add(len.checked_sub(1)?)?;
+        let window = self.shared.window_at(iova)?;
+        (last <= window.spec.last() && !window.users.is_closed()).then(|| window.class())
+    }
+
+    /// Looks the spans up, then takes the permit that they need.
+    fn attempt(&self, spans: &[Span]) -> Result<Access<'_>, Obstacle<'_>> {
+        if spans.len() > MAX_SPANS {
+            return Err(DmaError::TooManySpans { spans: spans.len() }.into());
+        }
+        let mut held = Spans::default();
+        let mut class = WindowClass::Ram;
+        for span in spans {
+            let part = Held::new(&self.shared, span)?;
+            if part.user.window.class() == WindowClass::Peer {
+                class = WindowClass::Peer;
+            }
+            held.push(part);
+        }
+        let gate = match class {
+            WindowClass::Ram => self.shared.gate.ram(),
+            WindowClass::Peer => self.shared.gate.peer(),
+        };
+        let permit = gate.try_enter().ok_or(Obstacle::Closed(gate))?;
+        Ok(Access { spans: held, class, _permit: permit })
+    }
+}
+
+/// Why a transaction does not begin now.
+enum Obstacle<'a> {
+    Closed(&'a InFlight),
+    Error(DmaError),
+}
+
+impl From<DmaError> for Obstacle<'_> {
+    fn from(error: DmaError) -> Self {
+        Self::Error(error)
+    }
+}
+
+/// A reference to a window that keeps it from being unmapped.
+#[derive(Debug)]
+struct WindowUser {
+    window: Arc<Window>,
+}
+
+impl WindowUser {
+    /// `None` if the window is being unmapped.
+    fn new(window: Arc<Window>) -> Option<Self> {
+        window.users.try_count_up().then_some(Self { window })
+    }
+}
+
+impl Drop for WindowUser {
+    fn drop(&mut self) {
+        self.window.users.count_down();
+    }
+}
+
+/// A span that was looked up: inside its window, with memory, and allowed.
+#[derive(Debug)]
+struct Held {
+    user: WindowUser,
+    /// Where in the window's memory.
+    offset: usize,
+    len: usize,
+    kind: AccessKind,
+}
+
+impl Held {
+    fn new(shared: &Shared, span: &Span) -> Result<Self, DmaError> {
+        let Span { iova, len, kind } = *span;
+        let unmapped = DmaError::Unmapped { iova, len };
+        let last = len.checked_sub(1).and_then(|more| iova.checked_add(more)).ok_or(unmapped)?;
+        let user = shared.window_at(iova).and_then(WindowUser::new).ok_or(unmapped)?;
+        let spec = &user.window.spec;
+        if last > spec.last() {
+            return Err(unmapped);
+        }
+        if (kind.reads() && !spec.readable) || (kind.writes() && !spec.writable) {
+            return Err(DmaError::Forbidden { iova, kind });
+        }
+        if user.window.region().is_none() {
+            return Err(DmaError::NoMemory { iova });
+        }
+        let offset = usize::try_from(iova - spec.iova).map_err(|_| unmapped)?;
+        let len = usize::try_from(len).map_err(|_| unmapped)?;
+        Ok(Self { user, offset, len, kind })
+    }
+
+    /// Part of the span; `None` if it is not inside.
+    fn slice(&self, offset: usize, len: usize) -> Option<VolatileSlice<'_>> {
+        if offset.checked_add(len)? > self.len {
+            return None;
+        }
+        self.user.window.region()?.get_slice(self.offset.checked_add(offset)?, len).ok()
+    }
+}
+
+/// The spans of a transaction; the first few without a heap allocation.
+#[derive(Debug, Default)]
+struct Spans {
+    inline: [Option<Held>; INLINE_SPANS],
+    len: usize,
+    more: Vec<Held>,
+}
+
+impl Spans {
+    fn push(&mut self, held: Held) {
+        match self.inline.get_mut(self.len) {
+            Some(slot) => *slot = Some(held),
+            None => self.more.push(held),
+        }
+        self.len += 1;
+    }
+
+    fn get(&self, index: usize) -> Option<&Held> {
+        match self.inline.get(index) {
+            Some(slot) => slot.as_ref(),
+            None => self.more.get(index - INLINE_SPANS),
+        }
+    }
+}
+
+/// A DMA transaction in progress. While it exists, its windows stay mapped and the gate does not
+/// close; so drop it soon.
+///
+/// Spans are named by their index in the slice that it was begun with, places in them by their
+/// offset in bytes. Guest and peers may change the memory at any time: what was read twice may
+/// differ.
+#[derive(Debug)]
+#[must_use = "the transaction ends when it is dropped"]
+pub struct Access<'a> {
+    // Dropped in this order: a closer of the gate finds no window in use any more.
+    spans: Spans,
+    class: WindowClass,
+    _permit: Permit<'a>,
+}
+
+impl Access<'_> {
+    /// [`WindowClass::Peer`] if any of the spans is a peer's memory.
+    #[must_use]
+    pub fn class(&self) -> WindowClass {
+        self.class
+    }
+
+    /// Copies one whole span to another of the same length, at memory speed. They may overlap.
+    ///
+    /// # Errors
+    ///
+    /// [`DmaError::OutsideSpan`] if there is no such span, the lengths differ, or the spans were
+    /// not named for this.
+    pub fn copy(&self, from: usize, to: usize) -> Result<(), DmaError> {
+        let len = self.spans.get(from).map_or(0, |held| held.len);
+        let source = self.readable(from, 0, len)?;
+        if self.spans.get(to).is_some_and(|held| held.len != len) {
+            return Err(outside(to, 0, len));
+        }
+        source.copy_to_volatile_slice(self.writable(to, 0, len)?);
+        Ok(())
+    }
+
+    /// Reads a part of a span.
+    ///
+    /// # Errors
+    ///
+    /// [`DmaError::OutsideSpan`] if it is outside, or the span was not named to be read.
+    pub fn read(&self, index: usize, offset: u64, to: &mut [u8]) -> Result<(), DmaError> {
+        self.readable(index, offset, to.len())?.copy_to(to);
+        Ok(())
+    }
+
+    /// Writes a part of a span.
+    ///
+    /// # Errors
+    ///
+    /// [`DmaError::OutsideSpan`] if it is outside, or the span was not named to be written.
+    pub fn write(&self, index: usize, offset: u64, from: &[u8]) -> Result<(), DmaError> {
+        self.writable(index, offset, from.len())?.copy_from(from);
+        Ok(())
+    }
+
+    /// Loads a little-endian number atomically, with acquire ordering.
+    ///
+    /// # Errors
+    ///
+    /// [`DmaError::OutsideSpan`] if it is outside, its IOVA is no multiple of 8, or the span was
+    /// not named to be read.
+    pub fn load_u64(&self, index: usize, offset: u64) -> Result<u64, DmaError> {
+        let place = self.readable(index, offset, 8)?;
+        place.load(0, Ordering::Acquire).map(u64::from_le).map_err(|_| outside(index, offset, 8))
+    }
+
+    /// Stores a number in little endian atomically, with release ordering: who loads it with
+    /// acquire ordering sees what was written before.
+    ///
+    /// # Errors
+    ///
+    /// [`DmaError::OutsideSpan`] if it is outside, its IOVA is no multiple of 8, or the span was
+    /// not named to be written.
+    pub fn store_u64(&self, index: usize, offset: u64, value: u64) -> Result<(), DmaError> {
+        let place = self.writable(index, offset, 8)?;
+        place
+            .store(value.to_le(), 0, Ordering::Release)
+            .map_err(|_| outside(index, offset, 8))
+    }
+
+    fn readable(
+        &self,
+        index: usize,
+        offset: impl TryInto<usize>,
+        len: usize,
+    ) -> Result<VolatileSlice<'_>, DmaError> {
+        self.part(index, offset, len, AccessKind::reads)
+    }
+
+    fn writable(
+        &self,
+        index: usize,
+        offset: impl TryInto<usize>,
+        len: usize,
+    ) -> Result<VolatileSlice<'_>, DmaError> {
+        self.part(index, offset, len, AccessKind::writes)
+    }
+
+    fn part(
+        &self,
+        index: usize,
+        offset: impl TryInto<usize>,
+        len: usize,
+        allowed: fn(AccessKind) -> bool,
+    ) -> Result<VolatileSlice<'_>, DmaError> {
+        let offset = offset.try_into().unwrap_or(usize::MAX);
+        self.spans
+            .get(index)
+            .filter(|held| allowed(held.kind))
+            .and_then(|held| held.slice(offset, len))
+            .ok_or(outside(index, offset, len))
+    }
+}
+
+fn outside(index: usize, offset: impl TryInto<u64>, len: impl TryInto<u64>) -> DmaError {
+    let number = u64::MAX;
+    DmaError::OutsideSpan {
+        index,
+        offset: offset.try_into().unwrap_or(number),
+        len: len.try_into().unwrap_or(number),
+    }
+}

@@ -1,0 +1,262 @@
+//! The entry point of every device process.
+//!
+//! ```no_run
+//! use standstill_device_proc::device::{Device, DeviceError, DeviceInfo, Handles};
+//! use standstill_device_proc::{ServeOptions, serve};
+//! use std::process::ExitCode;
+//!
+//! # fn build<D: Device>(_: Handles) -> Result<(D, DeviceInfo), DeviceError> { unimplemented!() }
+//! fn run<D: Device>() -> ExitCode {
+//!     match serve(ServeOptions::new("/run/vm/engine.sock"), build::<D>) {
+//!         Ok(()) => ExitCode::SUCCESS,
+//!         Err(error) => {
+//!             tracing::error!(%error, "device process");
+//!             ExitCode::from(error.exit_code())
+//!         }
+//!     }
+//! }
+//! ```
+//!
+//! With a Unix `SOCK_SEQPACKET` socket as standard input, that is the control channel to the
+//! coordinator: the process greets, and lives as the coordinator says. With anything else it runs
+//! standalone, for any client, until SIGTERM or SIGINT.
+//!
+//! No device process is left behind: before it is welcomed, and after with the orphan policy
+//! `exit`, it ends with its coordinator (end of the control channel, and `PR_SET_PDEATHSIG` for
+//! the case that it cannot look).
+
+mod greeting;
+
+pub use greeting::GreetingError;
+
+use crate::actor::parts::Parts;
+use crate::actor::{ActorError, Arguments, DeviceActor, Ended, InfoError, Message, Outcome};
+use crate::device::{Device, DeviceError, DeviceInfo, Handles};
+use crate::gate::{Gate, Scope};
+use crate::interrupt::Interrupts;
+use crate::log::{self, LogFormat};
+use crate::memory::MemoryMap;
+use crate::vfio_user::ListenError;
+use crate::vfio_user::endpoint::Endpoint;
+use crate::vfio_user::listener::Listener;
+use crate::vfio_user::server;
+use greeting::Greeting;
+use ractor::{Actor, SpawnErr};
+use standstill_protocol::channel::DeviceEnd;
+use standstill_protocol::message::Welcome;
+use standstill_protocol::migration::MigrationFlags;
+use std::io;
+use std::marker::PhantomData;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+use thiserror::Error;
+use tokio::runtime::Runtime;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::oneshot;
+
+/// Exit code: the device could not be built or is none, or the process itself failed.
+pub const EXIT_DEVICE: u8 = 70;
+/// Exit code: the coordinator is gone and the orphan policy is `exit`, or it went before it had
+/// welcomed the device.
+pub const EXIT_ORPHANED: u8 = 69;
+/// Exit code: the data socket could not be made.
+pub const EXIT_SOCKET: u8 = 73;
+/// Exit code: the coordinator did not answer the greeting in time.
+pub const EXIT_NOT_WELCOMED: u8 = 75;
+/// Exit code: the coordinator broke the protocol, or did not read.
+pub const EXIT_PROTOCOL: u8 = 76;
+/// Exit code: the coordinator rejected the device.
+pub const EXIT_REJECTED: u8 = 77;
+
+/// How long DMA in flight may take to end when the process ends in good order.
+const LAST_DRAIN: Duration = Duration::from_millis(500);
+
+/// How a device process serves its device.
+#[derive(Clone, Debug)]
+pub struct ServeOptions {
+    /// Where the data socket is made; at most 107 bytes.
+    pub socket: PathBuf,
+    /// Version of the device program, told to the coordinator; at most 64 bytes.
+    pub program_version: String,
+}
+
+impl ServeOptions {
+    /// Serves at this path.
+    pub fn new(socket: impl Into<PathBuf>) -> Self {
+        Self { socket: socket.into(), program_version: env!("CARGO_PKG_VERSION").into() }
+    }
+}
+
+/// Why a device process ended, if not in good order.
+#[derive(Debug, Error)]
+pub enum ServeError {
+    /// The process could not be set up.
+    #[error("the device process cannot be set up: {what}")]
+    Setup {
+        /// What was to be done.
+        what: &'static str,
+        /// Why it was not.
+        #[source]
+        source: io::Error,
+    },
+    /// The device could not be built.
+    #[error("the device cannot be built")]
+    Build(#[source] DeviceError),
+    /// The device is none that can be served.
+    #[error("the device cannot be served")]
+    Info(#[from] InfoError),
+    /// The data socket could not be made.
+    #[error(transparent)]
+    Listen(#[from] ListenError),
+    /// The coordinator did not welcome the device.
+    #[error(transparent)]
+    Greeting(#[from] GreetingError),
+    /// The coordinator is gone, or broke the protocol.
+    #[error(transparent)]
+    Control(#[from] ActorError),
+    /// The actor ended by itself, which it does not do.
+    #[error("the device process's actor is gone")]
+    ActorGone,
+    /// The actor did not start.
+    #[error("the device process's actor cannot start")]
+    Spawn(#[from] SpawnErr),
+}
+
+impl ServeError {
+    /// What the process should exit with.
+    #[must_use]
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::Setup { .. } | Self::Build(_) | Self::Info(_) => EXIT_DEVICE,
+            Self::ActorGone | Self::Spawn(_) => EXIT_DEVICE,
+            Self::Listen(_) => EXIT_SOCKET,
+            Self::Greeting(error) => error.exit_code(),
+            Self::Control(ActorError::Orphaned) => EXIT_ORPHANED,
+            Self::Control(ActorError::Watch(_)) => EXIT_DEVICE,
+            Self::Control(_) => EXIT_PROTOCOL,
+        }
+    }
+
+    fn setup(what: &'static str, source: impl Into<io::Error>) -> Self {
+        Self::Setup { what, source: source.into() }
+    }
+}
+
+/// Serves one device until the coordinator, a signal or the end of the coordinator ends it. Call
+/// it from `main` before anything else has read standard input, and exit with its result: other
+/// threads of the process may still run when it returns.
+///
+/// `build` makes the device; it is called once, inside a tokio runtime. The device is RUNNING
+/// when `build` returns.
+///
+/// A panic of any thread aborts the process from now on.
+///
+/// # Errors
+///
+/// [`ServeError`]; see [`ServeError::exit_code`].
+pub fn serve<D: Device>(
+    options: ServeOptions,
+    build: impl FnOnce(Handles) -> Result<(D, DeviceInfo), DeviceError>,
+) -> Result<(), ServeError> {
+    log::abort_on_panic();
+    let control = greeting::take_control_channel()?;
+    log::start(if control.is_some() { LogFormat::Json } else { LogFormat::Text });
+    let listener = Listener::bind(&options.socket)?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| ServeError::setup("tokio", error))?;
+
+    let served = greet_and_serve(&runtime, options, &listener, control, build);
+    match &served {
+        Ok(ended) => tracing::info!(?ended, "the device process ends"),
+        Err(error) => tracing::error!(%error, "the device process ends"),
+    }
+    // Threads of the device that block must not keep the process.
+    runtime.shutdown_background();
+    served.map(|_| ())
+}
+
+fn greet_and_serve<D: Device>(
+    runtime: &Runtime,
+    options: ServeOptions,
+    listener: &Listener,
+    control: Option<DeviceEnd>,
+    build: impl FnOnce(Handles) -> Result<(D, DeviceInfo), DeviceError>,
+) -> Result<Ended, ServeError> {
+    let memory = MemoryMap::new(Arc::new(Gate::new()));
+    let interrupts = Interrupts::new();
+    let handles = Handles { dma: memory.dma(), interrupts: interrupts.clone() };
+    let (device, mut info) = {
+        let _inside = runtime.enter();
+        build(handles).map_err(ServeError::Build)?
+    };
+    // The gate gives every device the P2P states.
+    info.migration = with_p2p(info.migration);
+    interrupts.set_msix_vectors(info.msix_vectors);
+    // Kept, and with them their locks, until the process ends.
+    let backing_files = std::mem::take(&mut info.backing_files);
+    let (migration, peer_dma) = (info.migration, info.peer_dma);
+    let parts = Arc::new(Parts::new(device, info, memory, interrupts)?);
+
+    greeting::lock(&backing_files)?;
+    let control = match control {
+        None => None,
+        Some(channel) => {
+            let greeting = Greeting {
+                kind: parts.kind.clone(),
+                program_version: options.program_version,
+                migration,
+                peer_dma,
+                progress: parts.device.progress().is_some(),
+            };
+            let welcome = greeting.exchange(&channel, &backing_files)?;
+            Some((Arc::new(channel), welcome))
+        }
+    };
+    let outcome = runtime.block_on(run(Arc::clone(&parts), migration, control, listener))?;
+    let ended = outcome?;
+    let drain = match ended {
+        Ended::Shutdown(grace) => (grace / 2).min(LAST_DRAIN),
+        Ended::HandedOver | Ended::Terminated => LAST_DRAIN,
+    };
+    if let Err(error) = runtime.block_on(parts.gate.close(Scope::All, drain)) {
+        tracing::warn!(%error, "ending all the same");
+    }
+    Ok(ended)
+}
+
+/// Serves until something ends it.
+async fn run<D: Device>(
+    parts: Arc<Parts<D>>,
+    migration: MigrationFlags,
+    control: Option<(Arc<DeviceEnd>, Welcome)>,
+    listener: &Listener,
+) -> Result<Outcome, ServeError> {
+    let mut terminate = signal(SignalKind::terminate())
+        .map_err(|error| ServeError::setup("SIGTERM", error))?;
+    let mut interrupt = signal(SignalKind::interrupt())
+        .map_err(|error| ServeError::setup("SIGINT", error))?;
+    let (ended, mut outcome) = oneshot::channel();
+    let arguments = Arguments { parts: Arc::clone(&parts), migration, control, ended };
+    let (actor, mut gone) = Actor::spawn(None, DeviceActor(PhantomData), arguments).await?;
+    let socket = listener.fd().try_clone().map_err(|error| ServeError::setup("dup", error))?;
+    server::start(socket, Endpoint::new(parts, actor.clone()))
+        .map_err(|error| ServeError::setup("the data socket's thread", error))?;
+    loop {
+        tokio::select! {
+            biased;
+            outcome = &mut outcome => return outcome.map_err(|_| ServeError::ActorGone),
+            _ = &mut gone => return Err(ServeError::ActorGone),
+            Some(()) = terminate.recv() => {}
+            Some(()) = interrupt.recv() => {}
+        }
+        // If the actor is gone, that is seen above.
+        let _ = actor.cast(Message::Terminate);
+    }
+}
+
+fn with_p2p(flags: MigrationFlags) -> MigrationFlags {
+    if flags.pre_copy() { MigrationFlags::ALL } else { MigrationFlags::STOP_COPY_P2P }
+}

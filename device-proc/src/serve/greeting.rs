@@ -1,0 +1,223 @@
+//! From standard input to a welcome.
+
+use super::{EXIT_NOT_WELCOMED, EXIT_ORPHANED, EXIT_PROTOCOL, EXIT_REJECTED, ServeError};
+use rustix::fs::{FlockOperation, Mode, OFlags, flock, open};
+use rustix::io::{Errno, fcntl_dupfd_cloexec};
+use rustix::net::{AddressFamily, SocketType, sockopt};
+use rustix::process::{Pid, Signal, getppid, set_parent_process_death_signal};
+use standstill_protocol::channel::{DeviceEnd, FromFdError, RecvError, SendError};
+use standstill_protocol::message::{
+    Capabilities, CoordinatorMessage, DeviceMessage, Epoch, Hello, MAX_FDS, OrphanPolicy, PeerDma,
+    Term, VERSIONS, VersionRange, Welcome,
+};
+use standstill_protocol::migration::{MigrationFlags, MigrationState};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::sync::mpsc::{RecvTimeoutError, sync_channel};
+use std::time::Duration;
+use thiserror::Error;
+
+/// How long the coordinator may take to answer the greeting.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// How long an earlier incarnation's writes may take to end.
+const LOCK_PATIENCE: Duration = Duration::from_secs(10);
+
+/// The device was not welcomed.
+#[derive(Debug, Error)]
+pub enum GreetingError {
+    /// Standard input is a control channel, but cannot be used.
+    #[error("the control channel on standard input cannot be used")]
+    Channel(#[from] FromFdError),
+    /// The greeting could not be sent.
+    #[error("the greeting cannot be sent")]
+    Send(#[source] SendError),
+    /// No answer came.
+    #[error("the coordinator did not answer the greeting within {PATIENCE:?}")]
+    Silence,
+    /// The coordinator went away before it had answered.
+    #[error("the coordinator is gone before it has answered the greeting")]
+    Gone,
+    /// What came is no message.
+    #[error("the answer to the greeting breaks the protocol")]
+    Protocol(#[source] RecvError),
+    /// Another message came.
+    #[error("something else than Welcome or Reject came in answer to the greeting")]
+    Unexpected,
+    /// The coordinator speaks another version than was offered.
+    #[error("the coordinator speaks version {chosen}, offered was {VERSIONS}")]
+    Version {
+        /// What it chose.
+        chosen: u16,
+    },
+    /// The coordinator rejected the device.
+    #[error("the coordinator (versions {versions}) rejected the device: {reason}")]
+    Rejected {
+        /// The versions that it speaks.
+        versions: VersionRange,
+        /// Why.
+        reason: String,
+    },
+    /// The process's parent is not its coordinator any more.
+    #[error("the parent process is {parent}, the coordinator was {coordinator}")]
+    Orphaned {
+        /// The present parent.
+        parent: i32,
+        /// Who made the control channel.
+        coordinator: i32,
+    },
+}
+
+impl GreetingError {
+    pub(super) fn exit_code(&self) -> u8 {
+        match self {
+            Self::Silence => EXIT_NOT_WELCOMED,
+            Self::Gone | Self::Orphaned { .. } | Self::Send(SendError::Disconnected) => {
+                EXIT_ORPHANED
+            }
+            Self::Rejected { .. } => EXIT_REJECTED,
+            Self::Channel(_)
+            | Self::Send(_)
+            | Self::Protocol(_)
+            | Self::Unexpected
+            | Self::Version { .. } => EXIT_PROTOCOL,
+        }
+    }
+}
+
+/// Takes the control channel from standard input, if there is one, and leaves `/dev/null` there.
+pub(super) fn take_control_channel() -> Result<Option<DeviceEnd>, ServeError> {
+    let stdin = io::stdin();
+    let is_channel = sockopt::socket_type(&stdin) == Ok(SocketType::SEQPACKET)
+        && sockopt::socket_domain(&stdin) == Ok(AddressFamily::UNIX);
+    if !is_channel {
+        return Ok(None);
+    }
+    let setup = |errno: Errno| ServeError::setup("standard input", errno);
+    // Above the three standard ones.
+    let socket = fcntl_dupfd_cloexec(&stdin, 3).map_err(setup)?;
+    let null = open("/dev/null", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).map_err(setup)?;
+    nix::unistd::dup2_stdin(&null)
+        .map_err(|errno| ServeError::setup("standard input", io::Error::from(errno)))?;
+    // Until the coordinator has said that the device may live without it.
+    die_with_parent(true)?;
+    Ok(Some(DeviceEnd::from_fd(socket).map_err(GreetingError::from)?))
+}
+
+fn die_with_parent(die: bool) -> Result<(), ServeError> {
+    set_parent_process_death_signal(die.then_some(Signal::KILL))
+        .map_err(|errno| ServeError::setup("PR_SET_PDEATHSIG", errno))
+}
+
+/// Locks the backing files for as long as the process lives. An earlier incarnation's last writes
+/// may still hold the lock: waits for them, bounded.
+pub(super) fn lock(files: &[OwnedFd]) -> Result<(), ServeError> {
+    let failed = |error| ServeError::setup("the lock of a backing file", error);
+    for file in files {
+        match flock(file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => continue,
+            Err(Errno::WOULDBLOCK) => {}
+            Err(errno) => return Err(failed(errno.into())),
+        }
+        let file = file.try_clone().map_err(failed)?;
+        let (locked, wait) = sync_channel(1);
+        // Left behind if it is too late: the process ends then.
+        std::thread::spawn(move || locked.send(flock(&file, FlockOperation::LockExclusive)));
+        match wait.recv_timeout(LOCK_PATIENCE) {
+            Ok(result) => result.map_err(|errno| failed(errno.into()))?,
+            Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {
+                return Err(failed(io::ErrorKind::TimedOut.into()));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// What the device says of itself.
+#[derive(Debug)]
+pub(super) struct Greeting {
+    pub(super) kind: String,
+    pub(super) program_version: String,
+    pub(super) migration: MigrationFlags,
+    pub(super) peer_dma: PeerDma,
+    pub(super) progress: bool,
+}
+
+impl Greeting {
+    /// Greets the coordinator and waits for its welcome.
+    pub(super) fn exchange(
+        self,
+        channel: &DeviceEnd,
+        backing_files: &[OwnedFd],
+    ) -> Result<Welcome, ServeError> {
+        // `Parts` has checked the rest of what it says.
+        if backing_files.len() > MAX_FDS {
+            return Err(crate::actor::InfoError::BackingFiles(backing_files.len()).into());
+        }
+        let files = backing_files.iter().map(reopen).collect::<Result<Vec<_>, _>>()?;
+        let hello = Hello {
+            versions: VERSIONS,
+            kind: self.kind,
+            program_version: self.program_version,
+            capabilities: Capabilities {
+                migration: self.migration,
+                peer_dma: self.peer_dma,
+                progress: self.progress,
+            },
+            machine: None,
+            term: Term(0),
+            epoch: Epoch(0),
+            state: MigrationState::Running,
+            backing_files: u8::try_from(files.len()).unwrap_or(u8::MAX),
+        };
+        let fds: Vec<_> = files.iter().map(AsFd::as_fd).collect();
+        channel.send(&DeviceMessage::Hello(hello), &fds, PATIENCE).map_err(GreetingError::Send)?;
+        let received = channel.recv(PATIENCE).map_err(|error| match error {
+            RecvError::TimedOut { .. } => GreetingError::Silence,
+            RecvError::Disconnected => GreetingError::Gone,
+            error => GreetingError::Protocol(error),
+        })?;
+        let welcome = match received.message {
+            CoordinatorMessage::Welcome(welcome) => welcome,
+            CoordinatorMessage::Reject(reject) => {
+                let (versions, reason) = (reject.versions, reject.reason);
+                return Err(GreetingError::Rejected { versions, reason }.into());
+            }
+            _ => return Err(GreetingError::Unexpected.into()),
+        };
+        if !(VERSIONS.min..=VERSIONS.max).contains(&welcome.version) {
+            return Err(GreetingError::Version { chosen: welcome.version }.into());
+        }
+        channel.set_version(welcome.version);
+        match welcome.orphan {
+            OrphanPolicy::Keep => die_with_parent(false)?,
+            OrphanPolicy::Exit => check_parent(channel)?,
+        }
+        tracing::info!(
+            name = %welcome.name, machine = %welcome.machine, incarnation = welcome.incarnation,
+            term = welcome.term.0, "welcomed"
+        );
+        Ok(welcome)
+    }
+}
+
+/// The same file through an open file description of its own: the coordinator takes the lock
+/// through it as proof that this process and all its requests are gone, so it must not share ours.
+fn reopen(file: &OwnedFd) -> Result<OwnedFd, ServeError> {
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
+    open(path, flags, Mode::empty())
+        .map_err(|errno| ServeError::setup("a backing file for the coordinator", errno))
+}
+
+/// The death of a parent that died before it was asked for is not told any more.
+fn check_parent(channel: &DeviceEnd) -> Result<(), ServeError> {
+    let credentials = channel
+        .peer_credentials()
+        .map_err(|error| ServeError::setup("the coordinator's credentials", error))?;
+    let parent = getppid().map_or(0, Pid::as_raw_pid);
+    if parent != credentials.pid {
+        return Err(GreetingError::Orphaned { parent, coordinator: credentials.pid }.into());
+    }
+    Ok(())
+}
