@@ -37,7 +37,7 @@ pub(crate) enum Message {
 }
 
 /// What it tells the coordinator.
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 pub(crate) enum ProcessEvent {
     /// The process has ended.
     Exited(Exit),
@@ -161,7 +161,7 @@ impl Actor for DeviceActor {
             Message::Fence => {
                 if state.fence.is_none() {
                     let files = std::mem::take(&mut state.files);
-                    state.fence = Some(Fence::begin(&mut state.process, files));
+                    state.fence = Some(Fence::begin(&state.process, files));
                 }
                 state.poll_fence(&myself);
             }

@@ -336,8 +336,9 @@ impl Lifecycle {
         let in_order = match command.epoch.cmp(&self.epoch) {
             std::cmp::Ordering::Less => false,
             // The second phase follows the first once that was answered; nothing else follows.
+            // (A request of the client may have begun in between: the command waits for it.)
             std::cmp::Ordering::Equal => {
-                self.job.is_none()
+                !matches!(self.job, Some(Job { task: Task::Command(..), .. }))
                     && self.next_command.is_none()
                     && matches!(
                         (self.last_phase, command.phase),
@@ -362,7 +363,13 @@ impl Lifecycle {
         match &mut self.job {
             None => self.take_next(out),
             Some(job) => {
-                if !matches!(job.task, Task::Client(_)) {
+                let waits = match job.task {
+                    Task::Client(_) => true,
+                    // What the lease promised is kept, whatever there is to save.
+                    Task::Lease => command.phase == Phase::Save,
+                    Task::Command(..) => false,
+                };
+                if !waits {
                     job.overtaken = true;
                     out.push(Effect::Hurry);
                 }
@@ -397,11 +404,12 @@ impl Lifecycle {
             out.push(Effect::Dropped(Stale::Term));
             return;
         }
-        let moving_to = match &self.job {
-            Some(Job { task: Task::Command(command, _), .. }) => Some(command.target),
-            Some(Job { task: Task::Client(ClientRequest::SetState(state)), .. }) => Some(*state),
-            Some(Job { task: Task::Lease, .. }) => Some(self.lease_target()),
-            Some(Job { task: Task::Client(ClientRequest::Reset), .. }) | None => None,
+        // The coordinator's position alone: where the client goes is no half-done transition.
+        let moving_to = match (self.next_command, &self.job) {
+            (Some(command), _) => Some(command.target),
+            (None, Some(Job { task: Task::Command(command, _), .. })) => Some(command.target),
+            (None, Some(Job { task: Task::Lease, .. })) => Some(self.lease_target()),
+            (None, Some(Job { task: Task::Client(_), .. }) | None) => None,
         };
         out.push(Effect::Status(Status {
             term: query.term,
@@ -445,7 +453,9 @@ impl Lifecycle {
                 let now = self.state().activity();
                 let wanted = command.target.activity();
                 let fits = match command.phase {
-                    Phase::PrepareStop | Phase::Stop => wanted <= now,
+                    // An answer to one of these two promises quiet.
+                    Phase::PrepareStop => wanted <= now && wanted <= Activity::NoPeer,
+                    Phase::Stop => wanted == Activity::Stopped,
                     _ => wanted >= now,
                 };
                 if command.phase == Phase::PrepareStop && now == Activity::Stopped {

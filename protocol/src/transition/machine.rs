@@ -116,7 +116,8 @@ struct Participant {
     standing: Standing,
     /// What it is to answer, and the state that it is to be in then.
     awaited: Option<(Asked, MigrationState)>,
-    /// A status said that it is on the way to a stopped state.
+    /// Where it may be on the way to although it is not waited for: a status said so, or it was
+    /// told to and then given up.
     moving: Option<MigrationState>,
 }
 
@@ -159,6 +160,9 @@ pub struct Transition {
     participants: Vec<Participant>,
     hooks: Vec<Hook>,
     hung: Vec<HookId>,
+    begun: bool,
+    /// Who was lost before the beginning.
+    early: Vec<(ParticipantId, Loss)>,
     mode: Mode,
     epoch: Epoch,
     stages: VecDeque<Stage>,
@@ -201,6 +205,8 @@ impl Transition {
             participants,
             hooks: plan.hooks.clone(),
             hung: Vec::new(),
+            begun: false,
+            early: Vec::new(),
             mode: Mode::Forward,
             epoch: plan.epoch,
             stages: VecDeque::new(),
@@ -281,13 +287,31 @@ impl Transition {
     }
 
     /// Takes an event and says what is to be done. After the end nothing is.
+    ///
+    /// Nothing is done before [`Event::Begin`] either. Whoever is lost by then is fenced first and
+    /// told nothing; other events are not expected so early and change nothing.
     pub fn step(&mut self, event: Event) -> Vec<Effect> {
         let mut out = Vec::new();
         if self.mode == Mode::Over {
             return out;
         }
+        if self.begun == (event == Event::Begin) {
+            if let Event::Lost(who, why) = event
+                && !self.early.iter().any(|&(earlier, _)| earlier == who)
+                && self.index(who).is_some()
+            {
+                self.early.push((who, why));
+            }
+            return out;
+        }
         match event {
-            Event::Begin => self.begin(),
+            Event::Begin => {
+                self.begun = true;
+                self.begin();
+                for (who, why) in std::mem::take(&mut self.early) {
+                    self.lost(who, why, &mut out);
+                }
+            }
             Event::Answer { from, term, epoch, phase, state, answer } => {
                 self.answer(from, (term, epoch), phase, state, answer, &mut out);
             }
@@ -296,8 +320,9 @@ impl Transition {
             Event::HookDone(id, moment) => self.hook_done(id, moment, &mut out),
             Event::HookFailed(id, moment) => self.hook_failed(id, moment, &mut out),
             Event::Expired(timer) => self.expired(timer, &mut out),
+            // A take-over asks before it does anything; without the answers there is no way back.
             Event::Cancel => {
-                if self.mode == Mode::Forward {
+                if self.mode == Mode::Forward && self.plan.operation != Operation::TakeOver {
                     self.note(Subject::Owner, FailureKind::Cancelled);
                     self.undo(&mut out);
                 }
@@ -367,6 +392,13 @@ impl Transition {
             HookMoment::Stop => hook.stop_rank,
             HookMoment::Start => hook.start_rank,
         };
+        // Going back is for what this transition has done, not for what it found.
+        let goes_back = self.mode == Mode::Undo
+            && match self.plan.operation {
+                Operation::Pause | Operation::SwitchOver => moment == HookMoment::Start,
+                Operation::Resume => moment == HookMoment::Stop,
+                Operation::Load | Operation::TakeOver => false,
+            };
         let mut due: Vec<_> = self
             .hooks
             .iter()
@@ -375,12 +407,18 @@ impl Transition {
                 HookMoment::Start => hook.start == slot && hook.stopped,
             })
             .filter(|hook| !self.hung.contains(&hook.id))
+            .filter(|hook| !goes_back || self.was_called(hook))
             .collect();
         due.sort_by_key(|hook| rank(hook));
         self.batches = due
             .chunk_by(|one, other| rank(one) == rank(other))
             .map(|batch| batch.iter().map(|hook| (hook.id, moment)).collect())
             .collect();
+    }
+
+    /// True if this transition has left the hook otherwise than it found it.
+    fn was_called(&self, hook: &Hook) -> bool {
+        self.plan.hooks.iter().any(|found| found.id == hook.id && found.stopped != hook.stopped)
     }
 
     fn run_hooks(&mut self, batch: Vec<(HookId, HookMoment)>, out: &mut Vec<Effect>) {
@@ -431,9 +469,9 @@ impl Transition {
     /// Where a participant is to go in a phase; `None` if it is not told that phase.
     fn target(&self, participant: &Participant, aim: Aim) -> Option<MigrationState> {
         use MigrationState as S;
-        let Member { flags, .. } = participant.member;
+        let Member { flags, kind, .. } = participant.member;
         let original = participant.original;
-        let was_stopped = original.activity() == Activity::Stopped;
+        let was_stopped = stopped(original);
         let stops = matches!(self.plan.operation, Operation::Pause | Operation::SwitchOver);
         let wanted = match aim {
             Aim::First | Aim::Second => match row(self.plan.operation, original) {
@@ -443,10 +481,15 @@ impl Transition {
             },
             // What ran before a resume, or stood before a stop, is left alone by its undo. In a
             // hold and in a take-over everybody is meant.
-            Aim::Undo(UndoStep::PrepareStop) => match participant.state {
+            Aim::Undo(UndoStep::PrepareStop) => match (participant.state, participant.moving) {
                 _ if self.left_alone(original) => return None,
-                state if state.activity() == Activity::Stopped => state,
-                S::PreCopy | S::PreCopyP2p => S::PreCopyP2p,
+                // As quiet as can be, and no way leads out but a reset.
+                (S::Error, _) => return None,
+                (state, Some(to)) if stopped(state) && !stopped(to) => S::RunningP2p,
+                (state, _) if stopped(state) => state,
+                // It cannot be given up in between, so it is stopped when it hears of this.
+                (_, Some(to)) if stopped(to) && kind == MemberKind::Local => to,
+                (S::PreCopy | S::PreCopyP2p, _) => S::PreCopyP2p,
                 _ => S::RunningP2p,
             },
             Aim::Undo(UndoStep::Stop) => match original {
@@ -495,17 +538,13 @@ impl Transition {
 
     /// A take-over starts nothing by itself once anybody had reached STOP.
     fn decide_take_over(&mut self, out: &mut Vec<Effect>) {
-        let stopped = |state: MigrationState| state.activity() == Activity::Stopped;
         let live = || self.participants.iter().filter(|p| p.standing == Standing::Live);
         if live().any(|p| stopped(p.state) || p.moving.is_some_and(stopped)) {
             self.hold(HeldReason::TakenOverStopped, out);
         } else if live().any(|p| p.state.activity() != Activity::Full || p.moving.is_some()) {
             self.mode = Mode::Undo;
             self.arm(Timer::Undo, self.plan.undo_ns, out);
-            self.stages = VecDeque::from([
-                Stage::NewEpoch,
-                Stage::Phase(Phase::Start, Aim::Undo(UndoStep::Start)),
-            ]);
+            self.push_undo_epoch(&[UndoStep::Start], Some(HookMoment::Start), false);
         }
     }
 
@@ -561,12 +600,14 @@ impl Transition {
             Answer::Reached if self.fits(phase, state, target) => {
                 self.settle(index);
                 self.participants[index].state = state;
+                self.participants[index].moving = None;
             }
             // It says that it has done something else than what it was told.
             Answer::Reached => self.lost(from, Loss::Protocol, out),
             Answer::Refused => {
                 self.settle(index);
                 self.participants[index].state = state;
+                self.participants[index].moving = None;
                 self.refused(index, out);
             }
         }
@@ -577,9 +618,7 @@ impl Transition {
         match phase {
             Phase::Reset => !matches!(state, MigrationState::Error | MigrationState::Resuming),
             // One that is stopped already is as quiet as can be.
-            Phase::PrepareStop if state.activity() == Activity::Stopped => {
-                state != MigrationState::Error
-            }
+            Phase::PrepareStop if stopped(state) => state != MigrationState::Error,
             _ => state == target,
         }
     }
@@ -588,7 +627,8 @@ impl Transition {
         let Participant { member, state, .. } = self.participants[index];
         self.note(Subject::Participant(member.id), FailureKind::Refused);
         match self.mode {
-            Mode::Forward if self.goes_on_without(&member) => {
+            // One that cannot be fenced cannot be gone on without, but there is a way back.
+            Mode::Forward if self.goes_on_without(&member) && member.kind == MemberKind::Process => {
                 self.fence(index, Loss::Refused, out);
             }
             Mode::Forward => self.undo(out),
@@ -600,6 +640,8 @@ impl Transition {
                         Phase::PrepareStart,
                         Aim::Undo(UndoStep::PrepareStart),
                     )) => {}
+            // A hold asks for no more than that.
+            Mode::Hold if stopped(state) => {}
             Mode::Undo | Mode::Hold => self.fence(index, Loss::Refused, out),
             Mode::Over => {}
         }
@@ -642,10 +684,18 @@ impl Transition {
 
     fn fenced(&mut self, who: ParticipantId, out: &mut Vec<Effect>) {
         let Some(index) = self.index(who) else { return };
-        if let Standing::Fencing(why) = self.participants[index].standing {
-            self.participants[index].standing = Standing::Fenced(why);
-            self.fencing -= 1;
-            self.disarm(out, |timer| timer == Timer::Fence(who));
+        let Participant { member, standing, .. } = self.participants[index];
+        match standing {
+            Standing::Fencing(why) => {
+                self.participants[index].standing = Standing::Fenced(why);
+                self.fencing -= 1;
+                self.disarm(out, |timer| timer == Timer::Fence(who));
+            }
+            // Too late for this transition, which is a hold by now; not too late to be reported.
+            Standing::Unproven(why) if member.kind == MemberKind::Process => {
+                self.participants[index].standing = Standing::Fenced(why);
+            }
+            Standing::Unproven(_) | Standing::Live | Standing::Fenced(_) => {}
         }
     }
 
@@ -671,11 +721,25 @@ impl Transition {
     }
 
     fn hook_done(&mut self, id: HookId, moment: HookMoment, out: &mut Vec<Effect>) {
-        if self.hook_returned(id, moment, out)
-            && let Some(hook) = self.hooks.iter_mut().find(|hook| hook.id == id)
-        {
+        if self.hook_returned(id, moment, out) {
+            self.hook_called(id, moment);
+        }
+    }
+
+    fn hook_called(&mut self, id: HookId, moment: HookMoment) {
+        if let Some(hook) = self.hooks.iter_mut().find(|hook| hook.id == id) {
             hook.stopped = moment == HookMoment::Stop;
         }
+    }
+
+    /// A hook does not return: it counts as called, and is not called again by this transition.
+    fn hook_hung(&mut self, id: HookId) {
+        if let Some(at) = self.running_hooks.iter().position(|&(running, _)| running == id) {
+            let (_, moment) = self.running_hooks.swap_remove(at);
+            self.hook_called(id, moment);
+        }
+        self.hung.push(id);
+        self.note(Subject::Hook(id), FailureKind::Hung);
     }
 
     fn hook_failed(&mut self, id: HookId, moment: HookMoment, out: &mut Vec<Effect>) {
@@ -708,9 +772,7 @@ impl Transition {
                 self.time_out(late, out);
             }
             Timer::Hook(id) => {
-                self.running_hooks.retain(|&(running, _)| running != id);
-                self.hung.push(id);
-                self.note(Subject::Hook(id), FailureKind::Hung);
+                self.hook_hung(id);
                 self.hold(HeldReason::HookHung(id), out);
             }
             Timer::Fence(who) => self.fence_unproven(who, out),
@@ -725,9 +787,9 @@ impl Transition {
                         self.fence_unproven(id, out);
                     }
                 }
-                for (id, _) in std::mem::take(&mut self.running_hooks) {
-                    self.hung.push(id);
-                    self.reasons.push(HeldReason::HookHung(id));
+                while let Some(&(id, _)) = self.running_hooks.last() {
+                    self.hook_hung(id);
+                    self.hold(HeldReason::HookHung(id), out);
                 }
                 self.finish(out);
             }
@@ -755,7 +817,8 @@ impl Transition {
         for index in 0..self.participants.len() {
             let Participant { member, awaited, .. } = self.participants[index];
             self.settle(index);
-            if let Some((Asked::Phase(_), _)) = awaited {
+            if let Some((Asked::Phase(_), target)) = awaited {
+                self.participants[index].moving = Some(target);
                 out.push(Effect::Abort(member.id, abort));
             }
         }
@@ -846,7 +909,9 @@ impl Transition {
             .collect();
         let stays = self.plan.on_failure == OnFailure::StayStopped;
         let machine = match self.plan.operation {
-            Operation::Pause | Operation::SwitchOver if undone && !stays => MachineState::Running,
+            Operation::Pause | Operation::SwitchOver if undone && !stays && self.ran() => {
+                MachineState::Running
+            }
             Operation::Resume if !undone => MachineState::Running,
             Operation::TakeOver => MachineState::Running,
             _ => MachineState::Stopped,
@@ -868,6 +933,19 @@ impl Transition {
         out.push(Effect::Finish(outcome));
     }
 
+    /// True if anybody who is left ran when the transition began; if nobody is, anybody at all.
+    fn ran(&self) -> bool {
+        let (mut left, mut all) = (None, false);
+        for participant in &self.participants {
+            let ran = !stopped(participant.original);
+            all |= ran;
+            if participant.standing == Standing::Live {
+                left = Some(left.unwrap_or(false) | ran);
+            }
+        }
+        left.unwrap_or(all)
+    }
+
     fn note(&mut self, subject: Subject, kind: FailureKind) {
         let phase = self.phase;
         self.failures.push(Failure { subject, kind, epoch: self.epoch, phase });
@@ -887,6 +965,10 @@ impl Transition {
             !gone
         });
     }
+}
+
+fn stopped(state: MigrationState) -> bool {
+    state.activity() == Activity::Stopped
 }
 
 /// What a participant has for the answer to a phase.
