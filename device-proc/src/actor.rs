@@ -357,6 +357,13 @@ impl<D: Device> State<D> {
                 return;
             }
         }
+        debug_assert!(
+            self.lifecycle.is_busy()
+                || (self.in_force == self.lifecycle.activity() && self.parts.is_at(self.in_force)),
+            "the lifecycle allows {}, in force is {}",
+            self.lifecycle.activity(),
+            self.in_force
+        );
     }
 
     /// Sends to the coordinator, if there is one; never lost, never waited for.

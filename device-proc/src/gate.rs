@@ -67,7 +67,7 @@ impl InFlight {
 
     /// A permit, or `None` if it is closed. Never waits.
     pub fn try_enter(&self) -> Option<Permit<'_>> {
-        self.try_count_up().then_some(Permit { of: self })
+        self.try_count_up().then(|| Permit { of: self })
     }
 
     /// A permit; blocks the calling OS thread while it is closed.

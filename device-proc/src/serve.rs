@@ -5,9 +5,9 @@
 //! use standstill_device_proc::{ServeOptions, serve};
 //! use std::process::ExitCode;
 //!
-//! # fn build<D: Device>(_: Handles) -> Result<(D, DeviceInfo), DeviceError> { unimplemented!() }
-//! fn run<D: Device>() -> ExitCode {
-//!     match serve(ServeOptions::new("/run/vm/engine.sock"), build::<D>) {
+//! type Build<D> = fn(Handles) -> Result<(D, DeviceInfo), DeviceError>;
+//! fn run<D: Device>(build: Build<D>) -> ExitCode {
+//!     match serve(ServeOptions::new("/run/vm/engine.sock"), build) {
 //!         Ok(()) => ExitCode::SUCCESS,
 //!         Err(error) => {
 //!             tracing::error!(%error, "device process");

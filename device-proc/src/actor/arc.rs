@@ -28,7 +28,7 @@ pub(super) const UNDO_BUDGET: Duration = Duration::from_secs(1);
 
 /// Where the time went.
 #[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Spent {
+pub(crate) struct Spent {
     pub(super) hook: Duration,
     pub(super) drain: Duration,
 }
@@ -42,7 +42,7 @@ impl Spent {
 
 /// An arc was not taken.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct ArcFailure {
+pub(crate) struct ArcFailure {
     pub(super) refusal: Refusal,
     /// True if the device is where it was, false if it is unusable.
     pub(super) restored: bool,
@@ -50,7 +50,7 @@ pub(super) struct ArcFailure {
 
 /// How an arc ended, and what it took.
 #[derive(Debug)]
-pub(super) struct ArcOutcome {
+pub(crate) struct ArcOutcome {
     pub(super) result: Result<(), ArcFailure>,
     pub(super) spent: Spent,
 }

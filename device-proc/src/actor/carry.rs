@@ -1,7 +1,7 @@
 //! Carrying out what the lifecycle says.
 
 use super::arc::{ArcOutcome, Spent, change_activity, reset};
-use super::budget::{Budget, Overtaken};
+use super::budget::Budget;
 use super::job::{Job, moment_of_answer, moment_of_arrival};
 use super::stream::{self, StreamError};
 use super::stream_fd::StreamFd;

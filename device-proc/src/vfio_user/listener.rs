@@ -14,7 +14,7 @@ use thiserror::Error;
 const BACKLOG: i32 = 4;
 
 /// The longest path of a Unix socket, in bytes.
-pub const LONGEST_PATH: usize = 107;
+pub(crate) const LONGEST_PATH: usize = 107;
 
 /// The data socket cannot be made.
 #[derive(Debug, Error)]

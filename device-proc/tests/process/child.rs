@@ -1,0 +1,201 @@
+//! Starting this test program as a device process, and speaking to it as a coordinator does.
+
+use standstill_protocol::channel::CoordinatorEnd;
+use standstill_protocol::message::{
+    Abort, Command, CoordinatorMessage, DeviceMessage, Epoch, Hello, OrphanPolicy, Phase, Query,
+    Reached, Refused, Shutdown, Status, Term, Welcome,
+};
+use standstill_protocol::migration::MigrationState;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+use tempfile::TempDir;
+
+/// Tells this program that it is a device process, and where its data socket is.
+pub const SOCKET_VARIABLE: &str = "STANDSTILL_TEST_DEVICE_SOCKET";
+
+/// Longer than anything takes here.
+pub const PATIENCE: Duration = Duration::from_secs(20);
+
+/// A device process and the coordinator's end of its control channel.
+pub struct Device {
+    pub process: Child,
+    pub channel: CoordinatorEnd,
+    folder: TempDir,
+}
+
+impl Device {
+    /// Starts one that behaves as `script` says; see [`crate::probe`].
+    pub fn start(script: &str) -> (Self, Hello) {
+        let folder = tempfile::tempdir().unwrap();
+        let (channel, stdin) = CoordinatorEnd::pair().unwrap();
+        let process = spawn(&folder.path().join("data.sock"), script, stdin.into());
+        let device = Self { process, channel, folder };
+        let DeviceMessage::Hello(hello) = device.next() else { panic!("no Hello") };
+        (device, hello)
+    }
+
+    /// Starts one and welcomes it, without heartbeats.
+    pub fn welcomed(script: &str) -> Self {
+        let (device, _) = Self::start(script);
+        device.send(CoordinatorMessage::Welcome(welcome(OrphanPolicy::Exit)));
+        device.channel.set_version(1);
+        device
+    }
+
+    pub fn socket(&self) -> PathBuf {
+        self.folder.path().join("data.sock")
+    }
+
+    pub fn send(&self, message: CoordinatorMessage) {
+        self.send_with(message, &[]);
+    }
+
+    pub fn send_with(&self, message: CoordinatorMessage, fds: &[BorrowedFd<'_>]) {
+        self.channel.send(&message, fds, PATIENCE).unwrap();
+    }
+
+    pub fn next(&self) -> DeviceMessage {
+        self.channel.recv(PATIENCE).unwrap().message
+    }
+
+    /// The next answer; events and heartbeats on the way are skipped.
+    pub fn answer(&self) -> DeviceMessage {
+        loop {
+            match self.next() {
+                DeviceMessage::Event(_) | DeviceMessage::Heartbeat(_) => {}
+                message => return message,
+            }
+        }
+    }
+
+    pub fn command(&self, epoch: u64, phase: Phase, target: MigrationState) {
+        self.send(CoordinatorMessage::Command(command(epoch, phase, target)));
+    }
+
+    pub fn reached(&self) -> Reached {
+        match self.answer() {
+            DeviceMessage::Reached(reached) => reached,
+            other => panic!("expected Reached, got {other:?}"),
+        }
+    }
+
+    pub fn refused(&self) -> Refused {
+        match self.answer() {
+            DeviceMessage::Refused(refused) => refused,
+            other => panic!("expected Refused, got {other:?}"),
+        }
+    }
+
+    /// Sends a command and checks that it leads where it should.
+    pub fn go(&self, epoch: u64, phase: Phase, target: MigrationState) -> Reached {
+        self.command(epoch, phase, target);
+        let reached = self.reached();
+        let found = (reached.term, reached.epoch, reached.phase, reached.state);
+        assert_eq!(found, (Term(1), Epoch(epoch), phase, target));
+        reached
+    }
+
+    /// Both phases of a stop.
+    pub fn pause(&self, epoch: u64) {
+        self.go(epoch, Phase::PrepareStop, MigrationState::RunningP2p);
+        self.go(epoch, Phase::Stop, MigrationState::Stop);
+    }
+
+    /// Both phases of a start.
+    pub fn resume(&self, epoch: u64) {
+        self.go(epoch, Phase::PrepareStart, MigrationState::RunningP2p);
+        self.go(epoch, Phase::Start, MigrationState::Running);
+    }
+
+    pub fn abort(&self, epoch: u64) {
+        self.send(CoordinatorMessage::Abort(Abort { term: Term(1), epoch: Epoch(epoch) }));
+    }
+
+    pub fn query(&self, epoch: u64) -> Status {
+        self.send(CoordinatorMessage::Query(Query { term: Term(1), epoch: Epoch(epoch) }));
+        match self.answer() {
+            DeviceMessage::Status(status) => status,
+            other => panic!("expected Status, got {other:?}"),
+        }
+    }
+
+    pub fn shut_down(mut self) {
+        let grace_ns = 1_000_000_000;
+        self.send(CoordinatorMessage::Shutdown(Shutdown { term: Term(1), grace_ns }));
+        let status = wait(&mut self.process);
+        assert_eq!(status.code(), Some(0), "{status}");
+        assert!(!self.socket().exists(), "the data socket goes with its process");
+    }
+}
+
+impl Drop for Device {
+    fn drop(&mut self) {
+        // It may have ended already.
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+/// Starts this program as a device process.
+pub fn spawn(socket: &Path, script: &str, stdin: Stdio) -> Child {
+    std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "device_process", "--nocapture", "--test-threads=1"])
+        .env(SOCKET_VARIABLE, socket)
+        .env(crate::probe::SCRIPT_VARIABLE, script)
+        .env("RUST_LOG", "debug")
+        .stdin(stdin)
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap()
+}
+
+/// Waits for a process to end, not for ever.
+pub fn wait(process: &mut Child) -> ExitStatus {
+    let pid = rustix::process::Pid::from_raw(i32::try_from(process.id()).unwrap()).unwrap();
+    let pidfd: OwnedFd =
+        rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()).unwrap();
+    let ended = rustix::event::poll(
+        &mut [rustix::event::PollFd::new(&pidfd, rustix::event::PollFlags::IN)],
+        Some(&PATIENCE.try_into().unwrap()),
+    );
+    if ended != Ok(1) {
+        process.kill().unwrap();
+        panic!("the device process did not end within {PATIENCE:?}");
+    }
+    process.wait().unwrap()
+}
+
+/// Waits until something is so, looking again and again.
+pub fn until(what: &str, mut is_so: impl FnMut() -> bool) {
+    let begin = Instant::now();
+    while !is_so() {
+        assert!(begin.elapsed() < PATIENCE, "not within {PATIENCE:?}: {what}");
+        std::thread::yield_now();
+    }
+}
+
+pub fn welcome(orphan: OrphanPolicy) -> Welcome {
+    Welcome {
+        version: 1,
+        machine: Default::default(),
+        name: "probe".into(),
+        incarnation: 1,
+        term: Term(1),
+        epoch: Epoch(0),
+        heartbeat_ns: 0,
+        orphan,
+    }
+}
+
+pub fn command(epoch: u64, phase: Phase, target: MigrationState) -> Command {
+    Command {
+        term: Term(1),
+        epoch: Epoch(epoch),
+        phase,
+        target,
+        budget_ns: 10_000_000_000,
+        lease_ns: 0,
+    }
+}

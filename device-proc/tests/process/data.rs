@@ -1,0 +1,172 @@
+//! What a client sees while the device is stopped and started.
+
+use crate::child::{Device, PATIENCE};
+use crate::client::{Client, ErrorReply};
+use crate::probe::{MEMORY_SIZE, NUMBER, RAISE};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use standstill_protocol::message::{DeviceEvent, DeviceMessage, Phase};
+use standstill_protocol::migration::MigrationState as S;
+use std::os::fd::{AsFd, OwnedFd};
+
+/// The crate gives every refusal of a backend errno 0.
+const REFUSED: ErrorReply = ErrorReply(0);
+
+fn new_eventfd() -> OwnedFd {
+    eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap()
+}
+
+fn is_raised(eventfd: &OwnedFd) -> bool {
+    let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
+    poll(&mut [PollFd::new(eventfd, PollFlags::IN)], Some(&now)) == Ok(1)
+}
+
+fn wait_raised(eventfd: &OwnedFd) {
+    let patience = PATIENCE.try_into().unwrap();
+    assert_eq!(poll(&mut [PollFd::new(eventfd, PollFlags::IN)], Some(&patience)), Ok(1));
+}
+
+#[test]
+fn registers_are_out_of_reach_while_stopped_and_work_after_the_start() {
+    let device = Device::welcomed("");
+    let mut client = Client::connect(&device.socket());
+    client.write_u32(0, NUMBER, 11).unwrap();
+    client.write_u32(2, 0, 12).unwrap();
+
+    device.go(1, Phase::PrepareStop, S::RunningP2p);
+    client.write_u32(0, NUMBER, 21).unwrap();
+    device.go(1, Phase::Stop, S::Stop);
+    assert_eq!(client.write_u32(0, NUMBER, 31), Err(REFUSED));
+    assert_eq!(client.read_u32(0, NUMBER), Err(REFUSED));
+    assert_eq!(client.write_u32(2, 0, 32), Err(REFUSED));
+    let id = client.read_u32(7, 0).unwrap();
+    assert_eq!(id, 0x0001_1af4, "configuration space is served");
+    client.write_u32(7, 0x10, 0xffff_ffff).unwrap();
+    assert_eq!(client.read_u32(7, 0x10), Ok(0xffff_f000));
+
+    device.go(2, Phase::PrepareStart, S::RunningP2p);
+    assert_eq!(client.read_u32(0, NUMBER), Ok(21), "what was refused was not done");
+    device.go(2, Phase::Start, S::Running);
+    assert_eq!(client.read_u32(2, 0), Ok(12));
+    client.write_u32(0, NUMBER, 41).unwrap();
+    assert_eq!(client.read_u32(0, NUMBER), Ok(41));
+}
+
+#[test]
+fn an_interrupt_while_stopped_is_raised_on_the_eventfd_installed_at_the_start() {
+    let device = Device::welcomed("raise-when-stopped");
+    let mut client = Client::connect(&device.socket());
+    let first = new_eventfd();
+    client.install_msix(&[first.as_fd()]).unwrap();
+    device.pause(1);
+    let second = new_eventfd();
+    client.install_msix(&[second.as_fd()]).unwrap();
+    assert!(!is_raised(&first) && !is_raised(&second));
+    device.resume(2);
+    wait_raised(&second);
+    assert!(!is_raised(&first));
+}
+
+#[test]
+fn an_interrupt_while_running_is_raised_at_once() {
+    let device = Device::welcomed("");
+    let mut client = Client::connect(&device.socket());
+    let vectors = [new_eventfd(), new_eventfd()];
+    client.install_msix(&[vectors[0].as_fd(), vectors[1].as_fd()]).unwrap();
+    client.write_u32(0, RAISE, 1).unwrap();
+    assert!(is_raised(&vectors[1]) && !is_raised(&vectors[0]));
+}
+
+#[test]
+fn a_client_that_comes_back_finds_the_device_as_it_was() {
+    let device = Device::welcomed("");
+    let ram = tempfile::tempfile().unwrap();
+    ram.set_len(1 << 16).unwrap();
+    let mut client = Client::connect(&device.socket());
+    client.write_u32(0, NUMBER, 7).unwrap();
+    client.dma_map(0, 1 << 16, ram.as_fd()).unwrap();
+    assert_eq!(client.dma_map(0, 1 << 15, ram.as_fd()), Err(REFUSED), "overlap");
+    assert_eq!(device.next(), DeviceMessage::Event(DeviceEvent::ClientConnected));
+    drop(client);
+    assert_eq!(device.next(), DeviceMessage::Event(DeviceEvent::ClientDisconnected));
+
+    let mut client = Client::connect(&device.socket());
+    assert_eq!(client.read_u32(0, NUMBER), Ok(7));
+    client.dma_map(0, 1 << 15, ram.as_fd()).expect("the windows went with the first client");
+    assert_eq!(device.next(), DeviceMessage::Event(DeviceEvent::ClientConnected));
+}
+
+#[test]
+fn accesses_outside_their_region_are_refused() {
+    let device = Device::welcomed("");
+    let mut client = Client::connect(&device.socket());
+    let size = MEMORY_SIZE;
+    for (region, offset, count) in [
+        (0, 4096, 4),
+        (0, 4094, 4),
+        (0, u64::MAX, 4),
+        (1, 0, 4),
+        (2, size - 2, 4),
+        (2, 0, u32::try_from(size).unwrap() + 1),
+        (6, 0, 4),
+        (7, 254, 4),
+        (8, 0, 4),
+    ] {
+        let found = client.read(region, offset, count);
+        assert_eq!(found, Err(REFUSED), "region {region}, {count} bytes at {offset:#x}");
+    }
+    assert!(client.read(9, 0, 4).is_err(), "no such region");
+    assert_eq!(client.read(0, 0, 3), Err(REFUSED), "no width of a register");
+    assert_eq!(client.read(2, 0, u32::try_from(size).unwrap()).unwrap().len(), 256 << 10);
+    assert_eq!(client.read(7, 0, 256).unwrap().len(), 256);
+}
+
+#[test]
+fn a_reset_by_the_client_is_for_running_devices() {
+    let device = Device::welcomed("");
+    let mut client = Client::connect(&device.socket());
+    client.write_u32(0, NUMBER, 7).unwrap();
+    client.reset().unwrap();
+    assert_eq!(client.read_u32(0, NUMBER), Ok(0));
+    device.pause(1);
+    assert_eq!(client.reset(), Err(REFUSED));
+    device.resume(2);
+    client.reset().unwrap();
+    client.write_u32(0, NUMBER, 8).expect("accesses are open again");
+}
+
+#[test]
+fn the_msix_table_keeps_what_is_written() {
+    let device = Device::welcomed("");
+    let mut client = Client::connect(&device.socket());
+    client.write_u32(5, 16, 0xfee0_0000).unwrap();
+    assert_eq!(client.read_u32(5, 16), Ok(0xfee0_0000));
+    assert_eq!(client.read_u32(5, 0), Ok(0));
+}
+
+#[test]
+fn the_crates_own_client_sees_the_regions_and_maps_the_memory() {
+    let device = Device::welcomed("");
+    let mut client = vfio_user::Client::new(&device.socket()).unwrap();
+    let region = client.region(2).unwrap();
+    assert_eq!((region.size, region.sparse_areas.len()), (MEMORY_SIZE, 1));
+    let mapped = region.file_offset.as_ref().expect("the fd came");
+    assert_eq!(mapped.file().metadata().unwrap().len(), MEMORY_SIZE);
+    assert!(client.region(0).unwrap().file_offset.is_none());
+    assert_eq!(client.get_irq_info(2).unwrap().count, 2);
+    client.region_write(0, NUMBER, &9_u32.to_le_bytes()).unwrap();
+    let mut number = [0; 4];
+    client.region_read(0, NUMBER, &mut number).unwrap();
+    assert_eq!(u32::from_le_bytes(number), 9);
+}
+
+#[test]
+fn a_client_that_talks_nonsense_loses_its_connection_only() {
+    let device = Device::welcomed("");
+    let mut client = Client::connect(&device.socket());
+    client.write_u32(0, NUMBER, 7).unwrap();
+    client.send_raw(&[0xff; 64]);
+    drop(client);
+    let mut client = Client::connect(&device.socket());
+    assert_eq!(client.read_u32(0, NUMBER), Ok(7));
+    device.pause(1);
+}

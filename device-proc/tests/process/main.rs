@@ -1,0 +1,18 @@
+//! Device processes as a whole: this test program runs itself as one.
+
+mod child;
+mod client;
+mod probe;
+
+mod control;
+mod data;
+mod greeting;
+mod state;
+
+/// Not a test: what a device process of these tests does. Without its variable it is empty.
+#[test]
+fn device_process() {
+    if let Ok(socket) = std::env::var(child::SOCKET_VARIABLE) {
+        probe::run(&socket);
+    }
+}

@@ -1,0 +1,176 @@
+//! The device of these tests: a few registers, some memory, and hooks that do what a script says.
+//!
+//! | register of BAR 0 | |
+//! |---|---|
+//! | 0x00 | a number that is kept and saved |
+//! | 0x08 | written: raises that MSI-X vector |
+//! | 0x10 | written: lets a hook end that the script holds |
+//!
+//! The script is words: `hold:HOOK` makes the hook wait for register 0x10, `fail:HOOK` makes it
+//! fail, `kind:NAME` gives the device another kind, `raise-when-stopped` raises vector 0 right
+//! after the stop, `pci:NUMBER` gives it another device id.
+
+use standstill_device_proc::device::{
+    AccessError, Bar, BarBacking, Device, DeviceError, DeviceInfo, Handles, Moment, PciIdentity,
+};
+use standstill_device_proc::interrupt::Interrupts;
+use standstill_device_proc::{ServeOptions, serve};
+use standstill_protocol::message::{Counter, CounterKind, Evidence, PeerDma};
+use standstill_protocol::migration::MigrationFlags;
+use std::fs::File;
+use std::io::{Read, Write};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+use tokio::sync::Notify;
+
+pub const SCRIPT_VARIABLE: &str = "STANDSTILL_TEST_DEVICE_SCRIPT";
+
+pub const NUMBER: u64 = 0x00;
+pub const RAISE: u64 = 0x08;
+pub const LET_GO: u64 = 0x10;
+pub const MEMORY_SIZE: u64 = 256 << 10;
+
+struct Probe {
+    script: Vec<String>,
+    interrupts: Interrupts,
+    number: AtomicU32,
+    let_go: Notify,
+}
+
+/// Runs as a device process; does not return.
+pub fn run(socket: &str) -> ! {
+    let script = std::env::var(SCRIPT_VARIABLE).unwrap_or_default();
+    let script: Vec<_> = script.split_whitespace().map(String::from).collect();
+    let served = serve(ServeOptions::new(socket), |handles| build(handles, script));
+    std::process::exit(served.map_or_else(|error| error.exit_code().into(), |()| 0));
+}
+
+fn build(handles: Handles, script: Vec<String>) -> Result<(Probe, DeviceInfo), DeviceError> {
+    if script.iter().any(|word| word == "fail:build") {
+        return Err(DeviceError::new("as the script says"));
+    }
+    let word = |key: &str| script.iter().find_map(|word| word.strip_prefix(key));
+    let kind = word("kind:").unwrap_or("probe").to_owned();
+    let device = word("pci:").map_or(1, |number| number.parse().unwrap());
+    let memory = tempfile::tempfile().map_err(DeviceError::new)?;
+    memory.set_len(MEMORY_SIZE).map_err(DeviceError::new)?;
+    let backing: File = tempfile::tempfile().map_err(DeviceError::new)?;
+    let info = DeviceInfo {
+        kind,
+        pci: PciIdentity {
+            vendor: 0x1af4,
+            device,
+            subsystem_vendor: 0,
+            subsystem: 0,
+            class: 0x088000,
+            revision: 0,
+        },
+        bars: [
+            Some(Bar { size: 4096, backing: BarBacking::Registers }),
+            None,
+            Some(Bar { size: MEMORY_SIZE, backing: BarBacking::Memory(memory.into()) }),
+            None,
+            None,
+            None,
+        ],
+        msix_vectors: 2,
+        migration: MigrationFlags::STOP_COPY,
+        peer_dma: PeerDma::Possible,
+        backing_files: vec![backing.into()],
+    };
+    let probe = Probe {
+        script,
+        interrupts: handles.interrupts,
+        number: AtomicU32::new(0),
+        let_go: Notify::new(),
+    };
+    Ok((probe, info))
+}
+
+impl Probe {
+    fn says(&self, what: &str, hook: &str) -> bool {
+        self.script.iter().any(|word| word.split_once(':') == Some((what, hook)))
+    }
+
+    async fn hook(&self, name: &str) -> Result<(), DeviceError> {
+        if self.says("hold", name) {
+            self.let_go.notified().await;
+        }
+        if self.says("fail", name) {
+            return Err(DeviceError::new("as the script says"));
+        }
+        Ok(())
+    }
+}
+
+impl Device for Probe {
+    fn region_read(&self, _bar: u32, offset: u64, data: &mut [u8]) -> Result<(), AccessError> {
+        if offset != NUMBER || data.len() != 4 {
+            return Err(AccessError::NoRegister { offset, width: data.len() });
+        }
+        data.copy_from_slice(&self.number.load(Ordering::SeqCst).to_le_bytes());
+        Ok(())
+    }
+
+    fn region_write(&self, _bar: u32, offset: u64, data: &[u8]) -> Result<(), AccessError> {
+        let no_register = AccessError::NoRegister { offset, width: data.len() };
+        let value = u32::from_le_bytes(data.try_into().map_err(|_| no_register)?);
+        match offset {
+            NUMBER => self.number.store(value, Ordering::SeqCst),
+            RAISE => {
+                let bad = AccessError::BadValue { offset, value: value.into() };
+                self.interrupts.raise(value.try_into().map_err(|_| bad)?);
+            }
+            LET_GO => self.let_go.notify_one(),
+            _ => return Err(no_register),
+        }
+        Ok(())
+    }
+
+    fn reset(&self) -> Result<(), DeviceError> {
+        self.number.store(0, Ordering::SeqCst);
+        Ok(())
+    }
+
+    async fn prepare_stop(&self, _budget: Duration) -> Result<(), DeviceError> {
+        self.hook("prepare_stop").await
+    }
+
+    async fn stop(&self, _budget: Duration) -> Result<(), DeviceError> {
+        self.hook("stop").await
+    }
+
+    async fn prepare_start(&self, _budget: Duration) -> Result<(), DeviceError> {
+        self.hook("prepare_start").await
+    }
+
+    async fn start(&self, _budget: Duration) -> Result<(), DeviceError> {
+        self.hook("start").await
+    }
+
+    fn save(&self, to: &mut dyn Write) -> Result<(), DeviceError> {
+        let number = self.number.load(Ordering::SeqCst);
+        to.write_all(&number.to_le_bytes()).map_err(DeviceError::new)
+    }
+
+    fn load(&self, from: &mut dyn Read) -> Result<(), DeviceError> {
+        let mut number = [0; 4];
+        from.read_exact(&mut number).map_err(DeviceError::new)?;
+        self.number.store(u32::from_le_bytes(number), Ordering::SeqCst);
+        Ok(())
+    }
+
+    fn evidence(&self, moment: Moment) -> Evidence {
+        if moment == Moment::Stopped && self.script.iter().any(|word| word == "raise-when-stopped")
+        {
+            self.interrupts.raise(0);
+        }
+        let index = moment as u32;
+        let counter = Counter { kind: CounterKind::Interrupts, index, value: self.interrupts.raised() };
+        Evidence { memory_hash: None, counters: vec![counter] }
+    }
+
+    fn progress(&self) -> Option<u64> {
+        Some(u64::from(self.number.load(Ordering::SeqCst)))
+    }
+}

@@ -1,0 +1,741 @@
+//! A simulated machine: real [`Lifecycle`]s, FIFO queues, a discrete clock, and every kind of
+//! fault. After each step it checks what must always hold; see [`World::check`] and its callees.
+
+use super::super::*;
+use crate::lifecycle::{self, ClientRequest, Effect as Work, Lifecycle, Master};
+use crate::message::{Abort, Command, Epoch, OrphanPolicy, Phase, Query, RefusalKind, Refusal, Term};
+use crate::migration::{Activity, MigrationFlags, MigrationState, Next, next_state};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+
+/// How likely each fault is, against a weight of 40 or so for everything that goes well.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Faults {
+    pub(super) crash: u32,
+    pub(super) hang: u32,
+    pub(super) fail: u32,
+    pub(super) time: u32,
+    pub(super) stray: u32,
+    pub(super) cancel: u32,
+    pub(super) supersede: u32,
+    pub(super) client: u32,
+}
+
+/// One participant of the simulated machine.
+#[derive(Clone, Debug)]
+pub(super) struct Node {
+    pub(super) member: Member,
+    device: Device,
+    /// From the coordinator, not yet read.
+    down: VecDeque<lifecycle::Event>,
+    /// To the coordinator, not yet read.
+    up: VecDeque<Event>,
+    life: Life,
+    fence: Fence,
+    /// A fence of it can be proven.
+    provable: bool,
+    read: Vec<Command>,
+}
+
+#[derive(Clone, Debug)]
+enum Device {
+    Process { lifecycle: Lifecycle, work: Option<Work> },
+    Local { state: MigrationState, calls: VecDeque<Command> },
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Life {
+    Alive,
+    Hung,
+    Dead,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Fence {
+    None,
+    Asked,
+    Proven,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Action {
+    /// The device reads its next message.
+    Read(usize),
+    /// The device carries out what it is at, and fails at it: restored or not.
+    Work(usize),
+    Fail(usize, bool),
+    /// The coordinator reads its next message.
+    Hear(usize),
+    Prove(usize),
+    HookReturns(usize, bool),
+    /// The next deadline passes.
+    Tick,
+    Crash(usize),
+    Hang(usize),
+    Client(usize),
+    StrayAnswer,
+    StrayCommand(usize),
+    Cancel,
+    Supersede,
+}
+
+pub(super) struct World {
+    pub(super) transition: Transition,
+    pub(super) plan: Plan,
+    pub(super) nodes: Vec<Node>,
+    pub(super) now: u64,
+    pub(super) outcome: Option<Outcome>,
+    /// What was found wrong by the physical oracle; the others panic at once.
+    pub(super) broken: Option<String>,
+    timers: BTreeMap<Timer, u64>,
+    hooks_running: Vec<(HookId, HookMoment)>,
+    /// Pairs of a stopped and a fully active participant that were there before.
+    found: BTreeSet<(ParticipantId, ParticipantId)>,
+    /// Nobody promised a barrier: a load, or the first phase is left out.
+    no_barrier: bool,
+    /// Whose fence an earlier coordinator could not prove.
+    ghosts: BTreeSet<ParticipantId>,
+    told: BTreeMap<(Epoch, Phase), Vec<ParticipantId>>,
+    acks: BTreeSet<(ParticipantId, Epoch, Phase)>,
+    refused_stopped: BTreeSet<(ParticipantId, Epoch, Phase)>,
+    unproven: BTreeSet<ParticipantId>,
+    heard: Vec<Event>,
+    undone: bool,
+    hold_expired: bool,
+}
+
+/// A device that was brought to a state by an earlier transition of `term`.
+fn device_in(member: &Member, term: Term) -> Device {
+    if member.kind == MemberKind::Local {
+        return Device::Local { state: member.state, calls: VecDeque::new() };
+    }
+    let mut lifecycle = Lifecycle::new(member.flags);
+    let orphan = OrphanPolicy::Keep;
+    lifecycle.step(lifecycle::Event::Welcome { term, epoch: Epoch(0), orphan });
+    let phase = match member.state.activity() {
+        Activity::Full => Phase::Start,
+        Activity::NoPeer => Phase::PrepareStop,
+        Activity::Stopped => Phase::Stop,
+    };
+    let command =
+        Command { term, epoch: Epoch(1), phase, target: member.state, budget_ns: 0, lease_ns: 0 };
+    let mut effects = lifecycle.step(lifecycle::Event::Command(command));
+    while effects.iter().any(|effect| matches!(effect, Work::Arc(_))) {
+        effects = lifecycle.step(lifecycle::Event::ArcDone);
+    }
+    assert_eq!(lifecycle.state(), member.state);
+    Device::Process { lifecycle, work: None }
+}
+
+impl Node {
+    fn state(&self) -> MigrationState {
+        match &self.device {
+            Device::Process { lifecycle, .. } => lifecycle.state(),
+            Device::Local { state, .. } => *state,
+        }
+    }
+
+    /// The most that it may be doing; an arc that is being taken counts with both its ends.
+    fn activity(&self) -> Activity {
+        match &self.device {
+            Device::Process { lifecycle, work: Some(Work::Arc(arc)) } => {
+                lifecycle.activity().max(arc.after)
+            }
+            Device::Process { lifecycle, .. } => lifecycle.activity(),
+            Device::Local { state, .. } => state.activity(),
+        }
+    }
+
+    fn moves(&self) -> bool {
+        self.life == Life::Alive && self.fence == Fence::None
+    }
+
+    fn has_work(&self) -> bool {
+        match &self.device {
+            Device::Process { work, .. } => work.is_some(),
+            Device::Local { calls, .. } => !calls.is_empty(),
+        }
+    }
+
+    /// Lets the lifecycle see an event and carries out what needs no time.
+    fn step(&mut self, event: lifecycle::Event) {
+        let from = self.member.id;
+        let Device::Process { lifecycle, work } = &mut self.device else { return };
+        for effect in lifecycle.step(event) {
+            let (command, state, answer) = match effect {
+                Work::Arc(_) | Work::ReadStream | Work::WriteStream | Work::Reset => {
+                    assert!(work.is_none(), "a second thing to do before the first has ended");
+                    *work = Some(effect);
+                    continue;
+                }
+                Work::Reached(command, state) => (command, state, Answer::Reached),
+                Work::Refused(command, state, _) => (command, state, Answer::Refused),
+                Work::Status(status) => {
+                    self.up.push_back(Event::Answer {
+                        from,
+                        term: status.term,
+                        epoch: status.epoch,
+                        phase: Phase::Stop,
+                        state: status.state,
+                        answer: Answer::Status { moving_to: status.moving_to },
+                    });
+                    continue;
+                }
+                _ => continue,
+            };
+            let Command { term, epoch, phase, .. } = command;
+            self.up.push_back(Event::Answer { from, term, epoch, phase, state, answer });
+        }
+    }
+
+    fn work(&mut self, failure: Option<bool>) {
+        let refusal = Refusal { kind: RefusalKind::Device, text: String::new() };
+        let done = match &mut self.device {
+            Device::Local { .. } => return self.call(failure),
+            Device::Process { work, .. } => match (work.take(), failure) {
+                (Some(Work::Arc(_)), None) => lifecycle::Event::ArcDone,
+                (Some(Work::Arc(arc)), Some(restored)) => {
+                    // The client's failures are its own affair; ERROR would be everybody's.
+                    let restored = restored || arc.master == Master::Client;
+                    lifecycle::Event::ArcFailed { refusal, restored }
+                }
+                (Some(Work::ReadStream | Work::WriteStream), None) => lifecycle::Event::StreamDone,
+                (Some(Work::ReadStream | Work::WriteStream), _) => {
+                    lifecycle::Event::StreamFailed(refusal)
+                }
+                (Some(Work::Reset), _) => lifecycle::Event::ResetDone,
+                (_, _) => return,
+            },
+        };
+        self.step(done);
+    }
+
+    /// A local device carries out one call from its beginning to its end.
+    fn call(&mut self, failure: Option<bool>) {
+        let flags = self.member.flags;
+        let Device::Local { state, calls } = &mut self.device else { return };
+        let Some(command) = calls.pop_front() else { return };
+        let target = match command.phase {
+            Phase::Load => MigrationState::Stop,
+            Phase::Reset if state.activity() == Activity::Stopped => MigrationState::Stop,
+            Phase::Reset => *state,
+            _ => command.target,
+        };
+        let mut answer = Answer::Reached;
+        let mut fails = failure;
+        loop {
+            if let Some(at_once) = fails.take() {
+                answer = Answer::Refused;
+                if at_once {
+                    break;
+                }
+            }
+            match next_state(flags, *state, target) {
+                Ok(Next::Already) => break,
+                Ok(Next::Arc(to)) => *state = to,
+                Err(_) => {
+                    answer = Answer::Refused;
+                    break;
+                }
+            }
+            if answer == Answer::Refused {
+                break;
+            }
+        }
+        let Command { term, epoch, phase, .. } = command;
+        let state = *state;
+        self.up.push_back(Event::Answer { from: self.member.id, term, epoch, phase, state, answer });
+    }
+}
+
+impl World {
+    /// A machine whose members are where the plan says; `unprovable` ones cannot be fenced in time.
+    pub(super) fn new(plan: Plan, unprovable: &[bool]) -> Self {
+        let nodes: Vec<_> = plan
+            .members
+            .iter()
+            .zip(unprovable)
+            .map(|(member, unprovable)| Node {
+                member: *member,
+                device: device_in(member, plan.term),
+                down: VecDeque::new(),
+                up: VecDeque::new(),
+                life: Life::Alive,
+                fence: Fence::None,
+                provable: !unprovable,
+                read: Vec::new(),
+            })
+            .collect();
+        let transition = Transition::new(plan.clone()).expect("the plan is sound");
+        let mut world = Self {
+            transition,
+            nodes,
+            now: 0,
+            outcome: None,
+            broken: None,
+            timers: BTreeMap::new(),
+            hooks_running: Vec::new(),
+            found: BTreeSet::new(),
+            no_barrier: plan.operation == Operation::Load,
+            ghosts: BTreeSet::new(),
+            plan,
+            told: BTreeMap::new(),
+            acks: BTreeSet::new(),
+            refused_stopped: BTreeSet::new(),
+            unproven: BTreeSet::new(),
+            heard: Vec::new(),
+            undone: false,
+            hold_expired: false,
+        };
+        world.found = world.mixed();
+        world
+    }
+
+    /// The coordinator dies; another one finds what is left and asks.
+    pub(super) fn taken_over(mut self) -> Self {
+        let load = self.plan.operation == Operation::Load;
+        let term = Term(self.plan.term.0 + 1);
+        self.nodes.retain(|node| node.fence != Fence::Proven);
+        for node in &mut self.nodes {
+            node.up.clear();
+            node.member.state = node.state();
+            node.member.on_loss = OnLoss::Fail;
+            let orphan = OrphanPolicy::Keep;
+            node.down.push_back(lifecycle::Event::Disconnected);
+            node.down.push_back(lifecycle::Event::Welcome { term, epoch: Epoch(0), orphan });
+            if node.life == Life::Dead {
+                node.fence = Fence::None;
+                node.up.push_back(Event::Lost(node.member.id, Loss::Disconnected));
+            }
+        }
+        self.plan.operation = Operation::TakeOver;
+        self.plan.term = term;
+        self.plan.epoch = Epoch(1);
+        self.plan.phases = Phases::Two;
+        self.plan.members = self.nodes.iter().map(|node| node.member).collect();
+        self.plan.hooks.clear();
+        self.transition = Transition::new(self.plan.clone()).expect("the plan is sound");
+        // What the dead coordinator could not prove is not this one's doing.
+        self.found.extend(self.mixed());
+        self.ghosts.extend(self.unproven);
+        Self {
+            now: 0,
+            outcome: None,
+            timers: BTreeMap::new(),
+            hooks_running: Vec::new(),
+            no_barrier: load || self.no_barrier,
+            told: BTreeMap::new(),
+            acks: BTreeSet::new(),
+            refused_stopped: BTreeSet::new(),
+            unproven: BTreeSet::new(),
+            heard: Vec::new(),
+            undone: false,
+            hold_expired: false,
+            ..self
+        }
+    }
+
+    pub(super) fn lose_early(&mut self, index: usize) {
+        let index = index % self.nodes.len();
+        if self.nodes[index].member.kind == MemberKind::Process {
+            self.nodes[index].life = Life::Dead;
+            self.feed(Event::Lost(self.nodes[index].member.id, Loss::Exited));
+        }
+    }
+
+    pub(super) fn begin(&mut self) {
+        self.feed(Event::Begin);
+        self.check();
+    }
+
+    /// Takes one random action.
+    pub(super) fn act(&mut self, choice: u32, faults: &Faults) {
+        let actions = self.actions(faults);
+        let total: u32 = actions.iter().map(|(weight, _)| weight).sum();
+        if total == 0 {
+            return;
+        }
+        let mut left = choice % total;
+        for (weight, action) in actions {
+            if left < weight {
+                self.take(action, choice);
+                break;
+            }
+            left -= weight;
+        }
+        self.check();
+    }
+
+    /// Lets everything that still moves come to its end, and then the deadlines pass.
+    pub(super) fn drain(&mut self) {
+        for _ in 0..20_000 {
+            if self.outcome.is_some() {
+                return;
+            }
+            let actions = self.actions(&Faults { time: 1, ..Faults::default() });
+            let next = actions.iter().find(|(_, action)| !matches!(action, Action::Tick));
+            let Some(&(_, action)) = next.or_else(|| actions.last()) else {
+                panic!("stuck: nothing moves and no timer is armed: {:?}", self.transition);
+            };
+            self.take(action, 0);
+            self.check();
+        }
+        panic!("it does not end: {:?}", self.transition);
+    }
+
+    fn actions(&self, faults: &Faults) -> Vec<(u32, Action)> {
+        let mut actions = Vec::with_capacity(32);
+        for (i, node) in self.nodes.iter().enumerate() {
+            let process = node.member.kind == MemberKind::Process;
+            if node.moves() {
+                if !node.down.is_empty() {
+                    actions.push((6, Action::Read(i)));
+                }
+                if node.has_work() {
+                    actions.push((6, Action::Work(i)));
+                    actions.push((faults.fail, Action::Fail(i, true)));
+                    actions.push((faults.fail / 2, Action::Fail(i, false)));
+                }
+                if process {
+                    actions.push((faults.crash, Action::Crash(i)));
+                    actions.push((faults.client, Action::Client(i)));
+                    if !node.read.is_empty() {
+                        actions.push((faults.stray, Action::StrayCommand(i)));
+                    }
+                }
+                actions.push((faults.hang, Action::Hang(i)));
+            }
+            if !node.up.is_empty() {
+                actions.push((6, Action::Hear(i)));
+            }
+            if node.fence == Fence::Asked && node.provable {
+                actions.push((3, Action::Prove(i)));
+            }
+        }
+        for i in 0..self.hooks_running.len() {
+            actions.push((4, Action::HookReturns(i, true)));
+            actions.push((faults.fail, Action::HookReturns(i, false)));
+        }
+        actions.push((faults.stray, Action::StrayAnswer));
+        actions.push((faults.cancel, Action::Cancel));
+        actions.push((faults.supersede, Action::Supersede));
+        if !self.timers.is_empty() {
+            actions.push((faults.time, Action::Tick));
+        }
+        actions.retain(|(weight, _)| *weight > 0);
+        actions
+    }
+
+    fn take(&mut self, action: Action, choice: u32) {
+        match action {
+            Action::Read(i) => {
+                let node = &mut self.nodes[i];
+                if let Some(event) = node.down.pop_front() {
+                    if let lifecycle::Event::Command(command) = &event {
+                        node.read.push(*command);
+                    }
+                    node.step(event);
+                }
+            }
+            Action::Work(i) => self.nodes[i].work(None),
+            Action::Fail(i, restored) => self.nodes[i].work(Some(restored)),
+            Action::Hear(i) => {
+                if let Some(event) = self.nodes[i].up.pop_front() {
+                    self.hear(event);
+                }
+            }
+            Action::Prove(i) => {
+                self.nodes[i].fence = Fence::Proven;
+                self.feed(Event::Fenced(self.nodes[i].member.id));
+            }
+            Action::HookReturns(i, well) => {
+                let (id, moment) = self.hooks_running.remove(i);
+                self.feed(match well {
+                    true => Event::HookDone(id, moment),
+                    false => Event::HookFailed(id, moment),
+                });
+            }
+            Action::Tick => self.tick(),
+            Action::Crash(i) => {
+                self.nodes[i].life = Life::Dead;
+                let lost = Event::Lost(self.nodes[i].member.id, Loss::Exited);
+                // Seen behind its last answers, or at once.
+                match choice % 2 {
+                    0 => self.nodes[i].up.push_back(lost),
+                    _ => self.feed(lost),
+                }
+            }
+            Action::Hang(i) => self.nodes[i].life = Life::Hung,
+            Action::Client(i) => {
+                let states = MigrationState::ALL;
+                let request = match choice / 7 % 9 {
+                    8 => ClientRequest::Reset,
+                    state => ClientRequest::SetState(states[state as usize]),
+                };
+                self.nodes[i].step(lifecycle::Event::Client(request));
+            }
+            Action::StrayAnswer => self.stray_answer(choice / 7),
+            Action::StrayCommand(i) => {
+                let node = &mut self.nodes[i];
+                let again = node.read[choice as usize / 7 % node.read.len()];
+                let Device::Process { lifecycle, .. } = &mut node.device else { return };
+                let before = format!("{lifecycle:?}");
+                let effects = lifecycle.step(lifecycle::Event::Command(again));
+                assert!(matches!(effects[..], [Work::Dropped(_)]), "{again:?}: {effects:?}");
+                assert_eq!(before, format!("{lifecycle:?}"));
+            }
+            Action::Cancel => self.feed(Event::Cancel),
+            Action::Supersede => self.feed(Event::Superseded),
+        }
+    }
+
+    fn tick(&mut self) {
+        let Some((&timer, &at)) = self.timers.iter().min_by_key(|(_, at)| **at) else { return };
+        self.timers.remove(&timer);
+        self.now = self.now.max(at);
+        match timer {
+            Timer::Fence(id) => drop(self.unproven.insert(id)),
+            Timer::Hold => self.hold_expired = true,
+            _ => {}
+        }
+        self.feed(Event::Expired(timer));
+    }
+
+    fn hear(&mut self, event: Event) {
+        if let Event::Answer { from, epoch, phase, state, answer, .. } = event {
+            match answer {
+                Answer::Reached => drop(self.acks.insert((from, epoch, phase))),
+                Answer::Refused if state.activity() == Activity::Stopped => {
+                    self.refused_stopped.insert((from, epoch, phase));
+                }
+                Answer::Refused | Answer::Status { .. } => {}
+            }
+            self.heard.push(event);
+        }
+        self.feed(event);
+    }
+
+    /// An answer that is a duplicate, of another term or epoch, or from nobody.
+    fn stray_answer(&mut self, choice: u32) {
+        let Some(&Event::Answer { mut from, mut term, mut epoch, phase, mut state, mut answer }) =
+            self.heard.get(choice as usize / 8 % self.heard.len().max(1))
+        else {
+            return;
+        };
+        match choice % 8 {
+            0 => term = Term(term.0 - 1),
+            1 => term = Term(term.0 + 1),
+            2 => from = ParticipantId(99),
+            3 => epoch = Epoch(self.transition.epoch().0 + 1),
+            4 => {
+                epoch = Epoch(self.transition.epoch().0 - 1);
+                answer = Answer::Reached;
+            }
+            5 => state = MigrationState::Running,
+            _ => {}
+        }
+        let before = format!("{:?}", self.transition);
+        let strays = self.transition.strays();
+        self.feed(Event::Answer { from, term, epoch, phase, state, answer });
+        if self.outcome.is_none() {
+            assert_eq!(self.transition.strays(), strays + 1);
+            let after = format!("{:?}", self.transition)
+                .replace(&format!("strays: {}", strays + 1), &format!("strays: {strays}"));
+            assert_eq!(before, after, "a stray answer changed something");
+        }
+    }
+
+    /// Feeds the transition, carries out what it says, and checks that.
+    fn feed(&mut self, event: Event) {
+        let effects = self.transition.step(event);
+        if self.outcome.is_some() {
+            assert_eq!(effects, [], "effects after the end");
+            return;
+        }
+        let mut phases: Vec<_> = effects
+            .iter()
+            .filter_map(|effect| match effect {
+                Effect::Send(_, command) => Some((command.epoch, command.phase)),
+                _ => None,
+            })
+            .collect();
+        phases.dedup();
+        assert!(phases.len() <= 1, "two phases in one step: {effects:?}");
+        for phase in phases {
+            let again = self.told.insert(phase, Vec::new());
+            assert!(again.is_none(), "{phase:?} is sent in two steps");
+            self.check_barrier(phase);
+        }
+        let last = effects.len().saturating_sub(1);
+        for (at, effect) in effects.into_iter().enumerate() {
+            match effect {
+                Effect::Send(id, command) => self.send(id, command),
+                Effect::Abort(id, Abort { term, epoch }) => {
+                    let abort = lifecycle::Event::Abort(Abort { term, epoch });
+                    self.node(id).down.push_back(abort);
+                }
+                Effect::Query(id, Query { term, epoch }) => {
+                    let query = lifecycle::Event::Query(Query { term, epoch });
+                    self.node(id).down.push_back(query);
+                }
+                Effect::Fence(id, _) => {
+                    let node = self.node(id);
+                    assert_eq!(node.member.kind, MemberKind::Process);
+                    assert_eq!(node.fence, Fence::None, "fenced twice");
+                    node.fence = Fence::Asked;
+                    node.life = Life::Dead;
+                }
+                Effect::RunHook(id, moment) => {
+                    let running = self.hooks_running.iter().any(|&(running, _)| running == id);
+                    assert!(!running, "hook {id:?} is called while it runs");
+                    self.hooks_running.push((id, moment));
+                }
+                Effect::Arm(timer, budget_ns) => {
+                    self.undone |= timer == Timer::Undo;
+                    let twice = self.timers.insert(timer, self.now + budget_ns);
+                    assert_eq!(twice, None, "{timer:?} is armed twice");
+                }
+                Effect::Disarm(timer) => {
+                    assert!(self.timers.remove(&timer).is_some(), "{timer:?} was not armed");
+                }
+                Effect::Finish(outcome) => {
+                    assert_eq!(at, last, "something after the end");
+                    assert!(self.timers.is_empty(), "timers are left: {:?}", self.timers);
+                    assert!(self.outcome.replace(outcome).is_none());
+                }
+            }
+        }
+    }
+
+    fn node(&mut self, id: ParticipantId) -> &mut Node {
+        self.nodes.iter_mut().find(|node| node.member.id == id).expect("a participant")
+    }
+
+    fn send(&mut self, id: ParticipantId, command: Command) {
+        assert_ne!(command.target, MigrationState::Error, "{command:?}");
+        assert_eq!(command.term, self.plan.term);
+        if let Some(told) = self.told.get_mut(&(command.epoch, command.phase)) {
+            told.push(id);
+        }
+        let node = self.node(id);
+        assert_eq!(node.fence, Fence::None, "a fenced participant is told something");
+        match &mut node.device {
+            Device::Process { .. } => node.down.push_back(lifecycle::Event::Command(command)),
+            Device::Local { calls, .. } => calls.push_back(command),
+        }
+    }
+
+    /// Nobody is told a second phase before everybody has reached the first, and nothing is
+    /// started while a fence is not proven.
+    fn check_barrier(&self, (epoch, phase): (Epoch, Phase)) {
+        let first = match phase {
+            Phase::Stop => Phase::PrepareStop,
+            Phase::Start => Phase::PrepareStart,
+            _ => phase,
+        };
+        for &id in self.told.get(&(epoch, first)).into_iter().flatten() {
+            let fenced =
+                self.nodes.iter().any(|n| n.member.id == id && n.fence == Fence::Proven);
+            let given_up = self.unproven.contains(&id) || self.local_hung(id);
+            let quiet = self.refused_stopped.contains(&(id, epoch, first));
+            let acked = self.acks.contains(&(id, epoch, first));
+            assert!(acked || fenced || given_up || quiet, "{id:?} has not reached {first}");
+        }
+        if matches!(phase, Phase::PrepareStart | Phase::Start) {
+            let pending = self.nodes.iter().find(|node| node.fence == Fence::Asked);
+            assert!(pending.is_none(), "{phase} while a fence is not proven: {pending:?}");
+            assert!(self.unproven.is_empty());
+        }
+    }
+
+    fn local_hung(&self, id: ParticipantId) -> bool {
+        self.nodes.iter().any(|node| {
+            node.member.id == id
+                && node.member.kind == MemberKind::Local
+                && self.transition.state(id).is_none()
+        })
+    }
+
+    /// Pairs of one who is stopped and one who may write into it.
+    fn mixed(&self) -> BTreeSet<(ParticipantId, ParticipantId)> {
+        let counts = |node: &&Node| node.fence != Fence::Proven && node.member.flags.p2p();
+        let writers: Vec<_> = self
+            .nodes
+            .iter()
+            .filter(counts)
+            .filter(|node| node.activity() == Activity::Full)
+            .map(|node| node.member.id)
+            .filter(|id| !self.unproven.contains(id) && !self.ghosts.contains(id))
+            .filter(|id| !self.local_hung(*id))
+            .collect();
+        let mut mixed = BTreeSet::new();
+        if !writers.is_empty() {
+            for node in self.nodes.iter().filter(counts) {
+                let state = node.state();
+                let stopped =
+                    state.activity() == Activity::Stopped && state != MigrationState::Error;
+                if stopped && node.life != Life::Dead {
+                    mixed.extend(writers.iter().map(|&writer| (node.member.id, writer)));
+                }
+            }
+        }
+        mixed
+    }
+
+    /// What must hold after every step; at the end, [`super::ends`] has more to say.
+    fn check(&mut self) {
+        if !self.no_barrier && self.broken.is_none() {
+            let broken = self.mixed().into_iter().find(|pair| !self.found.contains(pair));
+            if let Some(pair) = broken {
+                self.broken = Some(format!("{pair:?} is (stopped, may write): {:#?}", self.nodes));
+            }
+        }
+        if self.outcome.is_some() {
+            let longest = longest(&self.plan);
+            assert!(self.now <= longest, "{} ns, longer than {longest}: {:#?}", self.now, self.plan);
+        }
+    }
+
+    /// Where everybody is who still counts, and where it was at the beginning.
+    pub(super) fn left(&self) -> Vec<(Member, MigrationState)> {
+        let live = |node: &&Node| self.transition.state(node.member.id).is_some();
+        self.nodes.iter().filter(live).map(|node| (node.member, node.state())).collect()
+    }
+
+    /// True if anybody was fenced, or was to be.
+    pub(super) fn any_fenced(&self) -> bool {
+        self.nodes.iter().any(|node| node.fence != Fence::None)
+    }
+
+    pub(super) fn was_undone(&self) -> bool {
+        self.undone
+    }
+
+    pub(super) fn hold_expired(&self) -> bool {
+        self.hold_expired
+    }
+
+    pub(super) fn was_told(&self) -> bool {
+        !self.told.is_empty()
+    }
+
+    /// True if the second phase of the operation itself had begun.
+    pub(super) fn second_phase(&self) -> bool {
+        self.told.keys().any(|&(epoch, phase)| {
+            epoch == self.plan.epoch && matches!(phase, Phase::Stop | Phase::Start | Phase::Load)
+        })
+    }
+}
+
+/// The longest that a transition may take: see "Deadlines" in `docs/transitions.md`.
+pub(super) fn longest(plan: &Plan) -> u64 {
+    let all = |budget: fn(&Member) -> u64| plan.members.iter().map(budget).max().unwrap_or(0);
+    let optional = plan.members.iter().filter(|member| {
+        plan.operation == Operation::TakeOver || member.on_loss == OnLoss::ContinueWithout
+    });
+    let hooks: u64 = plan.hooks.iter().map(|hook| hook.budget_ns).sum();
+    hooks
+        + all(|member| member.first_ns)
+        + all(|member| member.second_ns)
+        + optional.count() as u64 * plan.fence_ns
+        + 2 * plan.undo_ns
+}
