@@ -176,7 +176,12 @@ impl<D: Device> Actor for DeviceActor<D> {
         myself: ActorRef<Message>,
         arguments: Arguments<D>,
     ) -> Result<State<D>, ActorProcessingErr> {
-        let Arguments { parts, migration, control, ended } = arguments;
+        let Arguments {
+            parts,
+            migration,
+            control,
+            ended,
+        } = arguments;
         let mut state = State {
             myself,
             parts,
@@ -220,9 +225,23 @@ impl<D: Device> State<D> {
             Err(error) => return self.end(Err(ActorError::Watch(error))),
         };
         let outbox = Outbox::new(Arc::clone(&channel));
-        self.control = Some(Control { channel, outbox, watch });
-        let Welcome { term, epoch, orphan, .. } = *welcome;
-        self.feed(Event::Welcome { term, epoch, orphan }).await;
+        self.control = Some(Control {
+            channel,
+            outbox,
+            watch,
+        });
+        let Welcome {
+            term,
+            epoch,
+            orphan,
+            ..
+        } = *welcome;
+        self.feed(Event::Welcome {
+            term,
+            epoch,
+            orphan,
+        })
+        .await;
         if welcome.heartbeat_ns > 0 {
             self.heartbeat = Some(Duration::from_nanos(welcome.heartbeat_ns));
             self.heartbeat_due();
@@ -242,7 +261,8 @@ impl<D: Device> State<D> {
             }
             Message::StreamFinished(result) => {
                 self.forget_overtaken_job();
-                self.feed(result.map_or_else(Event::StreamFailed, |()| Event::StreamDone)).await;
+                self.feed(result.map_or_else(Event::StreamFailed, |()| Event::StreamDone))
+                    .await;
             }
             Message::SendFailed(error) => self.end(Err(error.into())),
             Message::LeaseExpired(epoch) => self.feed(Event::LeaseExpired(epoch)).await,
@@ -265,7 +285,10 @@ impl<D: Device> State<D> {
     async fn client(&mut self, request: ClientRequest, reply: ClientReply) {
         if self.client_reply.is_some() {
             let text = "an earlier request of the client is not answered yet".into();
-            let _ = reply.try_send(Err(Refusal { kind: RefusalKind::Busy, text }));
+            let _ = reply.try_send(Err(Refusal {
+                kind: RefusalKind::Busy,
+                text,
+            }));
             return;
         }
         self.client_reply = Some(reply);
@@ -300,7 +323,11 @@ impl<D: Device> State<D> {
         let Received { message, fds } = received;
         match message {
             CoordinatorMessage::Command(command) => {
-                let arrival = Arrival { command, at: Instant::now(), fd: fds.into_iter().next() };
+                let arrival = Arrival {
+                    command,
+                    at: Instant::now(),
+                    fd: fds.into_iter().next(),
+                };
                 let effects = self.lifecycle.step(Event::Command(command));
                 if !matches!(effects.as_slice(), [Effect::Dropped(_)]) {
                     self.arrival = Some(arrival);
@@ -325,7 +352,10 @@ impl<D: Device> State<D> {
 
     fn declare(&mut self, declaration: MemoryDeclaration, fds: Vec<OwnedFd>) {
         if declaration.term != self.lifecycle.term() {
-            tracing::debug!(term = declaration.term.0, "memory declaration of another term");
+            tracing::debug!(
+                term = declaration.term.0,
+                "memory declaration of another term"
+            );
             return;
         }
         for fd in fds {
@@ -336,7 +366,9 @@ impl<D: Device> State<D> {
                 return;
             }
         }
-        let accepted = MemoryAccepted { sequence: declaration.sequence };
+        let accepted = MemoryAccepted {
+            sequence: declaration.sequence,
+        };
         self.send(DeviceMessage::MemoryAccepted(accepted));
     }
 
@@ -368,7 +400,9 @@ impl<D: Device> State<D> {
 
     /// Sends to the coordinator, if there is one; never lost, never waited for.
     fn send(&mut self, message: DeviceMessage) {
-        let Some(control) = &mut self.control else { return };
+        let Some(control) = &mut self.control else {
+            return;
+        };
         let myself = self.myself.clone();
         let failed = move |error| {
             // If the actor is gone, so is the process.
@@ -385,7 +419,9 @@ impl<D: Device> State<D> {
     }
 
     fn heartbeat_due(&mut self) {
-        let (Some(interval), Some(control)) = (self.heartbeat, &self.control) else { return };
+        let (Some(interval), Some(control)) = (self.heartbeat, &self.control) else {
+            return;
+        };
         let beat = Heartbeat {
             sequence: self.sequence,
             progress: self.parts.device.progress().unwrap_or(0),

@@ -40,7 +40,9 @@ pub enum LogFormat {
 /// a subscriber already.
 pub fn start(format: LogFormat) {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
-    let lines = tracing_subscriber::fmt().with_env_filter(filter).with_writer(Lines(io::stderr()));
+    let lines = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(Lines(io::stderr()));
     let started = match format {
         LogFormat::Json => lines.json().flatten_event(true).with_ansi(false).try_init(),
         LogFormat::Text => lines.with_ansi(false).try_init(),
@@ -78,9 +80,14 @@ fn write_line(to: BorrowedFd<'_>, line: &[u8]) {
     }
     // Never waits for long: whoever holds it does not wait either. A thread that panicked inside
     // has left nothing half done.
-    let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let _turn = ONE_AT_A_TIME
+        .lock()
+        .unwrap_or_else(std::sync::PoisonError::into_inner);
     let mut fds = [PollFd::from_borrowed_fd(to, PollFlags::OUT)];
-    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    let now = Timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
     let writable = poll(&mut fds, Some(&now)).is_ok_and(|ready| ready == 1)
         && fds[0].revents().contains(PollFlags::OUT);
     let whole = writable && rustix::io::write(to, line).is_ok_and(|written| written == line.len());
@@ -150,7 +157,10 @@ mod tests {
     fn a_line_that_is_too_long_is_dropped_whole() {
         let (mut reader, writer) = io::pipe().unwrap();
         let lines = Lines(writer);
-        lines.make_writer().write_all(&[b'x'; LONGEST_LINE + 1]).unwrap();
+        lines
+            .make_writer()
+            .write_all(&[b'x'; LONGEST_LINE + 1])
+            .unwrap();
         lines.make_writer().write_all(b"short\n").unwrap();
         drop(lines);
         let mut all = Vec::new();

@@ -505,7 +505,7 @@ impl Lifecycle {
         }
     }
 
-    /// DEVICE_RESET is for running devices, and for the way out of what the client itself began.
+    /// `DEVICE_RESET` is for running devices, and for the way out of what the client itself began.
     fn client_reset_refusal(&self) -> Option<Refusal> {
         use MigrationState as S;
         let refused = |who: &str, state: S| {

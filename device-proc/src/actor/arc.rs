@@ -4,10 +4,10 @@
 //!
 //! | step | in order |
 //! |---|---|
-//! | Full to NoPeer | hook `prepare_stop`; gate closes for peers and drains |
-//! | NoPeer to Stopped | register accesses close and drain; hook `stop`; gate closes and drains; interrupts freeze |
-//! | Stopped to NoPeer | gate opens for RAM; hook `prepare_start`; interrupts thaw; accesses open |
-//! | NoPeer to Full | gate opens for peers; hook `start` |
+//! | `Full` to `NoPeer` | hook `prepare_stop`; gate closes for peers and drains |
+//! | `NoPeer` to `Stopped` | register accesses close and drain; hook `stop`; gate closes and drains; interrupts freeze |
+//! | `Stopped` to `NoPeer` | gate opens for RAM; hook `prepare_start`; interrupts thaw; accesses open |
+//! | `NoPeer` to `Full` | gate opens for peers; hook `start` |
 //!
 //! A longer way is these steps one after another. What fails undoes, in reverse, what the way has
 //! done so far: then the device is where it was. A hook that returned an error has undone itself
@@ -62,7 +62,10 @@ pub(super) async fn change_activity<D: Device>(
     to: Activity,
     budget: Budget,
 ) -> ArcOutcome {
-    let mut way = Way { parts: &parts, spent: Spent::default() };
+    let mut way = Way {
+        parts: &parts,
+        spent: Spent::default(),
+    };
     let mut at = from;
     while at != to {
         let next = one_level(at, to);
@@ -73,16 +76,28 @@ pub(super) async fn change_activity<D: Device>(
         let mut restored = failure.restored;
         while restored && at != from {
             let back = one_level(at, from);
-            restored = way.step(at, back, &Budget::grace(UNDO_BUDGET)).await.is_ok();
+            restored = way
+                .step(at, back, &Budget::grace(UNDO_BUDGET))
+                .await
+                .is_ok();
             at = back;
         }
         if !restored {
             parts.force_stop().await;
         }
-        let failure = ArcFailure { refusal: failure.refusal, restored };
-        return ArcOutcome { result: Err(failure), spent: way.spent };
+        let failure = ArcFailure {
+            refusal: failure.refusal,
+            restored,
+        };
+        return ArcOutcome {
+            result: Err(failure),
+            spent: way.spent,
+        };
     }
-    ArcOutcome { result: Ok(()), spent: way.spent }
+    ArcOutcome {
+        result: Ok(()),
+        spent: way.spent,
+    }
 }
 
 /// The next level on the way.
@@ -149,14 +164,19 @@ impl<D: Device> Way<'_, D> {
 
     async fn rest_from_peers(&mut self, budget: &Budget) -> Result<(), ArcFailure> {
         self.hook(Hook::PrepareStop, budget).await?;
-        let Err(refusal) = self.close_gate(Scope::Peer, budget).await else { return Ok(()) };
+        let Err(refusal) = self.close_gate(Scope::Peer, budget).await else {
+            return Ok(());
+        };
         let restored = self.undo(Hook::PrepareStop).await;
         Err(ArcFailure { refusal, restored })
     }
 
     async fn stop(&mut self, budget: &Budget) -> Result<(), ArcFailure> {
         if let Err(refusal) = self.close_accesses(budget).await {
-            return Err(ArcFailure { refusal, restored: true });
+            return Err(ArcFailure {
+                refusal,
+                restored: true,
+            });
         }
         let failure = match self.hook(Hook::Stop, budget).await {
             Err(failure) => failure,
@@ -167,7 +187,10 @@ impl<D: Device> Way<'_, D> {
                     self.spent.drain += begin.elapsed();
                     return Ok(());
                 }
-                Err(refusal) => ArcFailure { refusal, restored: self.undo(Hook::Stop).await },
+                Err(refusal) => ArcFailure {
+                    refusal,
+                    restored: self.undo(Hook::Stop).await,
+                },
             },
         };
         if failure.restored {
@@ -179,7 +202,9 @@ impl<D: Device> Way<'_, D> {
     async fn wake(&mut self, budget: &Budget) -> Result<(), ArcFailure> {
         self.parts.gate.open(Scope::Ram);
         if let Err(mut failure) = self.hook(Hook::PrepareStart, budget).await {
-            let closed = self.close_gate(Scope::All, &Budget::grace(UNDO_BUDGET)).await;
+            let closed = self
+                .close_gate(Scope::All, &Budget::grace(UNDO_BUDGET))
+                .await;
             failure.restored &= closed.is_ok();
             return Err(failure);
         }
@@ -191,7 +216,9 @@ impl<D: Device> Way<'_, D> {
     async fn wake_for_peers(&mut self, budget: &Budget) -> Result<(), ArcFailure> {
         self.parts.gate.open(Scope::All);
         if let Err(mut failure) = self.hook(Hook::Start, budget).await {
-            let closed = self.close_gate(Scope::Peer, &Budget::grace(UNDO_BUDGET)).await;
+            let closed = self
+                .close_gate(Scope::Peer, &Budget::grace(UNDO_BUDGET))
+                .await;
             failure.restored &= closed.is_ok();
             return Err(failure);
         }
@@ -205,7 +232,10 @@ impl<D: Device> Way<'_, D> {
             Ok(Ok(())) => Ok(()),
             Ok(Err(error)) => {
                 let refusal = device_refusal(format!("{}: {error}", hook.name()));
-                Err(ArcFailure { refusal, restored: true })
+                Err(ArcFailure {
+                    refusal,
+                    restored: true,
+                })
             }
             Err(given_up) => {
                 let name = hook.name();
@@ -213,7 +243,10 @@ impl<D: Device> Way<'_, D> {
                     GivenUp::Late => format!("{name} did not end within {whole:?}"),
                     GivenUp::Overtaken => format!("{name} was overtaken by a later command"),
                 });
-                Err(ArcFailure { refusal, restored: self.undo(hook).await })
+                Err(ArcFailure {
+                    refusal,
+                    restored: self.undo(hook).await,
+                })
             }
         }
     }
@@ -258,14 +291,16 @@ impl<D: Device> Way<'_, D> {
     async fn close_gate(&mut self, scope: Scope, budget: &Budget) -> Result<(), Refusal> {
         let begin = Instant::now();
         // Dropped half-way, the gate opens again what it had closed.
-        let closed = budget.unless_overtaken(self.parts.gate.close(scope, budget.left())).await;
+        let closed = budget
+            .unless_overtaken(self.parts.gate.close(scope, budget.left()))
+            .await;
         self.spent.drain += begin.elapsed();
         match closed {
             Ok(Ok(())) => Ok(()),
             Ok(Err(timeout)) => Err(drain_refusal(timeout.to_string())),
-            Err(_) => {
-                Err(drain_refusal(format!("draining {scope} was overtaken by a later command")))
-            }
+            Err(_) => Err(drain_refusal(format!(
+                "draining {scope} was overtaken by a later command"
+            ))),
         }
     }
 
@@ -275,7 +310,9 @@ impl<D: Device> Way<'_, D> {
         accesses.close();
         let drained = budget.bound(accesses.drained()).await;
         self.spent.drain += begin.elapsed();
-        let Err(given_up) = drained else { return Ok(()) };
+        let Err(given_up) = drained else {
+            return Ok(());
+        };
         let refusal = drain_refusal(match given_up {
             GivenUp::Late => {
                 let in_flight = accesses.in_flight();
@@ -289,11 +326,17 @@ impl<D: Device> Way<'_, D> {
 }
 
 fn device_refusal(text: String) -> Refusal {
-    Refusal { kind: RefusalKind::Device, text }
+    Refusal {
+        kind: RefusalKind::Device,
+        text,
+    }
 }
 
 fn drain_refusal(text: String) -> Refusal {
-    Refusal { kind: RefusalKind::Drain, text }
+    Refusal {
+        kind: RefusalKind::Drain,
+        text,
+    }
 }
 
 /// Brings the device's contents to power-on state, and from one level of activity to another.
@@ -304,7 +347,10 @@ pub(super) async fn reset<D: Device>(
     to: Activity,
     budget: Budget,
 ) -> (Result<(), Refusal>, Spent) {
-    let mut way = Way { parts: &parts, spent: Spent::default() };
+    let mut way = Way {
+        parts: &parts,
+        spent: Spent::default(),
+    };
     let result = way.reset(Arc::clone(&parts), from, to, &budget).await;
     let spent = way.spent;
     if result.is_err() {
@@ -335,22 +381,32 @@ impl<D: Device> Way<'_, D> {
             Ok(Ok(Err(error))) => return Err(device_refusal(format!("reset: {error}"))),
             Ok(Err(join)) => return Err(device_refusal(format!("reset: {join}"))),
             Err(GivenUp::Late) => {
-                return Err(device_refusal(format!("reset did not end within {whole:?}")));
+                return Err(device_refusal(format!(
+                    "reset did not end within {whole:?}"
+                )));
             }
             Err(GivenUp::Overtaken) => {
-                return Err(device_refusal("reset was overtaken by a later command".into()));
+                return Err(device_refusal(
+                    "reset was overtaken by a later command".into(),
+                ));
             }
         }
         self.parts.interrupts.reset();
         if from != Activity::Stopped {
-            let scope = if from == Activity::Full { Scope::All } else { Scope::Ram };
+            let scope = if from == Activity::Full {
+                Scope::All
+            } else {
+                Scope::Ram
+            };
             self.parts.gate.open(scope);
             self.parts.accesses.open();
         }
         let mut at = from;
         while at < to {
             let next = one_level(at, to);
-            self.step(at, next, budget).await.map_err(|failure| failure.refusal)?;
+            self.step(at, next, budget)
+                .await
+                .map_err(|failure| failure.refusal)?;
             at = next;
         }
         Ok(())

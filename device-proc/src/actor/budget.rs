@@ -72,7 +72,10 @@ pub(super) enum GivenUp {
 
 impl Budget {
     pub(super) fn new(from: Instant, budget: Duration, overtaken: Arc<Overtaken>) -> Self {
-        Self { end: from.checked_add(budget), overtaken }
+        Self {
+            end: from.checked_add(budget),
+            overtaken,
+        }
     }
 
     /// That much from now on, and nobody can give it up.
@@ -81,7 +84,9 @@ impl Budget {
     }
 
     pub(super) fn left(&self) -> Duration {
-        self.end.map_or(Duration::MAX, |end| end.saturating_duration_since(Instant::now()))
+        self.end.map_or(Duration::MAX, |end| {
+            end.saturating_duration_since(Instant::now())
+        })
     }
 
     pub(super) fn overtaken(&self) -> &Overtaken {
@@ -123,7 +128,11 @@ mod tests {
     use super::*;
 
     fn budget(milliseconds: u64) -> Budget {
-        Budget::new(Instant::now(), Duration::from_millis(milliseconds), Arc::default())
+        Budget::new(
+            Instant::now(),
+            Duration::from_millis(milliseconds),
+            Arc::default(),
+        )
     }
 
     #[tokio::test]
@@ -139,8 +148,9 @@ mod tests {
     #[tokio::test]
     async fn firing_gives_up_what_waits_and_what_waits_later() {
         let budget = budget(60_000);
-        let (outcome, ()) =
-            tokio::join!(budget.bound(pending::<()>()), async { budget.overtaken().fire() });
+        let (outcome, ()) = tokio::join!(budget.bound(pending::<()>()), async {
+            budget.overtaken().fire()
+        });
         assert_eq!(outcome, Err(GivenUp::Overtaken));
         let again = budget.unless_overtaken(pending::<()>()).await;
         assert_eq!(again, Err(GivenUp::Overtaken));

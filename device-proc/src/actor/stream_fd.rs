@@ -104,7 +104,10 @@ mod tests {
 
     fn budget(left: Duration) -> (Budget, Arc<super::super::budget::Overtaken>) {
         let overtaken = Arc::default();
-        (Budget::new(Instant::now(), left, Arc::clone(&overtaken)), overtaken)
+        (
+            Budget::new(Instant::now(), left, Arc::clone(&overtaken)),
+            overtaken,
+        )
     }
 
     #[test]
@@ -121,9 +124,11 @@ mod tests {
         let (_reader, writer) = std::os::unix::net::UnixStream::pair().unwrap();
         let (budget, overtaken) = budget(Duration::from_secs(60));
         let mut stream = StreamFd::new(writer.into(), budget).unwrap();
-        let writing = std::thread::spawn(move || loop {
-            if let Err(error) = stream.write_all(&[0; 1 << 16]) {
-                break error.to_string();
+        let writing = std::thread::spawn(move || {
+            loop {
+                if let Err(error) = stream.write_all(&[0; 1 << 16]) {
+                    break error.to_string();
+                }
             }
         });
         overtaken.fire();
@@ -135,6 +140,9 @@ mod tests {
         let (reader, _writer) = io::pipe().unwrap();
         let (budget, _) = budget(Duration::from_millis(20));
         let mut stream = StreamFd::new(reader.into(), budget).unwrap();
-        assert_eq!(stream.read(&mut [0; 8]).unwrap_err().kind(), ErrorKind::TimedOut);
+        assert_eq!(
+            stream.read(&mut [0; 8]).unwrap_err().kind(),
+            ErrorKind::TimedOut
+        );
     }
 }

@@ -85,6 +85,23 @@ fn entering_blocks_the_thread_until_it_opens() {
     });
 }
 
+/// How often the gate is closed and opened. Threads outnumber cores: a round can cost some of the
+/// scheduler's time slices.
+const ROUNDS: usize = 200;
+
+/// Lets the threads of a test end, also if it fails.
+struct End<'a> {
+    done: &'a AtomicBool,
+    gate: &'a InFlight,
+}
+
+impl Drop for End<'_> {
+    fn drop(&mut self) {
+        self.done.store(true, Ordering::Relaxed);
+        self.gate.open();
+    }
+}
+
 /// Threads that enter, change a pair of numbers in two steps, and leave; between a close that has
 /// drained and the next open the pair is consistent and stands still.
 fn hammer(rounds: usize, block: bool, drain: impl Fn(&InFlight)) {
@@ -92,6 +109,7 @@ fn hammer(rounds: usize, block: bool, drain: impl Fn(&InFlight)) {
     let done = AtomicBool::new(false);
     let (left, right) = (AtomicU64::new(0), AtomicU64::new(0));
     thread::scope(|scope| {
+        let _end = End { done: &done, gate: &gate };
         for _ in 0..4 {
             scope.spawn(|| {
                 while !done.load(Ordering::Relaxed) {
@@ -115,22 +133,20 @@ fn hammer(rounds: usize, block: bool, drain: impl Fn(&InFlight)) {
             gate.open();
             thread::yield_now();
         }
-        done.store(true, Ordering::Relaxed);
-        gate.open();
     });
     assert!(left.into_inner() > 0, "nobody ever entered: the test shows nothing");
 }
 
 #[test]
 fn nobody_is_inside_after_a_blocking_drain() {
-    hammer(3000, false, |gate| assert!(gate.drained_within(LONG), "a wake-up was lost"));
+    hammer(ROUNDS, false, |gate| assert!(gate.drained_within(LONG), "a wake-up was lost"));
 }
 
 #[test]
 fn nobody_is_inside_after_an_async_drain_and_all_wake_up_again() {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build();
     let runtime = runtime.expect("a runtime");
-    hammer(3000, true, |gate| {
+    hammer(ROUNDS, true, |gate| {
         let drained = async { tokio::time::timeout(LONG, gate.drained()).await };
         runtime.block_on(drained).expect("a wake-up was lost");
     });

@@ -145,21 +145,21 @@ impl Dma {
     /// afterwards. Hold nothing that a register access, a stop or an unmapping waits for. Without
     /// spans it waits for a RAM permit: leave to change the device's state.
     ///
-    /// An error is found while the gate is open, too: so a stopped device learns nothing new.
+    /// What cannot be accessed counts as a peer's memory: an error, too, is told only while the
+    /// gate is open for peers. So a stopped device learns nothing new.
     ///
     /// # Errors
     ///
     /// [`DmaError`] but not [`DmaError::Closed`].
     pub fn access(&self, spans: &[Span]) -> Result<Access<'_>, DmaError> {
+        let peer = self.shared.gate.peer();
         loop {
             // In here the references to windows come and go.
             let closed = match self.attempt(spans) {
                 Ok(access) => return Ok(access),
                 Err(Obstacle::Closed(gate)) => gate,
-                Err(Obstacle::Error(error)) if !self.shared.gate.ram().is_closed() => {
-                    return Err(error);
-                }
-                Err(Obstacle::Error(_)) => self.shared.gate.ram(),
+                Err(Obstacle::Error(_)) if peer.is_closed() => peer,
+                Err(Obstacle::Error(error)) => return Err(error),
             };
             closed.wait_open();
         }
@@ -229,7 +229,7 @@ struct WindowUser {
 impl WindowUser {
     /// `None` if the window is being unmapped.
     fn new(window: Arc<Window>) -> Option<Self> {
-        window.users.try_count_up().then_some(Self { window })
+        window.users.try_count_up().then(|| Self { window })
     }
 }
 

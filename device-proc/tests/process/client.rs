@@ -28,7 +28,9 @@ pub struct Client {
 impl Client {
     pub fn connect(path: &Path) -> Self {
         let stream = UnixStream::connect(path).unwrap();
-        stream.set_read_timeout(Some(crate::child::PATIENCE)).unwrap();
+        stream
+            .set_read_timeout(Some(crate::child::PATIENCE))
+            .unwrap();
         let mut client = Self { stream };
         let mut version = vec![0, 0, 1, 0];
         version.extend(br#"{"capabilities":{}}"#);
@@ -69,7 +71,11 @@ impl Client {
         let mut reply = vec![0; usize::try_from(field(4)).unwrap() - 16];
         self.stream.read_exact(&mut reply).unwrap();
         assert_eq!(field(8) & REPLY, REPLY);
-        if field(8) & ERROR != 0 { Err(ErrorReply(field(12))) } else { Ok(reply) }
+        if field(8) & ERROR != 0 {
+            Err(ErrorReply(field(12)))
+        } else {
+            Ok(reply)
+        }
     }
 
     pub fn read(&mut self, region: u32, offset: u64, count: u32) -> Result<Vec<u8>, ErrorReply> {
@@ -81,7 +87,9 @@ impl Client {
     }
 
     pub fn read_u32(&mut self, region: u32, offset: u64) -> Result<u32, ErrorReply> {
-        Ok(u32::from_le_bytes(self.read(region, offset, 4)?.try_into().unwrap()))
+        Ok(u32::from_le_bytes(
+            self.read(region, offset, 4)?.try_into().unwrap(),
+        ))
     }
 
     pub fn write(&mut self, region: u32, offset: u64, data: &[u8]) -> Result<(), ErrorReply> {
@@ -101,20 +109,22 @@ impl Client {
     pub fn install_msix(&mut self, eventfds: &[BorrowedFd<'_>]) -> Result<(), ErrorReply> {
         let count = u32::try_from(eventfds.len()).unwrap();
         let fields: [u32; 5] = [20, 4 | 32, 2, 0, count];
-        let body: Vec<u8> = fields.iter().flat_map(|field| field.to_le_bytes()).collect();
+        let body: Vec<u8> = fields
+            .iter()
+            .flat_map(|field| field.to_le_bytes())
+            .collect();
         self.call(SET_IRQS, &body, eventfds).map(|_| ())
     }
 
-    pub fn dma_map(
-        &mut self,
-        iova: u64,
-        size: u64,
-        fd: BorrowedFd<'_>,
-    ) -> Result<(), ErrorReply> {
+    pub fn dma_map(&mut self, iova: u64, size: u64, fd: BorrowedFd<'_>) -> Result<(), ErrorReply> {
         let mut body = Vec::new();
         body.extend(32_u32.to_le_bytes());
         body.extend(3_u32.to_le_bytes());
-        body.extend([0_u64, iova, size].iter().flat_map(|field| field.to_le_bytes()));
+        body.extend(
+            [0_u64, iova, size]
+                .iter()
+                .flat_map(|field| field.to_le_bytes()),
+        );
         self.call(DMA_MAP, &body, &[fd]).map(|_| ())
     }
 

@@ -479,10 +479,13 @@ impl Transition {
                 Row::Take { second, .. } => second,
                 Row::Refuse(_) => return None,
             },
-            // What ran before a resume, or stood before a stop, is left alone by its undo. In a
-            // hold and in a take-over everybody is meant.
+            // What ran before a resume, or stood before a stop, is left as it was by its undo. In
+            // a hold and in a take-over everybody is meant.
             Aim::Undo(UndoStep::PrepareStop) => match (participant.state, participant.moving) {
-                _ if self.left_alone(original) => return None,
+                _ if self.ran_before_resume(original) => match original.activity() {
+                    Activity::Full => return None,
+                    Activity::NoPeer | Activity::Stopped => original,
+                },
                 // As quiet as can be, and no way leads out but a reset.
                 (S::Error, _) => return None,
                 (state, Some(to)) if stopped(state) && !stopped(to) => S::RunningP2p,
@@ -493,7 +496,7 @@ impl Transition {
                 _ => S::RunningP2p,
             },
             Aim::Undo(UndoStep::Stop) => match original {
-                _ if self.left_alone(original) => return None,
+                _ if self.ran_before_resume(original) => return None,
                 S::StopCopy | S::Resuming if participant.state == original => original,
                 _ => S::Stop,
             },
@@ -515,11 +518,10 @@ impl Transition {
         flags.has(wanted).then_some(wanted)
     }
 
-    /// True for a participant that had nothing to do in a resume: its undo has neither.
-    fn left_alone(&self, original: MigrationState) -> bool {
-        self.mode == Mode::Undo
-            && self.plan.operation == Operation::Resume
-            && original.activity() == Activity::Full
+    /// True in the undo of a resume for a participant that was not stopped before. To stop it
+    /// would be more than going back, and one of them may be writing into another.
+    fn ran_before_resume(&self, original: MigrationState) -> bool {
+        self.mode == Mode::Undo && self.plan.operation == Operation::Resume && !stopped(original)
     }
 
     fn send_queries(&mut self, out: &mut Vec<Effect>) {
@@ -912,6 +914,7 @@ impl Transition {
             Operation::Pause | Operation::SwitchOver if undone && !stays && self.ran() => {
                 MachineState::Running
             }
+            Operation::Load if !self.told && self.ran() => MachineState::Running,
             Operation::Resume if !undone => MachineState::Running,
             Operation::TakeOver => MachineState::Running,
             _ => MachineState::Stopped,

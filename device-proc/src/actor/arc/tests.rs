@@ -1,0 +1,325 @@
+use super::*;
+use crate::actor::budget::Overtaken;
+use crate::device::{AccessError, DeviceInfo, PciIdentity};
+use crate::gate::Gate;
+use crate::interrupt::Interrupts;
+use crate::memory::MemoryMap;
+use standstill_protocol::message::PeerDma;
+use standstill_protocol::migration::MigrationFlags;
+use std::future::pending;
+use std::io::{Read, Write};
+use std::sync::Mutex;
+
+const LONG: Duration = Duration::from_secs(20);
+
+/// What a hook does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Deed {
+    Fails,
+    Hangs,
+}
+
+/// Notes the calls of its hooks, and does what it is told.
+#[derive(Debug, Default)]
+struct Scripted {
+    deeds: Mutex<Vec<(&'static str, Deed)>>,
+    calls: Mutex<Vec<&'static str>>,
+}
+
+impl Scripted {
+    async fn hook(&self, name: &'static str) -> Result<(), DeviceError> {
+        self.calls.lock().unwrap().push(name);
+        let deed = {
+            let mut deeds = self.deeds.lock().unwrap();
+            let at = deeds.iter().position(|(hook, _)| *hook == name);
+            at.map(|at| deeds.remove(at).1)
+        };
+        match deed {
+            None => Ok(()),
+            Some(Deed::Fails) => Err(DeviceError::new("no")),
+            Some(Deed::Hangs) => pending().await,
+        }
+    }
+}
+
+impl Device for Scripted {
+    fn region_read(&self, _: u32, offset: u64, data: &mut [u8]) -> Result<(), AccessError> {
+        Err(AccessError::NoRegister {
+            offset,
+            width: data.len(),
+        })
+    }
+
+    fn region_write(&self, _: u32, offset: u64, data: &[u8]) -> Result<(), AccessError> {
+        Err(AccessError::NoRegister {
+            offset,
+            width: data.len(),
+        })
+    }
+
+    fn reset(&self) -> Result<(), DeviceError> {
+        self.calls.lock().unwrap().push("reset");
+        let fails = !self.deeds.lock().unwrap().is_empty();
+        if fails {
+            Err(DeviceError::new("no"))
+        } else {
+            Ok(())
+        }
+    }
+
+    async fn prepare_stop(&self, _: Duration) -> Result<(), DeviceError> {
+        self.hook("prepare_stop").await
+    }
+
+    async fn stop(&self, _: Duration) -> Result<(), DeviceError> {
+        self.hook("stop").await
+    }
+
+    async fn prepare_start(&self, _: Duration) -> Result<(), DeviceError> {
+        self.hook("prepare_start").await
+    }
+
+    async fn start(&self, _: Duration) -> Result<(), DeviceError> {
+        self.hook("start").await
+    }
+
+    fn save(&self, _: &mut dyn Write) -> Result<(), DeviceError> {
+        Ok(())
+    }
+
+    fn load(&self, _: &mut dyn Read) -> Result<(), DeviceError> {
+        Ok(())
+    }
+}
+
+fn parts(deeds: &[(&'static str, Deed)]) -> Arc<Parts<Scripted>> {
+    let device = Scripted {
+        deeds: Mutex::new(deeds.to_vec()),
+        calls: Mutex::default(),
+    };
+    let info = DeviceInfo {
+        kind: "scripted".into(),
+        pci: PciIdentity {
+            vendor: 1,
+            device: 2,
+            subsystem_vendor: 3,
+            subsystem: 4,
+            class: 5,
+            revision: 6,
+        },
+        bars: [const { None }; 6],
+        msix_vectors: 0,
+        migration: MigrationFlags::STOP_COPY_P2P,
+        peer_dma: PeerDma::Possible,
+        backing_files: Vec::new(),
+    };
+    let memory = MemoryMap::new(Arc::new(Gate::new()));
+    Arc::new(Parts::new(device, info, memory, Interrupts::new()).unwrap())
+}
+
+fn budget(left: Duration) -> Budget {
+    Budget::new(Instant::now(), left, Arc::default())
+}
+
+/// Takes a way, and says how it ended and which hooks were called meanwhile.
+async fn go(
+    parts: &Arc<Parts<Scripted>>,
+    from: Activity,
+    to: Activity,
+    left: Duration,
+) -> (Result<(), ArcFailure>, Vec<&'static str>) {
+    parts.device.calls.lock().unwrap().clear();
+    let outcome = change_activity(Arc::clone(parts), from, to, budget(left)).await;
+    let calls = parts.device.calls.lock().unwrap().clone();
+    (outcome.result, calls)
+}
+
+use Activity::{Full, NoPeer, Stopped};
+
+#[tokio::test]
+async fn each_step_calls_its_hook_and_sets_what_is_open() {
+    let parts = parts(&[]);
+    for (from, to, hook) in [
+        (Full, NoPeer, "prepare_stop"),
+        (NoPeer, Stopped, "stop"),
+        (Stopped, NoPeer, "prepare_start"),
+        (NoPeer, Full, "start"),
+    ] {
+        assert_eq!(go(&parts, from, to, LONG).await, (Ok(()), vec![hook]));
+        assert!(parts.is_at(to), "{to}: {parts:?}");
+        assert_eq!(parts.interrupts.is_frozen(), to == Stopped);
+    }
+}
+
+#[tokio::test]
+async fn a_longer_way_is_its_steps() {
+    let parts = parts(&[]);
+    let down = go(&parts, Full, Stopped, LONG).await;
+    assert_eq!(down, (Ok(()), vec!["prepare_stop", "stop"]));
+    assert!(parts.is_at(Stopped));
+    let up = go(&parts, Stopped, Full, LONG).await;
+    assert_eq!(up, (Ok(()), vec!["prepare_start", "start"]));
+    assert!(parts.is_at(Full));
+}
+
+#[tokio::test]
+async fn a_hook_that_fails_leaves_the_device_where_it_was() {
+    for (from, to, hook) in [
+        (Full, NoPeer, "prepare_stop"),
+        (NoPeer, Stopped, "stop"),
+        (Stopped, NoPeer, "prepare_start"),
+        (NoPeer, Full, "start"),
+    ] {
+        let parts = parts(&[]);
+        go(&parts, Full, from, LONG).await.0.unwrap();
+        parts.device.deeds.lock().unwrap().push((hook, Deed::Fails));
+        let (result, calls) = go(&parts, from, to, LONG).await;
+        let failure = result.unwrap_err();
+        assert!(failure.restored);
+        assert_eq!(failure.refusal, device_refusal(format!("{hook}: no")));
+        assert_eq!(calls, [hook]);
+        assert!(parts.is_at(from), "{from}: {parts:?}");
+        assert_eq!(parts.interrupts.is_frozen(), from == Stopped);
+    }
+}
+
+#[tokio::test]
+async fn a_hook_that_hangs_is_cut_off_and_undone_by_its_opposite() {
+    for (from, to, hook, opposite) in [
+        (Full, NoPeer, "prepare_stop", "start"),
+        (NoPeer, Stopped, "stop", "prepare_start"),
+        (Stopped, NoPeer, "prepare_start", "stop"),
+        (NoPeer, Full, "start", "prepare_stop"),
+    ] {
+        let parts = parts(&[]);
+        go(&parts, Full, from, LONG).await.0.unwrap();
+        parts.device.deeds.lock().unwrap().push((hook, Deed::Hangs));
+        let (result, calls) = go(&parts, from, to, Duration::from_millis(5)).await;
+        let failure = result.unwrap_err();
+        assert!(failure.restored);
+        assert_eq!(failure.refusal.kind, RefusalKind::Device);
+        let expected = format!("{hook} did not end within");
+        assert!(
+            failure.refusal.text.starts_with(&expected),
+            "{}",
+            failure.refusal.text
+        );
+        assert_eq!(calls, [hook, opposite]);
+        assert!(parts.is_at(from), "{from}: {parts:?}");
+    }
+}
+
+#[tokio::test]
+async fn what_fails_on_a_longer_way_undoes_the_steps_before() {
+    let parts = parts(&[("stop", Deed::Fails)]);
+    let (result, calls) = go(&parts, Full, Stopped, LONG).await;
+    assert!(result.unwrap_err().restored);
+    assert_eq!(calls, ["prepare_stop", "stop", "start"]);
+    assert!(parts.is_at(Full));
+}
+
+#[tokio::test]
+async fn where_undoing_fails_everything_is_closed() {
+    let parts = parts(&[("stop", Deed::Fails), ("start", Deed::Fails)]);
+    let (result, _) = go(&parts, Full, Stopped, LONG).await;
+    assert!(!result.unwrap_err().restored);
+    assert!(parts.is_at(Stopped));
+    assert!(parts.interrupts.is_frozen());
+}
+
+#[tokio::test]
+async fn dma_in_flight_that_does_not_end_is_counted_and_undone() {
+    let parts = parts(&[]);
+    let peer = parts.gate.peer().try_enter().unwrap();
+    let (result, calls) = go(&parts, Full, NoPeer, Duration::from_millis(5)).await;
+    let failure = result.unwrap_err();
+    assert_eq!(
+        (failure.restored, failure.refusal.kind),
+        (true, RefusalKind::Drain)
+    );
+    let text = failure.refusal.text;
+    assert!(
+        text.starts_with("peer DMA: 1 accesses still in flight"),
+        "{text}"
+    );
+    assert_eq!(calls, ["prepare_stop", "start"]);
+    assert!(parts.is_at(Full));
+    drop(peer);
+
+    go(&parts, Full, NoPeer, LONG).await.0.unwrap();
+    let ram = parts.gate.ram().try_enter().unwrap();
+    let (result, calls) = go(&parts, NoPeer, Stopped, Duration::from_millis(5)).await;
+    assert_eq!(result.unwrap_err().refusal.kind, RefusalKind::Drain);
+    assert_eq!(calls, ["stop", "prepare_start"]);
+    assert!(parts.is_at(NoPeer));
+    drop(ram);
+}
+
+#[tokio::test]
+async fn a_stop_waits_for_register_accesses() {
+    let parts = parts(&[]);
+    go(&parts, Full, NoPeer, LONG).await.0.unwrap();
+    let access = parts.accesses.try_enter().unwrap();
+    let (result, calls) = go(&parts, NoPeer, Stopped, Duration::from_millis(5)).await;
+    let text = result.unwrap_err().refusal.text;
+    assert!(
+        text.starts_with("1 register accesses still in flight"),
+        "{text}"
+    );
+    assert!(
+        calls.is_empty(),
+        "the hook comes after the accesses: {calls:?}"
+    );
+    assert!(parts.is_at(NoPeer));
+    let (stopped, ()) = tokio::join!(go(&parts, NoPeer, Stopped, LONG), async { drop(access) });
+    stopped.0.unwrap();
+    assert!(parts.is_at(Stopped));
+}
+
+#[tokio::test]
+async fn an_arc_that_is_overtaken_is_given_up() {
+    let parts = parts(&[("prepare_stop", Deed::Hangs)]);
+    let overtaken: Arc<Overtaken> = Arc::default();
+    let budget = Budget::new(Instant::now(), LONG, Arc::clone(&overtaken));
+    let (outcome, ()) = tokio::join!(
+        change_activity(Arc::clone(&parts), Full, NoPeer, budget),
+        async { overtaken.fire() }
+    );
+    assert!(outcome.result.unwrap_err().restored);
+    assert!(parts.is_at(Full));
+}
+
+#[tokio::test]
+async fn a_reset_keeps_what_is_open_and_calls_no_hook() {
+    for at in [Full, NoPeer, Stopped] {
+        let parts = parts(&[]);
+        go(&parts, Full, at, LONG).await.0.unwrap();
+        parts.device.calls.lock().unwrap().clear();
+        let (result, _) = reset(Arc::clone(&parts), at, at, budget(LONG)).await;
+        assert_eq!(result, Ok(()));
+        assert_eq!(*parts.device.calls.lock().unwrap(), ["reset"]);
+        assert!(parts.is_at(at), "{at}: {parts:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_reset_can_start_a_device() {
+    let parts = parts(&[]);
+    go(&parts, Full, Stopped, LONG).await.0.unwrap();
+    parts.device.calls.lock().unwrap().clear();
+    let (result, _) = reset(Arc::clone(&parts), Stopped, Full, budget(LONG)).await;
+    assert_eq!(result, Ok(()));
+    assert_eq!(
+        *parts.device.calls.lock().unwrap(),
+        ["reset", "prepare_start", "start"]
+    );
+    assert!(parts.is_at(Full) && !parts.interrupts.is_frozen());
+}
+
+#[tokio::test]
+async fn a_reset_that_fails_leaves_everything_closed() {
+    let parts = parts(&[("reset", Deed::Fails)]);
+    let (result, _) = reset(Arc::clone(&parts), Full, Full, budget(LONG)).await;
+    assert_eq!(result.unwrap_err().text, "reset: no");
+    assert!(parts.is_at(Stopped) && parts.interrupts.is_frozen());
+}

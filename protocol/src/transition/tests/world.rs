@@ -4,7 +4,7 @@
 use super::super::*;
 use crate::lifecycle::{self, ClientRequest, Effect as Work, Lifecycle, Master};
 use crate::message::{Abort, Command, Epoch, OrphanPolicy, Phase, Query, RefusalKind, Refusal, Term};
-use crate::migration::{Activity, MigrationFlags, MigrationState, Next, next_state};
+use crate::migration::{Activity, MigrationState, Next, next_state};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 /// How likely each fault is, against a weight of 40 or so for everything that goes well.
@@ -611,7 +611,9 @@ impl World {
     }
 
     fn send(&mut self, id: ParticipantId, command: Command) {
-        assert_ne!(command.target, MigrationState::Error, "{command:?}");
+        // Only a reset names where the participant is, not where it is to go.
+        let usable = command.target != MigrationState::Error;
+        assert!(usable || command.phase == Phase::Reset, "{command:?}");
         assert_eq!(command.term, self.plan.term);
         if let Some(told) = self.told.get_mut(&(command.epoch, command.phase)) {
             told.push(id);

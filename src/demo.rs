@@ -1,0 +1,282 @@
+//! `standstill demo`: a machine of copy engines that is paused and resumed again and again while a
+//! physical oracle watches.
+//!
+//! This command is the VMM and embeds the coordinator:
+//!
+//! - [`machine`]: guest RAM, device processes, everything mapped into everything;
+//! - [`engine`]: drives one copy engine as a guest's driver would;
+//! - [`layout`] and [`pairs`]: who writes what where;
+//! - [`rounds`]: pause, look, resume, wait for traffic;
+//! - [`oracle`]: did the machine really stand still?
+//! - [`summary`] and [`timeline`]: what a person, a program, and the eye get to see.
+
+mod engine;
+mod layout;
+mod machine;
+mod memcpy;
+mod options;
+mod oracle;
+mod pairs;
+mod rounds;
+mod statistics;
+mod summary;
+mod timeline;
+
+pub(crate) use options::DemoArgs;
+
+use machine::{Blueprint, VmmError};
+use options::SlowError;
+use rounds::{Run, on_own_thread};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use standstill::coordinator::{Machine, MachineError, StartError};
+use std::cell::OnceCell;
+use std::io::{self, IsTerminal, Write};
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::Duration;
+use summary::Summary;
+use thiserror::Error;
+use timeline::{Timeline, TimelineError};
+use tokio::runtime::Runtime;
+use tokio::signal::unix::{SignalKind, signal};
+use tracing_subscriber::EnvFilter;
+
+/// How long the devices may take to end by themselves before they are killed.
+const LAST_GRACE: Duration = Duration::from_millis(500);
+/// How long connecting all devices may take: a refused register write would wait for ever.
+const CONNECT_DEADLINE: Duration = Duration::from_secs(120);
+
+/// Why the demonstration could not be finished.
+#[derive(Debug, Error)]
+enum DemoError {
+    /// An option does not fit the machine.
+    #[error("the options do not fit")]
+    Options(#[from] SlowError),
+    /// The command's own runtime.
+    #[error("cannot {0}")]
+    System(&'static str, #[source] io::Error),
+    /// The machine does not start.
+    #[error("the machine does not start")]
+    Start(#[source] Box<StartError>),
+    /// The machine does not do what it is told.
+    #[error("round {round}")]
+    Round {
+        /// Which, from 1; 0 is before the first.
+        round: u32,
+        /// Why.
+        source: Box<MachineError>,
+    },
+    /// The VMM's side failed.
+    #[error("the machine's VMM side failed")]
+    Vmm(#[from] VmmError),
+    /// Connecting took too long.
+    #[error("connecting the devices to each other took longer than {CONNECT_DEADLINE:?}")]
+    Connect,
+    /// Nothing moved at all.
+    #[error(
+        "engine{writer} had not written to engine{receiver} {:?} after the start, nor had {others} other pairs",
+        machine::TRAFFIC_DEADLINE
+    )]
+    NoTraffic {
+        /// One that writes.
+        writer: usize,
+        /// The one that it should have written to.
+        receiver: usize,
+        /// How many more.
+        others: usize,
+    },
+    /// The picture was not written.
+    #[error(transparent)]
+    Timeline(#[from] TimelineError),
+    /// A signal ended it.
+    #[error("ended by {}", signal_name(*.0))]
+    Signal(SignalKind),
+}
+
+fn signal_name(kind: SignalKind) -> &'static str {
+    if kind == SignalKind::interrupt() { "SIGINT" } else { "SIGTERM" }
+}
+
+impl DemoError {
+    fn exit_code(&self) -> u8 {
+        match self {
+            Self::Signal(kind) => 128_u8.saturating_add(u8::try_from(kind.as_raw_value()).unwrap_or(0)),
+            Self::Options(_) => 2,
+            _ => 1,
+        }
+    }
+
+    /// What a person can do about it.
+    fn advice(&self) -> Option<&'static str> {
+        match self {
+            Self::Options(_) => Some("see standstill demo --help"),
+            Self::Start(_) => Some(
+                "try fewer --devices; RUST_LOG=info shows what the devices say. Each needs a \
+                 process and some file descriptors (ulimit -u, ulimit -n)",
+            ),
+            Self::Round { .. } => Some("RUST_LOG=info shows what the devices say"),
+            Self::Vmm(_) | Self::Connect | Self::NoTraffic { .. } => {
+                Some("try fewer --devices; RUST_LOG=info shows what the devices say")
+            }
+            Self::Timeline(_) => Some("the run itself was finished; choose another --timeline FILE"),
+            Self::System(..) | Self::Signal(_) => None,
+        }
+    }
+}
+
+/// Ends without waiting for threads that block, also when it unwinds.
+struct Background(Option<Runtime>);
+
+impl Drop for Background {
+    fn drop(&mut self) {
+        if let Some(runtime) = self.0.take() {
+            runtime.shutdown_background();
+        }
+    }
+}
+
+/// Runs the demonstration; returns the command's exit code.
+pub(crate) fn run(args: DemoArgs) -> ExitCode {
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("warn"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).init();
+    raise_file_limit();
+    let ended = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| DemoError::System("start the tokio runtime", error))
+        .and_then(|runtime| {
+            let background = Background(Some(runtime));
+            background.0.as_ref().map_or(Ok(false), |runtime| runtime.block_on(supervise(&args)))
+        });
+    match ended {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            crate::print_error(&error);
+            if let Some(advice) = error.advice() {
+                let _ = writeln!(io::stderr(), "  {advice}");
+            }
+            if args.json {
+                let object = serde_json::json!({ "ok": false, "error": error.to_string() });
+                print_line(&object.to_string());
+            }
+            ExitCode::from(error.exit_code())
+        }
+    }
+}
+
+/// Each device costs this process a handful of descriptors.
+fn raise_file_limit() {
+    let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
+    if current != maximum
+        && let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum })
+    {
+        tracing::warn!(%error, "the limit of open files cannot be raised");
+    }
+}
+
+/// Runs the demonstration until it is over or a signal comes; whatever comes, the machine is shut
+/// down at the end. True if the run did what its mode promises.
+async fn supervise(args: &DemoArgs) -> Result<bool, DemoError> {
+    let listen = |kind| signal(kind).map_err(|error| DemoError::System("listen to signals", error));
+    let mut interrupt = listen(SignalKind::interrupt())?;
+    let mut terminate = listen(SignalKind::terminate())?;
+    let machine = OnceCell::new();
+    let ended = tokio::select! {
+        biased;
+        _ = interrupt.recv() => Err(DemoError::Signal(SignalKind::interrupt())),
+        _ = terminate.recv() => Err(DemoError::Signal(SignalKind::terminate())),
+        summary = demonstrate(args, &machine) => summary,
+    };
+    if let Some(machine) = machine.get() {
+        // Whatever has not ended by then is killed when the machine is dropped.
+        match tokio::time::timeout(LAST_GRACE, machine.shutdown()).await {
+            Ok(Ok(_)) => {}
+            Ok(Err(error)) => tracing::warn!(%error, "shutting down"),
+            Err(_) => tracing::warn!("devices did not end within {LAST_GRACE:?} and are killed"),
+        }
+    }
+    let (summary, timeline) = ended?;
+    if args.json {
+        print_line(&summary.to_json());
+    } else {
+        print_line(&summary.to_string());
+    }
+    if let (Some(path), Some(timeline)) = (&args.timeline, timeline) {
+        write_timeline(path, &timeline)?;
+    }
+    Ok(summary.ok())
+}
+
+fn print_line(text: &str) {
+    let mut stdout = io::stdout().lock();
+    // A reader that has gone away wants no more.
+    let _ = writeln!(stdout, "{text}").and_then(|()| stdout.flush());
+}
+
+fn write_timeline(path: &Path, timeline: &Timeline) -> Result<(), TimelineError> {
+    svg::save(path, &timeline::draw(timeline))
+        .map_err(|source| TimelineError { path: path.to_owned(), source })
+}
+
+async fn demonstrate(
+    args: &DemoArgs,
+    slot: &OnceCell<Machine>,
+) -> Result<(Summary, Option<Timeline>), DemoError> {
+    let slowness = args.slowness()?;
+    let progress = Progress::new(args);
+    let blueprint = Blueprint::new(args.engines())?;
+    let builder = blueprint.machine(&slowness, args.single_phase)?;
+    progress.say("starting device processes", args.engines());
+    let machine =
+        builder.start().await.map_err(|error| DemoError::Start(Box::new(error)))?;
+    let machine = slot.get_or_init(|| machine).clone();
+    let before = |source| DemoError::Round { round: 0, source: Box::new(source) };
+    machine.declare_ram(blueprint.ram()).await.map_err(before)?;
+
+    progress.say("connecting them to each other", args.engines());
+    let bar = progress.bar.clone();
+    let connecting = on_own_thread(move || blueprint.connect(|| bar.inc(1)));
+    let vmm =
+        tokio::time::timeout(CONNECT_DEADLINE, connecting).await.map_err(|_| DemoError::Connect)??;
+    if !args.json {
+        print_line(&summary::headline(args, vmm.pairs().len()));
+    }
+    progress.say("rounds", usize::try_from(args.rounds).unwrap_or(usize::MAX));
+    let run = Run::new(args, machine, vmm, progress.bar.clone());
+    run.all().await
+}
+
+/// What is going on, for a person at a terminal; silent elsewhere.
+struct Progress {
+    bar: indicatif::ProgressBar,
+}
+
+impl Progress {
+    fn new(_args: &DemoArgs) -> Self {
+        let bar = if io::stderr().is_terminal() {
+            indicatif::ProgressBar::new(0)
+        } else {
+            indicatif::ProgressBar::hidden()
+        };
+        let style = indicatif::ProgressStyle::with_template(
+            "{msg:30} {wide_bar:.green} {pos:>6}/{len} {elapsed:>5}",
+        );
+        if let Ok(style) = style {
+            bar.set_style(style);
+        }
+        Self { bar }
+    }
+
+    fn say(&self, what: &'static str, steps: usize) {
+        self.bar.set_length(steps as u64);
+        self.bar.set_position(0);
+        self.bar.set_message(what);
+    }
+}
+
+impl Drop for Progress {
+    fn drop(&mut self) {
+        self.bar.finish_and_clear();
+    }
+}

@@ -1,0 +1,280 @@
+//! The VMM of the demonstration: guest RAM, the device processes with a vfio-user client for each,
+//! and everything mapped into everything.
+
+use super::engine::{Class, Engine, EngineError, Work};
+use super::layout::Layout;
+use super::options::Slowness;
+use super::oracle::Sight;
+use super::pairs::{Pair, pairs};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use standstill::coordinator::{Deadlines, DeviceSpec, MachineBuilder};
+use standstill::device_proc::memory::{SharedAccessError, SharedMemory, SharedMemoryError};
+use std::io;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+use tempfile::TempDir;
+use thiserror::Error;
+
+/// How long a round waits for every pair to write.
+pub(crate) const TRAFFIC_DEADLINE: Duration = Duration::from_secs(10);
+
+/// The VMM's side cannot be set up, or cannot go on.
+#[derive(Debug, Error)]
+pub(crate) enum VmmError {
+    /// No place for sockets.
+    #[error("cannot make a folder for the data sockets")]
+    Folder(#[source] io::Error),
+    /// The path of this program is not known.
+    #[error("cannot find this program, which is to be started for each device")]
+    Program(#[source] io::Error),
+    /// Guest RAM cannot be made.
+    #[error("cannot make guest RAM")]
+    Ram(#[from] SharedMemoryError),
+    /// An access to shared memory outside it.
+    #[error(transparent)]
+    Access(#[from] SharedAccessError),
+    /// A device cannot be driven.
+    #[error("engine{number}")]
+    Engine {
+        /// Which.
+        number: usize,
+        /// Why.
+        source: EngineError,
+    },
+    /// Waiting for interrupts failed.
+    #[error("cannot wait for interrupts")]
+    Poll(#[source] io::Error),
+}
+
+/// What is known before anything is started.
+#[derive(Debug)]
+pub(crate) struct Blueprint {
+    pub(crate) engines: usize,
+    pub(crate) pairs: Vec<Pair>,
+    layout: Layout,
+    folder: TempDir,
+    ram: SharedMemory,
+}
+
+impl Blueprint {
+    /// Makes guest RAM and a folder for sockets.
+    pub(crate) fn new(engines: usize) -> Result<Self, VmmError> {
+        let pairs = pairs(engines);
+        let layout = Layout::new(engines, &pairs);
+        let folder = socket_folder().map_err(VmmError::Folder)?;
+        let ram = SharedMemory::create("guest-ram", layout.ram().size)?;
+        Ok(Self { engines, pairs, layout, folder, ram })
+    }
+
+    /// Guest RAM.
+    pub(crate) fn ram(&self) -> &SharedMemory {
+        &self.ram
+    }
+
+    /// The machine for the coordinator: this program again for each device.
+    pub(crate) fn machine(
+        &self,
+        slowness: &[Slowness],
+        single_phase: bool,
+    ) -> Result<MachineBuilder, VmmError> {
+        let program = std::env::current_exe().map_err(VmmError::Program)?;
+        let devices = slowness.iter().enumerate().map(|(number, slow)| {
+            DeviceSpec::new(format!("engine{number}"), &program)
+                .args(["device", "copy-engine", "--socket"])
+                .arg(self.socket(number))
+                .arg(format!("--memory={}", self.layout.memory_size()))
+                .arg(format!("--slow-prepare={}", humantime::format_duration(slow.prepare)))
+                .arg(format!("--slow-stop={}", humantime::format_duration(slow.stop)))
+        });
+        let slowest = |which: fn(&Slowness) -> Duration| slowness.iter().map(which).max();
+        let mut deadlines = Deadlines::default();
+        deadlines.first_phase += slowest(|slow| slow.prepare).unwrap_or_default();
+        deadlines.second_phase += slowest(|slow| slow.stop).unwrap_or_default();
+        deadlines.undo += slowest(|slow| slow.prepare + slow.stop).unwrap_or_default();
+        // Many processes start at the same time on few CPUs.
+        deadlines.hello = Duration::from_secs(30);
+        let builder = MachineBuilder::new("demo").devices(devices).deadlines(deadlines);
+        Ok(if single_phase { builder.without_first_phase() } else { builder })
+    }
+
+    fn socket(&self, number: usize) -> PathBuf {
+        self.folder.path().join(format!("engine{number}.sock"))
+    }
+
+    /// Connects to every device, maps guest RAM and every other device's memory into each, makes
+    /// sure that the devices see them as what they are, and starts all engines. Blocks; `step` is
+    /// called once for each device.
+    pub(crate) fn connect(self, mut step: impl FnMut()) -> Result<Vmm, VmmError> {
+        let Self { pairs, layout, folder, ram, .. } = self;
+        let engines = (0..self.engines)
+            .map(|number| {
+                let socket = folder.path().join(format!("engine{number}.sock"));
+                Engine::connect(&socket, layout.memory_size()).map_err(of(number))
+            })
+            .collect::<Result<Vec<_>, _>>()?;
+        let mut vmm = Vmm { pairs, layout, ram, engines, _folder: folder };
+        for number in 0..vmm.engines.len() {
+            vmm.wire(number)?;
+            step();
+        }
+        for number in 0..vmm.engines.len() {
+            vmm.start(number)?;
+        }
+        Ok(vmm)
+    }
+}
+
+/// A folder whose sockets' paths fit into a socket address, whatever `TMPDIR` says.
+fn socket_folder() -> io::Result<TempDir> {
+    let mut builder = tempfile::Builder::new();
+    builder.prefix("standstill-");
+    let folder = builder.tempdir()?;
+    if folder.path().as_os_str().len() < 80 { Ok(folder) } else { builder.tempdir_in("/tmp") }
+}
+
+fn of(number: usize) -> impl FnOnce(EngineError) -> VmmError {
+    move |source| VmmError::Engine { number, source }
+}
+
+/// A machine that is connected and at work.
+#[derive(Debug)]
+pub(crate) struct Vmm {
+    pairs: Vec<Pair>,
+    layout: Layout,
+    ram: SharedMemory,
+    engines: Vec<Engine>,
+    /// Removed at the end.
+    _folder: TempDir,
+}
+
+impl Vmm {
+    /// Maps everything into one device and writes its ring.
+    fn wire(&mut self, number: usize) -> Result<(), VmmError> {
+        let mut rest = std::mem::take(&mut self.engines);
+        let wired = self.wire_among(number, &mut rest);
+        self.engines = rest;
+        wired
+    }
+
+    fn wire_among(&self, number: usize, engines: &mut [Engine]) -> Result<(), VmmError> {
+        let (before, from) = engines.split_at_mut(number);
+        let Some((engine, after)) = from.split_first_mut() else { return Ok(()) };
+        engine.map(self.layout.ram(), &self.ram, Class::Ram).map_err(of(number))?;
+        let peers = (0..).zip(&*before).chain((number + 1..).zip(&*after));
+        for (peer, other) in peers {
+            let range = self.layout.memory(peer);
+            engine.map(range, other.memory(), Class::Peer).map_err(of(number))?;
+        }
+        let source = vec![0x40 + u8::try_from(number % 64).unwrap_or(0); super::layout::BLOCK as usize];
+        self.ram.write(self.layout.source_offset(number), &source)?;
+        let ring: Vec<u8> = self
+            .layout
+            .descriptors(number, &self.pairs)
+            .iter()
+            .flat_map(|descriptor| descriptor.to_bytes())
+            .collect();
+        self.ram.write(self.layout.ring_offset(number), &ring)?;
+        Ok(())
+    }
+
+    fn start(&mut self, number: usize) -> Result<(), VmmError> {
+        let ring = self.layout.ring(number);
+        let descriptors = self.layout.descriptors(number, &self.pairs).len();
+        let Some(engine) = self.engines.get_mut(number) else { return Ok(()) };
+        let entries = u32::try_from(descriptors).unwrap_or(u32::MAX);
+        engine.start(ring, entries).map_err(of(number))
+    }
+
+    /// Who writes into whose memory.
+    pub(crate) fn pairs(&self) -> &[Pair] {
+        &self.pairs
+    }
+
+    /// What is in the mailbox of each pair, read through the VMM's own mappings.
+    pub(crate) fn mailboxes(&self) -> Result<Vec<u64>, VmmError> {
+        self.pairs.iter().map(|pair| self.mailbox(pair)).collect()
+    }
+
+    fn mailbox(&self, pair: &Pair) -> Result<u64, VmmError> {
+        let offset = Layout::mailbox_offset(pair.mailbox);
+        let receiver = self.engines.get(pair.receiver);
+        Ok(receiver.map_or(Ok(0), |engine| engine.memory().load_u64(offset))?)
+    }
+
+    /// Looks at all memory that engines can write, through the VMM's own mappings. Takes its time.
+    pub(crate) fn look(&self) -> Result<Sight, VmmError> {
+        Ok(Sight {
+            mailboxes: self.mailboxes()?,
+            memory: self.engines.iter().map(|engine| engine.memory().hash()).collect(),
+            ram: self.ram.hash(),
+        })
+    }
+
+    /// How many interrupts have come from each device since this was last called.
+    pub(crate) fn take_interrupts(&self) -> Result<Vec<u64>, VmmError> {
+        let each = |(number, engine): (usize, &Engine)| engine.take_interrupts().map_err(of(number));
+        self.engines.iter().enumerate().map(each).collect()
+    }
+
+    /// What each engine has done so far. Only while the machine runs.
+    pub(crate) fn work(&mut self) -> Result<Vec<Work>, VmmError> {
+        let each = |(number, engine): (usize, &mut Engine)| engine.work().map_err(of(number));
+        self.engines.iter_mut().enumerate().map(each).collect()
+    }
+
+    /// Waits until every ordered pair has written since its mailbox held what is given. Returns
+    /// the pairs that have not, after [`TRAFFIC_DEADLINE`].
+    ///
+    /// An engine raises its interrupt at the end of its ring, so an interrupt is the moment to
+    /// look again.
+    pub(crate) fn wait_for_traffic(&self, since: &[u64]) -> Result<Vec<Pair>, VmmError> {
+        let deadline = Instant::now() + TRAFFIC_DEADLINE;
+        let mut silent: Vec<(Pair, u64)> = self
+            .pairs
+            .iter()
+            .copied()
+            .zip(since.iter().copied().chain(std::iter::repeat(0)))
+            .collect();
+        loop {
+            let mut still = Vec::with_capacity(silent.len());
+            for (pair, before) in silent {
+                if self.mailbox(&pair)? == before {
+                    still.push((pair, before));
+                }
+            }
+            silent = still;
+            let left = deadline.saturating_duration_since(Instant::now());
+            if silent.is_empty() || left.is_zero() {
+                return Ok(silent.into_iter().map(|(pair, _)| pair).collect());
+            }
+            self.wait_for_interrupt(&silent, left)?;
+        }
+    }
+
+    /// Waits until one of the writers raises an interrupt, or for that long.
+    fn wait_for_interrupt(
+        &self,
+        silent: &[(Pair, u64)],
+        left: Duration,
+    ) -> Result<(), VmmError> {
+        // Pairs are ordered by writer.
+        let mut writers: Vec<_> = silent.iter().map(|(pair, _)| pair.writer).collect();
+        writers.dedup();
+        let engines = || writers.iter().filter_map(|&n| Some((n, self.engines.get(n)?)));
+        let mut fds: Vec<_> = engines()
+            .map(|(_, engine)| PollFd::from_borrowed_fd(engine.interrupts(), PollFlags::IN))
+            .collect();
+        let left = Timespec::try_from(left).ok();
+        match poll(&mut fds, left.as_ref()) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(errno) => return Err(VmmError::Poll(errno.into())),
+        }
+        for ((number, engine), fd) in engines().zip(&fds) {
+            if !fd.revents().is_empty() {
+                engine.take_interrupts().map_err(of(number))?;
+            }
+        }
+        Ok(())
+    }
+}
