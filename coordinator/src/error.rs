@@ -78,6 +78,9 @@ pub enum GreetingError {
     /// It sent something that is no Hello.
     #[error("broke the protocol before it said Hello")]
     Protocol(#[source] ProtocolError),
+    /// It greeted, and was lost while others had still to greet.
+    #[error("greeted and was lost before the machine had started: {0}")]
+    Lost(String),
 }
 
 /// How a device process broke the protocol.

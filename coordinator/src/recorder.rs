@@ -116,10 +116,11 @@ impl Recorder {
         self.answered(id, (command.epoch, command.phase), answer);
     }
 
-    pub(crate) fn fencing(&mut self, id: ParticipantId, why: Loss) {
+    pub(crate) fn fencing(&mut self, id: ParticipantId, why: Loss, detail: String) {
         let began_ns = self.now();
         if let Some(participant) = self.participant(id) {
-            participant.fence = Some(FenceReport { why, began_ns, proven_ns: None, proof: None });
+            participant.fence =
+                Some(FenceReport { why, detail, began_ns, proven_ns: None, proof: None });
         }
     }
 

@@ -162,6 +162,8 @@ impl ParticipantReport {
 pub struct FenceReport {
     /// Why.
     pub why: Loss,
+    /// What was seen of it, for a person; the text of `why` if that is all.
+    pub detail: String,
     /// When it began.
     pub began_ns: u64,
     /// When it was proven; `None` if it is not yet.
@@ -256,7 +258,7 @@ impl TransitionReport {
                 Some(why) => format!("refused ({why})"),
                 None => "refused".to_owned(),
             },
-            FailureKind::Lost(loss) => format!("is lost: {loss}"),
+            FailureKind::Lost(loss) => format!("is lost: {}", self.loss_detail(failure, loss)),
             FailureKind::Hung => "did not return within its deadline".to_owned(),
             FailureKind::FenceUnproven => "could not be proven gone".to_owned(),
             FailureKind::Cancelled => "gave it up".to_owned(),
@@ -265,6 +267,16 @@ impl TransitionReport {
             Some(phase) => format!("{who} {what}, in {phase} of epoch {}", failure.epoch),
             None => format!("{who} {what}, before the first phase"),
         }
+    }
+
+    fn loss_detail(&self, failure: &Failure, loss: Loss) -> String {
+        let fence = self
+            .participants
+            .iter()
+            .find(|participant| failure.subject == Subject::Participant(participant.id))
+            .and_then(|participant| participant.fence.as_ref())
+            .filter(|fence| fence.why == loss);
+        fence.map_or_else(|| loss.to_string(), |fence| fence.detail.clone())
     }
 
     fn refusal(&self, failure: &Failure) -> Option<String> {
@@ -342,8 +354,8 @@ impl fmt::Display for TransitionReport {
             }
             if let Some(fence) = &participant.fence {
                 match &fence.proof {
-                    Some(proof) => write!(f, "; fenced: {} ({proof})", fence.why)?,
-                    None => write!(f, "; to be fenced: {}, not proven", fence.why)?,
+                    Some(proof) => write!(f, "; fenced: {} ({proof})", fence.detail)?,
+                    None => write!(f, "; to be fenced: {}, not proven", fence.detail)?,
                 }
             }
             writeln!(f)?;
@@ -463,7 +475,7 @@ impl From<&ParticipantReport> for JsonParticipant {
             before: participant.before.name(),
             after: participant.after.map(MigrationState::name),
             commands: participant.commands.iter().map(JsonCommand::from).collect(),
-            fenced: participant.fence.as_ref().map(|fence| fence.why.to_string()),
+            fenced: participant.fence.as_ref().map(|fence| fence.detail.clone()),
         }
     }
 }

@@ -1,7 +1,7 @@
 //! The device process's actor: control messages to lifecycle to device.
 //!
 //! The actor owns the [`Lifecycle`] and the control channel. Everything that wants something of
-//! the device comes to it as a [`Message`]: the control channel has packets, the client wants
+//! the device comes to it as a `Message`: the control channel has packets, the client wants
 //! something, an arc has ended, a lease has run out. It feeds the lifecycle and carries out, in
 //! order, what that gives back.
 //!
@@ -14,6 +14,8 @@
 //! waits until it was handled, the client's thread waits for its answer, and each timer and each
 //! arc casts once.
 
+#![forbid(unsafe_code)]
+
 pub(crate) mod parts;
 
 mod arc;
@@ -21,6 +23,8 @@ mod budget;
 mod carry;
 mod job;
 mod outbox;
+#[cfg(test)]
+mod scripted;
 mod stream;
 mod stream_fd;
 mod watch;

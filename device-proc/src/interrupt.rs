@@ -148,7 +148,10 @@ impl Interrupts {
     /// How many of them by that MSI-X vector.
     #[must_use]
     pub fn raised_by(&self, vector: u16) -> u64 {
-        self.lines().msix.get(usize::from(vector)).map_or(0, |line| line.raised)
+        self.lines()
+            .msix
+            .get(usize::from(vector))
+            .map_or(0, |line| line.raised)
     }
 
     /// Carries out a request of the client, with `data` for `DATA_BOOL` and the fds that came
@@ -164,15 +167,24 @@ impl Interrupts {
         fds: Vec<OwnedFd>,
     ) -> Result<(), IrqError> {
         let vectors = u16::try_from(self.lines().msix.len()).unwrap_or(MAX_MSIX_VECTORS);
-        let IrqRequest { index, range, operation } =
-            validate(request, data.len(), fds.len(), vectors)?;
+        let IrqRequest {
+            index,
+            range,
+            operation,
+        } = validate(request, data.len(), fds.len(), vectors)?;
         // Looked at outside the lock, and all of them before any is installed.
-        let eventfds = fds.into_iter().map(EventFd::new).collect::<Result<Vec<_>, _>>()?;
+        let eventfds = fds
+            .into_iter()
+            .map(EventFd::new)
+            .collect::<Result<Vec<_>, _>>()?;
         let selected = |selection: Selection| {
-            range.clone().enumerate().filter(move |(at, _)| match selection {
-                Selection::All => true,
-                Selection::ByData => data.get(*at).is_some_and(|byte| *byte != 0),
-            })
+            range
+                .clone()
+                .enumerate()
+                .filter(move |(at, _)| match selection {
+                    Selection::All => true,
+                    Selection::ByData => data.get(*at).is_some_and(|byte| *byte != 0),
+                })
         };
         match operation {
             IrqOperation::Disable => {
@@ -235,7 +247,10 @@ impl Interrupts {
         let msix = (0..MAX_MSIX_VECTORS).zip(&lines.msix);
         Latched {
             intx: lines.intx_asserted,
-            msix: msix.filter(|(_, line)| line.latched).map(|(vector, _)| vector).collect(),
+            msix: msix
+                .filter(|(_, line)| line.latched)
+                .map(|(vector, _)| vector)
+                .collect(),
         }
     }
 
@@ -248,8 +263,15 @@ impl Interrupts {
     pub fn restore(&self, latched: &Latched) -> Result<(), NoVector> {
         let mut lines = self.lines();
         let vectors = lines.msix.len();
-        if let Some(bad) = latched.msix.iter().find(|vector| usize::from(**vector) >= vectors) {
-            return Err(NoVector { vector: u32::from(*bad), vectors });
+        if let Some(bad) = latched
+            .msix
+            .iter()
+            .find(|vector| usize::from(**vector) >= vectors)
+        {
+            return Err(NoVector {
+                vector: u32::from(*bad),
+                vectors,
+            });
         }
         lines.clear();
         lines.intx_asserted = latched.intx;
@@ -315,7 +337,9 @@ impl Interrupts {
     fn raise_now(&self, index: IrqIndex, at: u32, why: Why, _permit: &Permit<'_>) {
         let mut lines = self.lines();
         let asserted = lines.intx_asserted;
-        let Ok(line) = lines.line(index, at) else { return };
+        let Ok(line) = lines.line(index, at) else {
+            return;
+        };
         if why == Why::Latched && !line.latched {
             return;
         }
@@ -340,7 +364,9 @@ impl Interrupts {
         let frozen = self.is_frozen();
         let mut lines = self.lines();
         let asserted = lines.intx_asserted;
-        let Ok(line) = lines.line(index, at) else { return };
+        let Ok(line) = lines.line(index, at) else {
+            return;
+        };
         // While frozen, and for INTx, what waits belongs to the eventfd that comes next.
         let removed = eventfd.is_none();
         let old = std::mem::replace(&mut line.eventfd, eventfd.map(Arc::new));
@@ -359,7 +385,9 @@ impl Interrupts {
     fn unmask(&self, index: IrqIndex, at: u32) {
         let mut lines = self.lines();
         let asserted = lines.intx_asserted;
-        let Ok(line) = lines.line(index, at) else { return };
+        let Ok(line) = lines.line(index, at) else {
+            return;
+        };
         line.masked = false;
         if index == IrqIndex::Intx {
             line.latched = asserted;
@@ -369,7 +397,10 @@ impl Interrupts {
     }
 
     fn lines(&self) -> MutexGuard<'_, Lines> {
-        self.shared.lines.lock().unwrap_or_else(PoisonError::into_inner)
+        self.shared
+            .lines
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -379,15 +410,22 @@ impl Lines {
         match index {
             IrqIndex::Intx => Some(&mut self.intx),
             IrqIndex::Msi => None,
-            IrqIndex::Msix => usize::try_from(at).ok().and_then(|at| self.msix.get_mut(at)),
+            IrqIndex::Msix => usize::try_from(at)
+                .ok()
+                .and_then(|at| self.msix.get_mut(at)),
             IrqIndex::Error => Some(&mut self.error),
             IrqIndex::Request => Some(&mut self.request),
         }
-        .ok_or(NoVector { vector: at, vectors })
+        .ok_or(NoVector {
+            vector: at,
+            vectors,
+        })
     }
 
     fn all(&mut self) -> impl Iterator<Item = &mut Line> {
-        [&mut self.intx, &mut self.error, &mut self.request].into_iter().chain(&mut self.msix)
+        [&mut self.intx, &mut self.error, &mut self.request]
+            .into_iter()
+            .chain(&mut self.msix)
     }
 
     fn clear(&mut self) {

@@ -1,6 +1,6 @@
 //! Write a device once, get a device process that stops and starts with its machine.
 //!
-//! A device author implements [`device::Device`] and calls [`serve`] from `main`. The runtime does
+//! A device author implements [`device::Device`] and calls [`serve()`] from `main`. The runtime does
 //! the rest: it greets the coordinator on standard input, serves the device to its VMM, and owns
 //! everything that a standstill depends on.
 //!

@@ -7,6 +7,8 @@
 //! that cannot be written at once, or is longer than [`LONGEST_LINE`], is dropped and counted
 //! ([`dropped`]); the count travels in the heartbeats.
 
+#![forbid(unsafe_code)]
+
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -25,6 +27,21 @@ static DROPPED: AtomicU64 = AtomicU64::new(0);
 #[must_use]
 pub fn dropped() -> u64 {
     DROPPED.load(Ordering::Relaxed)
+}
+
+/// An error with its causes, in one line.
+pub(crate) fn with_causes(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let more = error.to_string();
+        // Some repeat their cause.
+        if !text.ends_with(&more) {
+            text = format!("{text}: {more}");
+        }
+        cause = error.source();
+    }
+    text
 }
 
 /// How log lines look.
@@ -52,31 +69,22 @@ pub fn start(format: LogFormat) {
     }
 }
 
-/// Makes a panic of any thread end the process at once, by `abort`.
-///
-/// Half a device process would go on acknowledging what it no longer does.
-pub fn abort_on_panic() {
-    std::panic::set_hook(Box::new(|panic| {
-        let thread = std::thread::current();
-        let mut line = format!("device process: thread {:?}: {panic}", thread.name());
-        line.retain(|character| character != '\n');
-        let mut end = line.len().min(LONGEST_LINE - 1);
-        while !line.is_char_boundary(end) {
-            end -= 1;
-        }
-        line.truncate(end);
-        line.push('\n');
-        write_line(io::stderr().as_fd(), line.as_bytes());
-        std::process::abort();
-    }));
+/// Writes a line to standard error, or drops and counts it.
+pub(crate) fn write_to_stderr(line: &[u8]) {
+    write_line(io::stderr().as_fd(), line);
 }
 
-/// Writes a line if that can be done without waiting; otherwise drops and counts it.
 fn write_line(to: BorrowedFd<'_>, line: &[u8]) {
+    if !try_write(to, line) {
+        DROPPED.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+/// Writes a line if that can be done without waiting; false if it was not written.
+fn try_write(to: BorrowedFd<'_>, line: &[u8]) -> bool {
     static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
     if line.len() > LONGEST_LINE {
-        DROPPED.fetch_add(1, Ordering::Relaxed);
-        return;
+        return false;
     }
     // Never waits for long: whoever holds it does not wait either. A thread that panicked inside
     // has left nothing half done.
@@ -90,10 +98,7 @@ fn write_line(to: BorrowedFd<'_>, line: &[u8]) {
     };
     let writable = poll(&mut fds, Some(&now)).is_ok_and(|ready| ready == 1)
         && fds[0].revents().contains(PollFlags::OUT);
-    let whole = writable && rustix::io::write(to, line).is_ok_and(|written| written == line.len());
-    if !whole {
-        DROPPED.fetch_add(1, Ordering::Relaxed);
-    }
+    writable && rustix::io::write(to, line).is_ok_and(|written| written == line.len())
 }
 
 /// Gives the subscriber a writer for each line.
@@ -130,41 +135,41 @@ mod tests {
     use std::io::Read;
 
     #[test]
-    fn a_full_pipe_drops_lines_and_counts_them_instead_of_waiting() {
+    fn a_full_pipe_takes_whole_lines_only_and_nobody_waits() {
         let (mut reader, writer) = io::pipe().unwrap();
-        let lines = Lines(writer);
         let line = [b'x'; LONGEST_LINE];
-        let before = dropped();
-        let mut written = 0;
         // More than any pipe holds by default.
-        for _ in 0..64 {
-            let dropped_before = dropped();
-            lines.make_writer().write_all(&line).unwrap();
-            if dropped() == dropped_before {
-                written += 1;
-            }
-        }
+        let written = (0..64).filter(|_| try_write(writer.as_fd(), &line)).count();
         assert!(written > 0, "an empty pipe takes a line");
-        assert!(dropped() > before, "a full pipe does not");
-
-        drop(lines);
+        assert!(written < 64, "a full pipe does not");
+        drop(writer);
         let mut all = Vec::new();
         reader.read_to_end(&mut all).unwrap();
-        assert_eq!(all.len(), written * LONGEST_LINE, "whole lines only");
+        assert_eq!(all.len(), written * LONGEST_LINE);
     }
 
     #[test]
-    fn a_line_that_is_too_long_is_dropped_whole() {
+    fn a_line_that_is_too_long_is_dropped_whole_and_counted() {
         let (mut reader, writer) = io::pipe().unwrap();
         let lines = Lines(writer);
+        let before = dropped();
         lines
             .make_writer()
             .write_all(&[b'x'; LONGEST_LINE + 1])
             .unwrap();
+        assert!(dropped() > before);
         lines.make_writer().write_all(b"short\n").unwrap();
         drop(lines);
         let mut all = Vec::new();
         reader.read_to_end(&mut all).unwrap();
         assert_eq!(all, b"short\n");
+    }
+
+    #[test]
+    fn causes_are_told_once() {
+        let device = crate::device::DeviceError::new("no disk");
+        assert_eq!(with_causes(&device), "no disk");
+        let error = crate::serve::ServeError::Build(device);
+        assert_eq!(with_causes(&error), "the device cannot be built: no disk");
     }
 }

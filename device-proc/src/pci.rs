@@ -11,6 +11,8 @@
 //!
 //! BARs above 2 GiB are 64-bit ones and take the next index too; all others are 32-bit ones.
 
+#![forbid(unsafe_code)]
+
 use crate::device::{BarBacking, DeviceInfo};
 use thiserror::Error;
 

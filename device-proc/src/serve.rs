@@ -21,11 +21,24 @@
 //! coordinator: the process greets, and lives as the coordinator says. With anything else it runs
 //! standalone, for any client, until SIGTERM or SIGINT.
 //!
+//! | exit code | |
+//! |---|---|
+//! | 0 | ended in good order: the coordinator or a signal asked for it, or the state was handed over |
+//! | 69 | [`EXIT_ORPHANED`] |
+//! | 70 | [`EXIT_DEVICE`] |
+//! | 73 | [`EXIT_SOCKET`] |
+//! | 75 | [`EXIT_NOT_WELCOMED`] |
+//! | 76 | [`EXIT_PROTOCOL`] |
+//! | 77 | [`EXIT_REJECTED`] |
+//!
 //! No device process is left behind: before it is welcomed, and after with the orphan policy
 //! `exit`, it ends with its coordinator (end of the control channel, and `PR_SET_PDEATHSIG` for
 //! the case that it cannot look).
 
+#![forbid(unsafe_code)]
+
 mod greeting;
+pub(crate) mod panics;
 
 pub use greeting::GreetingError;
 
@@ -156,7 +169,8 @@ impl ServeError {
 /// `build` makes the device; it is called once, inside a tokio runtime. The device is RUNNING
 /// when `build` returns.
 ///
-/// A panic of any thread aborts the process from now on.
+/// A panic of any thread aborts the process from now on (but for one in the code that takes a
+/// client's messages apart: it ends that client's connection).
 ///
 /// # Errors
 ///
@@ -165,7 +179,7 @@ pub fn serve<D: Device>(
     options: ServeOptions,
     build: impl FnOnce(Handles) -> Result<(D, DeviceInfo), DeviceError>,
 ) -> Result<(), ServeError> {
-    log::abort_on_panic();
+    panics::abort_on_panic();
     let control = greeting::take_control_channel()?;
     log::start(if control.is_some() {
         LogFormat::Json
@@ -181,7 +195,9 @@ pub fn serve<D: Device>(
     let served = greet_and_serve(&runtime, options, &listener, control, build);
     match &served {
         Ok(ended) => tracing::info!(?ended, "the device process ends"),
-        Err(error) => tracing::error!(%error, "the device process ends"),
+        Err(error) => {
+            tracing::error!(error = log::with_causes(error), "the device process ends");
+        }
     }
     // Threads of the device that block must not keep the process.
     runtime.shutdown_background();

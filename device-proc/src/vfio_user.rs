@@ -1,9 +1,9 @@
 //! The transport towards the VMM: vfio-user over a Unix socket.
 //!
-//! [`endpoint`] says what a client may do with a device and does it; it knows no bytes.
-//! [`server`] is the transport: today the rust-vmm `vfio_user` crate's server with an adapter
-//! ([`adapter`]) between the two, on a thread of its own. Another transport takes the place of
-//! those two and calls the same endpoint. [`listener`] makes the data socket.
+//! `endpoint` says what a client may do with a device and does it; it knows no bytes.
+//! `server` is the transport: today the rust-vmm `vfio_user` crate's server with an adapter
+//! (`adapter`) between the two, on a thread of its own. Another transport takes the place of
+//! those two and calls the same endpoint. `listener` makes the data socket.
 //!
 //! One client at a time is served; when it goes, its DMA windows and eventfds go with it, the
 //! device and its state stay for the next one.
@@ -13,7 +13,7 @@
 //! The crate (0.1.7) has these, and nothing here can mend them:
 //!
 //! - A `VERSION` message that is too short, or whose JSON has no terminating NUL, panics in the
-//!   crate, and a panic ends this process.
+//!   crate: that ends the connection, with a line in the log and without an answer.
 //! - A header that arrives in two pieces, or a body whose length is not what the header says,
 //!   puts the stream out of step; a message cut short blocks the thread until the client goes.
 //! - The counts of accesses are believed before anything here sees them: a read of 4 GiB is
@@ -24,6 +24,8 @@
 //!   refused without their bodies being read, which puts the stream out of step.
 //! - What waits in the socket when the device is stopped is not executed before the stop, but
 //!   refused while it lasts: a client has to be quiet before its device is stopped.
+
+#![forbid(unsafe_code)]
 
 pub(crate) mod endpoint;
 pub(crate) mod listener;

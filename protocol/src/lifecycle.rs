@@ -187,7 +187,7 @@ enum Stage {
 }
 
 /// The device's side of the protocol; see the module's documentation.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Lifecycle {
     flags: MigrationFlags,
     coordinator: MigrationState,

@@ -168,6 +168,11 @@ impl State {
         }
         device.standing = Standing::Lost(text.clone());
         self.memory_lost(id, &text);
+        if self.starting.is_some() {
+            // Nobody would miss it: the others' greetings are all that is waited for.
+            self.greeting_failed(id, GreetingError::Lost(text));
+            return;
+        }
         if self.active.is_some() {
             self.feed(Event::Lost(id, why));
         } else {

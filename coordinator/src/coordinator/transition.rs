@@ -257,16 +257,20 @@ impl State {
     }
 
     fn fence(&mut self, id: ParticipantId, why: Loss, events: &mut VecDeque<Event>) {
+        let Some(device) = self.device(id) else { return };
+        let detail = match &device.standing {
+            // What was seen says more than the kind of loss.
+            Standing::Lost(text) | Standing::Fenced(text) => text.clone(),
+            Standing::Greeting | Standing::Ready => why.to_string(),
+        };
         if let Some(active) = &mut self.active {
-            active.recorder.fencing(id, why);
+            active.recorder.fencing(id, why, detail.clone());
         }
         let Some(device) = self.device(id) else { return };
         match &device.standing {
             Standing::Fenced(_) => events.push_back(Event::Fenced(id)),
-            standing => {
-                if !matches!(standing, Standing::Lost(_)) {
-                    device.standing = Standing::Lost(why.to_string());
-                }
+            _ => {
+                device.standing = Standing::Lost(detail);
                 tracing::warn!(device = device.spec.name, %why, "fencing");
                 // An actor that is gone cannot prove anything: the grace decides.
                 let _ = device.actor.cast(DeviceActorMessage::Fence);

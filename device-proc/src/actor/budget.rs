@@ -149,7 +149,7 @@ mod tests {
     async fn firing_gives_up_what_waits_and_what_waits_later() {
         let budget = budget(60_000);
         let (outcome, ()) = tokio::join!(budget.bound(pending::<()>()), async {
-            budget.overtaken().fire()
+            budget.overtaken().fire();
         });
         assert_eq!(outcome, Err(GivenUp::Overtaken));
         let again = budget.unless_overtaken(pending::<()>()).await;

@@ -3,10 +3,11 @@
 use super::arc::{ArcOutcome, Spent, change_activity, reset};
 use super::budget::Budget;
 use super::job::{Job, moment_of_answer, moment_of_arrival};
-use super::stream::{self, StreamError};
+use super::stream;
 use super::stream_fd::StreamFd;
 use super::{Message, State};
 use crate::device::Device;
+use crate::log;
 use standstill_protocol::lifecycle::{Arc as LifecycleArc, Effect, Event};
 use standstill_protocol::message::{
     Command, DeviceMessage, Reached, Refusal, RefusalKind, Refused,
@@ -197,7 +198,7 @@ impl<D: Device> State<D> {
                 Direction::Save => stream::save(&parts, fd),
                 Direction::Load => stream::load(&parts, fd),
             };
-            let result = done.map_err(|error| refusal_of(&error));
+            let result = done.map_err(|error| stream_refusal(log::with_causes(&error)));
             // If the actor is gone, so is the process.
             let _ = myself.cast(Message::StreamFinished(result));
         });
@@ -247,18 +248,4 @@ fn stream_refusal(text: impl Into<String>) -> Refusal {
         kind: RefusalKind::Stream,
         text: text.into(),
     }
-}
-
-/// The reason with its causes.
-fn refusal_of(error: &StreamError) -> Refusal {
-    let mut text = error.to_string();
-    let mut cause = std::error::Error::source(error);
-    while let Some(error) = cause {
-        let more = error.to_string();
-        if !text.ends_with(&more) {
-            text = format!("{text}: {more}");
-        }
-        cause = error.source();
-    }
-    stream_refusal(text)
 }

@@ -517,3 +517,6 @@ impl<R: Read> Read for SectionReader<'_, R> {
         })
     }
 }
+
+#[cfg(test)]
+mod tests;

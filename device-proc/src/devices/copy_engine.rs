@@ -25,9 +25,7 @@ mod engine;
 pub mod registers;
 mod state;
 
-pub use descriptor::{
-    DESCRIPTOR_SIZE, Descriptor, FLAG_INTERRUPT, FLAG_SEQUENCE, FLAG_STAMP,
-};
+pub use descriptor::{DESCRIPTOR_SIZE, Descriptor, FLAG_INTERRUPT, FLAG_SEQUENCE, FLAG_STAMP};
 
 use crate::device::{
     AccessError, Bar, BarBacking, Device, DeviceError, DeviceInfo, Handles, Moment, PciIdentity,
@@ -135,11 +133,21 @@ impl CopyEngine {
             .name(KIND.to_owned())
             .spawn(move || engine.run())
             .map_err(DeviceError::new)?;
-        Ok((Self { config, memory, shared }, info))
+        Ok((
+            Self {
+                config,
+                memory,
+                shared,
+            },
+            info,
+        ))
     }
 
     fn shape(&self) -> Shape {
-        Shape { memory_size: self.config.memory_size, vectors: self.config.vectors }
+        Shape {
+            memory_size: self.config.memory_size,
+            vectors: self.config.vectors,
+        }
     }
 
     /// Value and width in bytes of the register that begins at this offset.
@@ -196,8 +204,9 @@ impl CopyEngine {
                 return Some(Ring::Same);
             }
             DOORBELL => {
-                state.doorbell =
-                    u32::try_from(value).ok().filter(|index| *index < state.ring_entries)?;
+                state.doorbell = u32::try_from(value)
+                    .ok()
+                    .filter(|index| *index < state.ring_entries)?;
                 return Some(Ring::Same);
             }
             PROBE_IOVA => {
@@ -211,7 +220,8 @@ impl CopyEngine {
             }
             _ if state.run => return None,
             RING_BASE => {
-                state.ring_base = Some(value).filter(|base| base.is_multiple_of(DESCRIPTOR_SIZE))?;
+                state.ring_base =
+                    Some(value).filter(|base| base.is_multiple_of(DESCRIPTOR_SIZE))?;
             }
             RING_ENTRIES => {
                 let entries = u32::try_from(value).ok();
@@ -226,7 +236,9 @@ impl CopyEngine {
 
     fn written(&self) -> Vec<Counter> {
         let current = self.shared.lock();
-        let stored = (0..).zip(&current.state.sequences).filter(|(_, entry)| entry.stored > 0);
+        let stored = (0..)
+            .zip(&current.state.sequences)
+            .filter(|(_, entry)| entry.stored > 0);
         stored
             .take(MAX_WRITTEN)
             .map(|(index, entry)| counter(CounterKind::Written, index, entry.stored))
@@ -245,7 +257,11 @@ impl CopyEngine {
     fn interrupts(&self) -> impl Iterator<Item = Counter> {
         let interrupts = &self.shared.handles.interrupts;
         (0..self.config.vectors).map(|vector| {
-            counter(CounterKind::Interrupts, u32::from(vector), interrupts.raised_by(vector))
+            counter(
+                CounterKind::Interrupts,
+                u32::from(vector),
+                interrupts.raised_by(vector),
+            )
         })
     }
 }
@@ -264,8 +280,14 @@ impl CopyEngineConfig {
 
     fn info(&self, memory: &SharedMemory) -> Result<DeviceInfo, DeviceError> {
         let fd = memory.try_clone_fd().map_err(DeviceError::new)?;
-        let registers = Bar { size: REGISTER_BAR_SIZE, backing: BarBacking::Registers };
-        let memory = Bar { size: self.memory_size, backing: BarBacking::Memory(fd) };
+        let registers = Bar {
+            size: REGISTER_BAR_SIZE,
+            backing: BarBacking::Registers,
+        };
+        let memory = Bar {
+            size: self.memory_size,
+            backing: BarBacking::Memory(fd),
+        };
         Ok(DeviceInfo {
             kind: KIND.to_owned(),
             pci: IDENTITY,
@@ -301,7 +323,10 @@ impl Device for CopyEngine {
             return Err(no_register);
         }
         let mut bytes = [0; 8];
-        bytes.get_mut(..width).ok_or(no_register)?.copy_from_slice(data);
+        bytes
+            .get_mut(..width)
+            .ok_or(no_register)?
+            .copy_from_slice(data);
         let written = u64::from_le_bytes(bytes);
         // The other half of a 64-bit register stays. Nobody but a driver changes those that can
         // be written, so it is still what was read above.
@@ -312,7 +337,10 @@ impl Device for CopyEngine {
         };
         self.shared.change(|state| {
             self.set_register(state, place.register, value)
-                .ok_or(AccessError::BadValue { offset, value: written })
+                .ok_or(AccessError::BadValue {
+                    offset,
+                    value: written,
+                })
         })
     }
 
@@ -322,7 +350,10 @@ impl Device for CopyEngine {
 
     fn reset(&self) -> Result<(), DeviceError> {
         let raised = self.shared.handles.interrupts.raised();
-        let fresh = State { interrupts_before: raised.wrapping_neg(), ..State::default() };
+        let fresh = State {
+            interrupts_before: raised.wrapping_neg(),
+            ..State::default()
+        };
         self.replace(fresh);
         self.memory.zero();
         Ok(())
@@ -361,20 +392,30 @@ impl Device for CopyEngine {
 
     fn evidence(&self, moment: Moment) -> Evidence {
         match moment {
-            Moment::PrepareStopped => {
-                Evidence { memory_hash: None, counters: self.written() }
-            }
-            Moment::StopArrived => Evidence { memory_hash: None, counters: self.received() },
+            Moment::PrepareStopped => Evidence {
+                memory_hash: None,
+                counters: self.written(),
+            },
+            Moment::StopArrived => Evidence {
+                memory_hash: None,
+                counters: self.received(),
+            },
             Moment::StartArrived => {
                 let mut counters = self.received();
                 counters.extend(self.written());
                 counters.extend(self.interrupts());
-                Evidence { memory_hash: None, counters }
+                Evidence {
+                    memory_hash: None,
+                    counters,
+                }
             }
             Moment::Stopped => {
                 let mut counters = self.written();
                 counters.extend(self.interrupts());
-                Evidence { memory_hash: Some(self.memory.hash()), counters }
+                Evidence {
+                    memory_hash: Some(self.memory.hash()),
+                    counters,
+                }
             }
         }
     }
@@ -414,10 +455,13 @@ struct Place {
 impl Place {
     /// `None` if no register can be accessed like that.
     fn new(bar: u32, offset: u64, width: usize) -> Option<Self> {
-        let possible = bar == REGISTER_BAR
-            && matches!(width, 4 | 8)
-            && offset.is_multiple_of(width as u64);
-        possible.then_some(Self { register: offset & !7, upper: offset & 4 != 0, width })
+        let possible =
+            bar == REGISTER_BAR && matches!(width, 4 | 8) && offset.is_multiple_of(width as u64);
+        possible.then_some(Self {
+            register: offset & !7,
+            upper: offset & 4 != 0,
+            width,
+        })
     }
 
     /// Whether it is a possible access to a register of that many bytes.

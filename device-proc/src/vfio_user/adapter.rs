@@ -4,6 +4,7 @@ use super::endpoint::Endpoint;
 use crate::device::Device;
 use crate::interrupt::{SET_IRQS_SIZE, SetIrqs};
 use crate::memory::WindowSpec;
+use crate::serve::panics::strict;
 use rustix::io::Errno;
 use std::fs::File;
 use std::io;
@@ -12,17 +13,17 @@ use vfio_user::{DmaMapFlags, DmaUnmapFlags, ServerBackend};
 /// The wire's flag of `DMA_UNMAP` for everything; the crate's own constant is another bit.
 const UNMAP_ALL: u32 = 1 << 1;
 
-/// Passes everything on.
+/// Passes everything on. The crate's own panics are contained, those of the device are not.
 #[derive(Debug)]
 pub(super) struct Adapter<'a, D>(pub(super) &'a Endpoint<D>);
 
 impl<D: Device> ServerBackend for Adapter<'_, D> {
     fn region_read(&mut self, region: u32, offset: u64, data: &mut [u8]) -> io::Result<()> {
-        Ok(self.0.region_read(region, offset, data)?)
+        Ok(strict(|| self.0.region_read(region, offset, data))?)
     }
 
     fn region_write(&mut self, region: u32, offset: u64, data: &[u8]) -> io::Result<()> {
-        Ok(self.0.region_write(region, offset, data)?)
+        Ok(strict(|| self.0.region_write(region, offset, data))?)
     }
 
     fn dma_map(
@@ -40,19 +41,19 @@ impl<D: Device> ServerBackend for Adapter<'_, D> {
             readable: flags.contains(DmaMapFlags::READ),
             writable: flags.contains(DmaMapFlags::WRITE),
         };
-        Ok(self.0.dma_map(window, fd.map(Into::into))?)
+        Ok(strict(|| self.0.dma_map(window, fd.map(Into::into)))?)
     }
 
     fn dma_unmap(&mut self, flags: DmaUnmapFlags, address: u64, size: u64) -> io::Result<()> {
         match flags.bits() {
-            0 => Ok(self.0.dma_unmap(address, size)?),
-            UNMAP_ALL if address == 0 && size == 0 => Ok(self.0.dma_unmap_all()?),
+            0 => Ok(strict(|| self.0.dma_unmap(address, size))?),
+            UNMAP_ALL if address == 0 && size == 0 => Ok(strict(|| self.0.dma_unmap_all())?),
             _ => Err(Errno::INVAL.into()),
         }
     }
 
     fn reset(&mut self) -> io::Result<()> {
-        Ok(self.0.reset()?)
+        Ok(strict(|| self.0.reset())?)
     }
 
     fn set_irqs(
@@ -71,6 +72,6 @@ impl<D: Device> ServerBackend for Adapter<'_, D> {
             count,
         };
         let fds = fds.into_iter().map(Into::into).collect();
-        Ok(self.0.set_irqs(&request, &[], fds)?)
+        Ok(strict(|| self.0.set_irqs(&request, &[], fds))?)
     }
 }

@@ -5,6 +5,7 @@ use super::endpoint::{CONFIG_REGION, Endpoint, REGIONS};
 use crate::device::Device;
 use crate::interrupt::IrqIndex;
 use crate::pci::BarUse;
+use crate::serve::panics::contained;
 use rustix::event::{PollFd, PollFlags, poll};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -47,11 +48,13 @@ fn run<D: Device>(waiting: &UnixListener, server: &Server, endpoint: &Endpoint<D
             Err(error) => tracing::warn!(%error, "waiting for a client"),
         }
         endpoint.connected();
-        let served = server.run(&mut Adapter(endpoint));
+        // It keeps nothing from one client to the next.
+        let served = contained(|| server.run(&mut Adapter(endpoint)));
         endpoint.disconnected();
         match served {
-            Ok(()) => rest = FIRST_REST,
-            Err(error) => {
+            Ok(Ok(())) => rest = FIRST_REST,
+            Err(error) => tracing::warn!(%error, "serving a client ended"),
+            Ok(Err(error)) => {
                 tracing::warn!(%error, "serving a client ended");
                 // Where accepting fails, it fails again at once.
                 std::thread::park_timeout(rest);

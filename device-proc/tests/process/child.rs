@@ -13,21 +13,21 @@ use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
 /// Tells this program that it is a device process, and where its data socket is.
-pub const SOCKET_VARIABLE: &str = "STANDSTILL_TEST_DEVICE_SOCKET";
+pub(crate) const SOCKET_VARIABLE: &str = "STANDSTILL_TEST_DEVICE_SOCKET";
 
 /// Longer than anything takes here.
-pub const PATIENCE: Duration = Duration::from_secs(20);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 
 /// A device process and the coordinator's end of its control channel.
-pub struct Device {
-    pub process: Child,
-    pub channel: CoordinatorEnd,
+pub(crate) struct Device {
+    pub(crate) process: Child,
+    pub(crate) channel: CoordinatorEnd,
     folder: TempDir,
 }
 
 impl Device {
     /// Starts one that behaves as `script` says; see [`crate::probe`].
-    pub fn start(script: &str) -> (Self, Hello) {
+    pub(crate) fn start(script: &str) -> (Self, Hello) {
         let folder = tempfile::tempdir().unwrap();
         let (channel, stdin) = CoordinatorEnd::pair().unwrap();
         let process = spawn(&folder.path().join("data.sock"), script, stdin.into());
@@ -43,31 +43,31 @@ impl Device {
     }
 
     /// Starts one and welcomes it, without heartbeats.
-    pub fn welcomed(script: &str) -> Self {
+    pub(crate) fn welcomed(script: &str) -> Self {
         let (device, _) = Self::start(script);
-        device.send(CoordinatorMessage::Welcome(welcome(OrphanPolicy::Exit)));
+        device.send(&CoordinatorMessage::Welcome(welcome(OrphanPolicy::Exit)));
         device.channel.set_version(1);
         device
     }
 
-    pub fn socket(&self) -> PathBuf {
+    pub(crate) fn socket(&self) -> PathBuf {
         self.folder.path().join("data.sock")
     }
 
-    pub fn send(&self, message: CoordinatorMessage) {
-        self.send_with(&message, &[]);
+    pub(crate) fn send(&self, message: &CoordinatorMessage) {
+        self.send_with(message, &[]);
     }
 
-    pub fn send_with(&self, message: &CoordinatorMessage, fds: &[BorrowedFd<'_>]) {
+    pub(crate) fn send_with(&self, message: &CoordinatorMessage, fds: &[BorrowedFd<'_>]) {
         self.channel.send(message, fds, PATIENCE).unwrap();
     }
 
-    pub fn next(&self) -> DeviceMessage {
+    pub(crate) fn next(&self) -> DeviceMessage {
         self.channel.recv(PATIENCE).unwrap().message
     }
 
     /// The next answer; events and heartbeats on the way are skipped.
-    pub fn answer(&self) -> DeviceMessage {
+    pub(crate) fn answer(&self) -> DeviceMessage {
         loop {
             match self.next() {
                 DeviceMessage::Event(_) | DeviceMessage::Heartbeat(_) => {}
@@ -76,18 +76,18 @@ impl Device {
         }
     }
 
-    pub fn command(&self, epoch: u64, phase: Phase, target: MigrationState) {
-        self.send(CoordinatorMessage::Command(command(epoch, phase, target)));
+    pub(crate) fn command(&self, epoch: u64, phase: Phase, target: MigrationState) {
+        self.send(&CoordinatorMessage::Command(command(epoch, phase, target)));
     }
 
-    pub fn reached(&self) -> Reached {
+    pub(crate) fn reached(&self) -> Reached {
         match self.answer() {
             DeviceMessage::Reached(reached) => reached,
             other => panic!("expected Reached, got {other:?}"),
         }
     }
 
-    pub fn refused(&self) -> Refused {
+    pub(crate) fn refused(&self) -> Refused {
         match self.answer() {
             DeviceMessage::Refused(refused) => refused,
             other => panic!("expected Refused, got {other:?}"),
@@ -95,7 +95,7 @@ impl Device {
     }
 
     /// Sends a command and checks that it leads where it should.
-    pub fn go(&self, epoch: u64, phase: Phase, target: MigrationState) -> Reached {
+    pub(crate) fn go(&self, epoch: u64, phase: Phase, target: MigrationState) -> Reached {
         self.command(epoch, phase, target);
         let reached = self.reached();
         let found = (reached.term, reached.epoch, reached.phase, reached.state);
@@ -104,26 +104,26 @@ impl Device {
     }
 
     /// Both phases of a stop.
-    pub fn pause(&self, epoch: u64) {
+    pub(crate) fn pause(&self, epoch: u64) {
         self.go(epoch, Phase::PrepareStop, MigrationState::RunningP2p);
         self.go(epoch, Phase::Stop, MigrationState::Stop);
     }
 
     /// Both phases of a start.
-    pub fn resume(&self, epoch: u64) {
+    pub(crate) fn resume(&self, epoch: u64) {
         self.go(epoch, Phase::PrepareStart, MigrationState::RunningP2p);
         self.go(epoch, Phase::Start, MigrationState::Running);
     }
 
-    pub fn abort(&self, epoch: u64) {
-        self.send(CoordinatorMessage::Abort(Abort {
+    pub(crate) fn abort(&self, epoch: u64) {
+        self.send(&CoordinatorMessage::Abort(Abort {
             term: Term(1),
             epoch: Epoch(epoch),
         }));
     }
 
-    pub fn query(&self, epoch: u64) -> Status {
-        self.send(CoordinatorMessage::Query(Query {
+    pub(crate) fn query(&self, epoch: u64) -> Status {
+        self.send(&CoordinatorMessage::Query(Query {
             term: Term(1),
             epoch: Epoch(epoch),
         }));
@@ -133,9 +133,9 @@ impl Device {
         }
     }
 
-    pub fn shut_down(mut self) {
+    pub(crate) fn shut_down(mut self) {
         let grace_ns = 1_000_000_000;
-        self.send(CoordinatorMessage::Shutdown(Shutdown {
+        self.send(&CoordinatorMessage::Shutdown(Shutdown {
             term: Term(1),
             grace_ns,
         }));
@@ -157,7 +157,7 @@ impl Drop for Device {
 }
 
 /// Starts this program as a device process.
-pub fn spawn(socket: &Path, script: &str, stdin: Stdio) -> Child {
+pub(crate) fn spawn(socket: &Path, script: &str, stdin: Stdio) -> Child {
     std::process::Command::new(std::env::current_exe().unwrap())
         .args([
             "--exact",
@@ -175,7 +175,7 @@ pub fn spawn(socket: &Path, script: &str, stdin: Stdio) -> Child {
 }
 
 /// Waits for a process to end, not for ever.
-pub fn wait(process: &mut Child) -> ExitStatus {
+pub(crate) fn wait(process: &mut Child) -> ExitStatus {
     let pid = rustix::process::Pid::from_raw(i32::try_from(process.id()).unwrap()).unwrap();
     let pidfd: OwnedFd =
         rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()).unwrap();
@@ -194,7 +194,7 @@ pub fn wait(process: &mut Child) -> ExitStatus {
 }
 
 /// Waits until something is so, looking again and again.
-pub fn until(what: &str, mut is_so: impl FnMut() -> bool) {
+pub(crate) fn until(what: &str, mut is_so: impl FnMut() -> bool) {
     let begin = Instant::now();
     while !is_so() {
         assert!(
@@ -205,7 +205,7 @@ pub fn until(what: &str, mut is_so: impl FnMut() -> bool) {
     }
 }
 
-pub fn welcome(orphan: OrphanPolicy) -> Welcome {
+pub(crate) fn welcome(orphan: OrphanPolicy) -> Welcome {
     Welcome {
         version: 1,
         machine: Default::default(),
@@ -218,7 +218,7 @@ pub fn welcome(orphan: OrphanPolicy) -> Welcome {
     }
 }
 
-pub fn command(epoch: u64, phase: Phase, target: MigrationState) -> Command {
+pub(crate) fn command(epoch: u64, phase: Phase, target: MigrationState) -> Command {
     Command {
         term: Term(1),
         epoch: Epoch(epoch),

@@ -18,15 +18,15 @@ const ERROR: u32 = 1 << 5;
 
 /// The server refused, with that errno.
 #[derive(Debug, PartialEq, Eq)]
-pub struct ErrorReply(pub u32);
+pub(crate) struct ErrorReply(pub(crate) u32);
 
 /// A connection that has exchanged versions.
-pub struct Client {
+pub(crate) struct Client {
     stream: UnixStream,
 }
 
 impl Client {
-    pub fn connect(path: &Path) -> Self {
+    pub(crate) fn connect(path: &Path) -> Self {
         let stream = UnixStream::connect(path).unwrap();
         stream
             .set_read_timeout(Some(crate::child::PATIENCE))
@@ -78,7 +78,12 @@ impl Client {
         }
     }
 
-    pub fn read(&mut self, region: u32, offset: u64, count: u32) -> Result<Vec<u8>, ErrorReply> {
+    pub(crate) fn read(
+        &mut self,
+        region: u32,
+        offset: u64,
+        count: u32,
+    ) -> Result<Vec<u8>, ErrorReply> {
         let mut body = Vec::new();
         body.extend(offset.to_le_bytes());
         body.extend(region.to_le_bytes());
@@ -86,13 +91,18 @@ impl Client {
         Ok(self.call(REGION_READ, &body, &[])?.split_off(16))
     }
 
-    pub fn read_u32(&mut self, region: u32, offset: u64) -> Result<u32, ErrorReply> {
+    pub(crate) fn read_u32(&mut self, region: u32, offset: u64) -> Result<u32, ErrorReply> {
         Ok(u32::from_le_bytes(
             self.read(region, offset, 4)?.try_into().unwrap(),
         ))
     }
 
-    pub fn write(&mut self, region: u32, offset: u64, data: &[u8]) -> Result<(), ErrorReply> {
+    pub(crate) fn write(
+        &mut self,
+        region: u32,
+        offset: u64,
+        data: &[u8],
+    ) -> Result<(), ErrorReply> {
         let mut body = Vec::new();
         body.extend(offset.to_le_bytes());
         body.extend(region.to_le_bytes());
@@ -101,12 +111,17 @@ impl Client {
         self.call(REGION_WRITE, &body, &[]).map(|_| ())
     }
 
-    pub fn write_u32(&mut self, region: u32, offset: u64, value: u32) -> Result<(), ErrorReply> {
+    pub(crate) fn write_u32(
+        &mut self,
+        region: u32,
+        offset: u64,
+        value: u32,
+    ) -> Result<(), ErrorReply> {
         self.write(region, offset, &value.to_le_bytes())
     }
 
     /// Installs eventfds for MSI-X vectors from 0 on.
-    pub fn install_msix(&mut self, eventfds: &[BorrowedFd<'_>]) -> Result<(), ErrorReply> {
+    pub(crate) fn install_msix(&mut self, eventfds: &[BorrowedFd<'_>]) -> Result<(), ErrorReply> {
         let count = u32::try_from(eventfds.len()).unwrap();
         let fields: [u32; 5] = [20, 4 | 32, 2, 0, count];
         let body: Vec<u8> = fields
@@ -116,7 +131,12 @@ impl Client {
         self.call(SET_IRQS, &body, eventfds).map(|_| ())
     }
 
-    pub fn dma_map(&mut self, iova: u64, size: u64, fd: BorrowedFd<'_>) -> Result<(), ErrorReply> {
+    pub(crate) fn dma_map(
+        &mut self,
+        iova: u64,
+        size: u64,
+        fd: BorrowedFd<'_>,
+    ) -> Result<(), ErrorReply> {
         let mut body = Vec::new();
         body.extend(32_u32.to_le_bytes());
         body.extend(3_u32.to_le_bytes());
@@ -128,12 +148,12 @@ impl Client {
         self.call(DMA_MAP, &body, &[fd]).map(|_| ())
     }
 
-    pub fn reset(&mut self) -> Result<(), ErrorReply> {
+    pub(crate) fn reset(&mut self) -> Result<(), ErrorReply> {
         self.call(RESET, &[], &[]).map(|_| ())
     }
 
     /// Sends bytes that are no message.
-    pub fn send_raw(&mut self, bytes: &[u8]) {
+    pub(crate) fn send_raw(&mut self, bytes: &[u8]) {
         self.stream.write_all(bytes).unwrap();
     }
 }

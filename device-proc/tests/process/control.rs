@@ -79,7 +79,7 @@ fn a_hook_that_uses_up_its_budget_is_refused_by_name() {
         budget_ns: 1_000_000,
         ..command(1, Phase::PrepareStop, S::RunningP2p)
     };
-    device.send(CoordinatorMessage::Command(late));
+    device.send(&CoordinatorMessage::Command(late));
     let refused = device.refused();
     assert_eq!(
         (refused.state, refused.refusal.kind),
@@ -113,12 +113,12 @@ fn stale_terms_and_epochs_are_dropped() {
         term: Term(2),
         ..command(6, Phase::Stop, S::Stop)
     };
-    device.send(CoordinatorMessage::Command(foreign));
+    device.send(&CoordinatorMessage::Command(foreign));
     let lower = Command {
         term: Term(0),
         ..command(6, Phase::Stop, S::Stop)
     };
-    device.send(CoordinatorMessage::Command(lower));
+    device.send(&CoordinatorMessage::Command(lower));
     device.command(4, Phase::Stop, S::Stop);
     device.command(5, Phase::PrepareStop, S::RunningP2p);
     assert_eq!(device.query(5).state, S::RunningP2p);
@@ -133,7 +133,7 @@ fn a_lease_brings_the_device_back_by_itself() {
         lease_ns: 1_000_000,
         ..command(1, Phase::Stop, S::Stop)
     };
-    device.send(CoordinatorMessage::Command(leased));
+    device.send(&CoordinatorMessage::Command(leased));
     assert_eq!(device.reached().state, S::Stop);
     match device.next() {
         DeviceMessage::Event(event) => {

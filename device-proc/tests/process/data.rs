@@ -211,3 +211,26 @@ fn a_client_that_talks_nonsense_loses_its_connection_only() {
     assert_eq!(client.read_u32(0, NUMBER), Ok(7));
     device.pause(1);
 }
+
+#[test]
+fn a_greeting_that_the_crate_cannot_take_ends_that_connection_only() {
+    let device = Device::welcomed("");
+    // VERSION of 18 bytes, and one whose text has no end.
+    let short = [7, 0, 1, 0, 18, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+    let endless = [
+        7, 0, 1, 0, 22, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, b'{', b'}',
+    ];
+    for bytes in [&short[..], &endless[..]] {
+        let mut stream = std::os::unix::net::UnixStream::connect(device.socket()).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        std::io::Write::write_all(&mut stream, bytes).unwrap();
+        let end = std::io::Read::read(&mut stream, &mut [0; 16]);
+        assert!(
+            matches!(end, Ok(0) | Err(_)),
+            "the connection ends: {end:?}"
+        );
+    }
+    let mut client = Client::connect(&device.socket());
+    client.write_u32(0, NUMBER, 7).unwrap();
+    device.pause(1);
+}

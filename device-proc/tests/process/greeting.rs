@@ -58,7 +58,7 @@ fn the_backing_files_lock_can_be_had_only_when_the_process_is_gone() {
 fn a_rejected_device_ends() {
     let (mut device, _) = Device::start("");
     let versions = VersionRange { min: 8, max: 9 };
-    device.send(CoordinatorMessage::Reject(Reject {
+    device.send(&CoordinatorMessage::Reject(Reject {
         versions,
         reason: "too old".into(),
     }));
@@ -70,7 +70,7 @@ fn a_rejected_device_ends() {
 fn a_version_that_was_not_offered_ends_the_device() {
     let (mut device, _) = Device::start("");
     let version = VERSIONS.max + 1;
-    device.send(CoordinatorMessage::Welcome(Welcome {
+    device.send(&CoordinatorMessage::Welcome(Welcome {
         version,
         ..welcome(OrphanPolicy::Exit)
     }));
@@ -144,7 +144,7 @@ fn bytes_that_are_no_message_end_the_device() {
 #[test]
 fn a_second_welcome_ends_the_device() {
     let mut device = Device::welcomed("");
-    device.send(CoordinatorMessage::Welcome(welcome(OrphanPolicy::Exit)));
+    device.send(&CoordinatorMessage::Welcome(welcome(OrphanPolicy::Exit)));
     assert_eq!(exit_code(&mut device), Some(EXIT_PROTOCOL.into()));
 }
 
@@ -190,7 +190,7 @@ fn heartbeats_carry_the_progress() {
         heartbeat_ns: 1_000_000,
         ..welcome(OrphanPolicy::Exit)
     };
-    device.send(CoordinatorMessage::Welcome(beating));
+    device.send(&CoordinatorMessage::Welcome(beating));
     device.channel.set_version(1);
     for expected in 0..3 {
         match device.next() {

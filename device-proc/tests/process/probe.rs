@@ -23,12 +23,12 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 use tokio::sync::Notify;
 
-pub const SCRIPT_VARIABLE: &str = "STANDSTILL_TEST_DEVICE_SCRIPT";
+pub(crate) const SCRIPT_VARIABLE: &str = "STANDSTILL_TEST_DEVICE_SCRIPT";
 
-pub const NUMBER: u64 = 0x00;
-pub const RAISE: u64 = 0x08;
-pub const LET_GO: u64 = 0x10;
-pub const MEMORY_SIZE: u64 = 256 << 10;
+pub(crate) const NUMBER: u64 = 0x00;
+pub(crate) const RAISE: u64 = 0x08;
+pub(crate) const LET_GO: u64 = 0x10;
+pub(crate) const MEMORY_SIZE: u64 = 256 << 10;
 
 struct Probe {
     script: Vec<String>,
@@ -38,7 +38,7 @@ struct Probe {
 }
 
 /// Runs as a device process; does not return.
-pub fn run(socket: &str) -> ! {
+pub(crate) fn run(socket: &str) -> ! {
     let script = std::env::var(SCRIPT_VARIABLE).unwrap_or_default();
     let script: Vec<_> = script.split_whitespace().map(String::from).collect();
     let served = serve(ServeOptions::new(socket), |handles| build(handles, script));

@@ -106,7 +106,7 @@ enum Standing {
     Unproven(Loss),
 }
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 struct Participant {
     member: Member,
     /// Where it was when the transition began.
@@ -154,7 +154,7 @@ enum Mode {
 }
 
 /// One transition of a machine; see the module's documentation.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Transition {
     plan: Plan,
     participants: Vec<Participant>,

@@ -81,12 +81,8 @@ impl Descriptor {
     /// The descriptor with these bytes; whether it makes sense shows when it is executed.
     #[must_use]
     pub fn from_bytes(bytes: &[u8; 64]) -> Self {
-        let u64_at = |at: usize| {
-            u64::from_le_bytes(std::array::from_fn(|byte| bytes[at + byte]))
-        };
-        let u32_at = |at: usize| {
-            u32::from_le_bytes(std::array::from_fn(|byte| bytes[at + byte]))
-        };
+        let u64_at = |at: usize| u64::from_le_bytes(std::array::from_fn(|byte| bytes[at + byte]));
+        let u32_at = |at: usize| u32::from_le_bytes(std::array::from_fn(|byte| bytes[at + byte]));
         Self {
             source: u64_at(0),
             destination: u64_at(8),
@@ -115,7 +111,10 @@ impl Descriptor {
             return Err(BadDescriptor::Alignment(self.sequence_iova));
         }
         if self.has(FLAG_INTERRUPT) && self.vector >= u32::from(vectors) {
-            return Err(BadDescriptor::Vector { vector: self.vector, vectors });
+            return Err(BadDescriptor::Vector {
+                vector: self.vector,
+                vectors,
+            });
         }
         Ok(())
     }

@@ -1,0 +1,348 @@
+//! The device process: an event loop around a real [`Lifecycle`], and the steps of the script.
+
+use crate::Error;
+use crate::packet::{heartbeat, send_message, send_packet};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::process::{Signal, getpid, kill_process};
+use standstill_protocol::channel::{DeviceEnd, RecvError};
+use standstill_protocol::lifecycle::{Effect, Event, Lifecycle};
+use standstill_protocol::message::{
+    Capabilities, Command, CoordinatorMessage, DeviceMessage, Epoch, Evidence, Hello,
+    MemoryAccepted, Reached, Refusal, RefusalKind, Refused, Term, Timings,
+};
+use standstill_protocol::migration::MigrationState;
+use standstill_testkit::gate::GateWatch;
+use standstill_testkit::trace::TraceWriter;
+use standstill_testkit::{Script, Step, Trigger, What};
+use std::collections::{HashMap, VecDeque};
+use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
+
+/// What the steps that are being done are an answer to.
+#[derive(Clone, Copy, Debug)]
+enum Cause {
+    Hello,
+    Welcome,
+    Command(Command),
+    Memory(u64),
+    Shutdown,
+}
+
+impl Cause {
+    fn trigger(self) -> Trigger {
+        match self {
+            Self::Hello => Trigger::Hello,
+            Self::Welcome => Trigger::Welcome,
+            Self::Command(command) => Trigger::Phase(command.phase),
+            Self::Memory(_) => Trigger::Memory,
+            Self::Shutdown => Trigger::Shutdown,
+        }
+    }
+}
+
+/// What the next step waits for.
+enum Wait {
+    Until(Instant),
+    Gate(GateWatch),
+}
+
+/// Steps that are being done.
+struct Performance {
+    cause: Cause,
+    steps: VecDeque<Step>,
+    wait: Option<Wait>,
+}
+
+/// The device process.
+pub(crate) struct RogueDevice {
+    script: Script,
+    /// `None` once it was closed on purpose.
+    channel: Option<DeviceEnd>,
+    lifecycle: Lifecycle,
+    trace: Option<TraceWriter>,
+    seen: HashMap<Trigger, u32>,
+    performances: VecDeque<Performance>,
+    heartbeat: Option<(Duration, Instant)>,
+    heartbeats: u64,
+    /// The status to end with.
+    end: Option<u8>,
+}
+
+impl RogueDevice {
+    pub(crate) fn new(script: Script, channel: DeviceEnd) -> Result<Self, Error> {
+        let open = |path| TraceWriter::open(path, script.name.clone());
+        let trace = script.trace.as_deref().map(open).transpose()?;
+        Ok(Self {
+            lifecycle: Lifecycle::new(script.migration),
+            script,
+            channel: Some(channel),
+            trace,
+            seen: HashMap::new(),
+            performances: VecDeque::new(),
+            heartbeat: None,
+            heartbeats: 0,
+            end: None,
+        })
+    }
+
+    /// Runs until the end; the exit status.
+    pub(crate) fn run(mut self) -> Result<u8, Error> {
+        self.trace(What::Began { pid: std::process::id() });
+        self.perform(Cause::Hello);
+        loop {
+            self.go_on()?;
+            if let Some(status) = self.end {
+                return Ok(status);
+            }
+            self.wait()?;
+            self.receive()?;
+            self.beat()?;
+        }
+    }
+
+    fn trace(&self, what: What) {
+        if let Some(trace) = &self.trace {
+            trace.write(what);
+        }
+    }
+
+    /// Begins what is to be done about a message.
+    fn perform(&mut self, cause: Cause) {
+        let trigger = cause.trigger();
+        let nth = self.seen.entry(trigger).or_default();
+        *nth += 1;
+        let steps = match self.script.steps(trigger, *nth) {
+            Some(steps) => steps.iter().cloned().collect(),
+            None => VecDeque::from([Step::Ack]),
+        };
+        self.performances.push_back(Performance { cause, steps, wait: None });
+    }
+
+    /// A newer command or an abort: what was to be answered is answered no more.
+    fn overtaken(&mut self) {
+        self.performances.retain(|performance| !matches!(performance.cause, Cause::Command(_)));
+    }
+
+    /// Does every step that waits for nothing.
+    fn go_on(&mut self) -> Result<(), Error> {
+        while let Some(performance) = self.performances.front_mut() {
+            match &performance.wait {
+                Some(Wait::Until(end)) if Instant::now() < *end => return Ok(()),
+                Some(Wait::Gate(_)) => return Ok(()),
+                Some(Wait::Until(_)) | None => performance.wait = None,
+            }
+            let cause = performance.cause;
+            match performance.steps.pop_front() {
+                None => drop(self.performances.pop_front()),
+                Some(Step::Delay(time)) => {
+                    performance.wait = Some(Wait::Until(Instant::now() + time));
+                }
+                Some(Step::Hold(gate)) => performance.wait = gate.watch()?.map(Wait::Gate),
+                Some(step) => self.step(cause, step)?,
+            }
+        }
+        Ok(())
+    }
+
+    #[expect(clippy::print_stderr, reason = "the script says so")]
+    fn step(&mut self, cause: Cause, step: Step) -> Result<(), Error> {
+        match step {
+            Step::Ack => self.acknowledge(cause, None)?,
+            Step::Refuse(why) => self.acknowledge(cause, Some(why))?,
+            Step::Send(packet) => {
+                let command = match &cause {
+                    Cause::Command(command) => Some(command),
+                    _ => None,
+                };
+                if let Some(channel) = &self.channel {
+                    send_packet(channel, packet, command)?;
+                }
+            }
+            Step::Flood(count) => {
+                for _ in 0..count {
+                    self.heartbeats += 1;
+                    self.send(&heartbeat(self.heartbeats))?;
+                }
+            }
+            Step::Freeze => kill_process(getpid(), Signal::STOP)?,
+            Step::Exit(status) => std::process::exit(status),
+            Step::Crash => std::process::abort(),
+            Step::Disconnect => self.channel = None,
+            Step::Say(line) => eprintln!("{line}"),
+            // The caller has done these.
+            Step::Delay(_) | Step::Hold(_) => {}
+        }
+        Ok(())
+    }
+
+    fn send(&self, message: &DeviceMessage) -> Result<(), Error> {
+        self.channel.as_ref().map_or(Ok(()), |channel| send_message(channel, message))
+    }
+
+    /// The honest answer, or a refusal in its place.
+    fn acknowledge(&mut self, cause: Cause, refusal: Option<String>) -> Result<(), Error> {
+        match cause {
+            Cause::Hello => self.send(&DeviceMessage::Hello(Hello {
+                versions: self.script.versions,
+                kind: "rogue".into(),
+                program_version: env!("CARGO_PKG_VERSION").into(),
+                capabilities: Capabilities {
+                    migration: self.script.migration,
+                    peer_dma: self.script.peer_dma,
+                    progress: false,
+                },
+                machine: None,
+                term: Term(0),
+                epoch: Epoch(0),
+                state: MigrationState::Running,
+                backing_files: 0,
+            })),
+            Cause::Welcome => Ok(()),
+            Cause::Memory(sequence) => {
+                self.send(&DeviceMessage::MemoryAccepted(MemoryAccepted { sequence }))
+            }
+            Cause::Shutdown => {
+                self.end = Some(0);
+                Ok(())
+            }
+            Cause::Command(command) => self.feed(Event::Command(command), refusal),
+        }
+    }
+
+    /// Feeds the lifecycle and carries out what it says, every arc at once.
+    fn feed(&mut self, event: Event, mut refusal: Option<String>) -> Result<(), Error> {
+        let mut effects = VecDeque::from(self.lifecycle.step(event));
+        while let Some(effect) = effects.pop_front() {
+            let next = match effect {
+                Effect::Arc(_) => Some(match refusal.take() {
+                    None => Event::ArcDone,
+                    Some(text) => {
+                        let refusal = Refusal { kind: RefusalKind::Device, text };
+                        Event::ArcFailed { refusal, restored: true }
+                    }
+                }),
+                Effect::WriteStream | Effect::ReadStream => {
+                    let text = "a rogue device has no state".into();
+                    let refusal = Refusal { kind: RefusalKind::Unsupported, text };
+                    Some(Event::StreamFailed(refusal))
+                }
+                Effect::Reset => Some(Event::ResetDone),
+                Effect::Reached(Command { term, epoch, phase, .. }, state) => {
+                    self.trace(What::Reached { phase, epoch, state });
+                    let (timings, evidence) = (Timings::default(), Evidence::default());
+                    let reached = Reached { term, epoch, phase, state, timings, evidence };
+                    self.send(&DeviceMessage::Reached(reached))?;
+                    None
+                }
+                Effect::Refused(Command { term, epoch, phase, .. }, state, refusal) => {
+                    self.trace(What::Refused { phase, epoch, state });
+                    let refused = Refused { term, epoch, phase, state, refusal };
+                    self.send(&DeviceMessage::Refused(refused))?;
+                    None
+                }
+                Effect::Status(status) => {
+                    self.send(&DeviceMessage::Status(status))?;
+                    None
+                }
+                Effect::Exit(_) => {
+                    self.end = Some(0);
+                    None
+                }
+                // Nothing takes time here, there is no client, and no lease.
+                _ => None,
+            };
+            if let Some(event) = next {
+                effects.extend(self.lifecycle.step(event));
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits for the channel, the gate or the time of the next step, or of the next sign of life.
+    fn wait(&mut self) -> Result<(), Error> {
+        let wait = self.performances.front().and_then(|performance| performance.wait.as_ref());
+        let due = match wait {
+            Some(Wait::Until(end)) => Some(*end),
+            _ => None,
+        };
+        let due = due.into_iter().chain(self.heartbeat.map(|(_, next)| next)).min();
+        let left = due.map(|due| due.saturating_duration_since(Instant::now()));
+        let timeout = left.and_then(|left| Timespec::try_from(left).ok());
+        let channel = self.channel.iter().map(|channel| (channel.as_fd(), PollFlags::IN));
+        let gate = match wait {
+            Some(Wait::Gate(gate)) => Some((gate.as_fd(), PollFlags::empty())),
+            _ => None,
+        };
+        let mut fds: Vec<_> = channel
+            .chain(gate)
+            .map(|(fd, flags)| PollFd::from_borrowed_fd(fd, flags))
+            .collect();
+        match poll(&mut fds, timeout.as_ref()) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+        let opened = gate.is_some()
+            && fds.last().is_some_and(|fd| fd.revents().contains(PollFlags::HUP));
+        if opened && let Some(performance) = self.performances.front_mut() {
+            performance.wait = None;
+        }
+        Ok(())
+    }
+
+    fn receive(&mut self) -> Result<(), Error> {
+        let Some(channel) = &self.channel else { return Ok(()) };
+        let message = match channel.try_recv() {
+            Ok(None) => return Ok(()),
+            Ok(Some(received)) => received.message,
+            Err(RecvError::Disconnected) => {
+                self.end = Some(0);
+                return Ok(());
+            }
+            Err(error) => return Err(error.into()),
+        };
+        match message {
+            CoordinatorMessage::Welcome(welcome) => {
+                channel.set_version(welcome.version);
+                if welcome.heartbeat_ns > 0 {
+                    let interval = Duration::from_nanos(welcome.heartbeat_ns);
+                    self.heartbeat = Some((interval, Instant::now() + interval));
+                }
+                let (term, epoch, orphan) = (welcome.term, welcome.epoch, welcome.orphan);
+                self.feed(Event::Welcome { term, epoch, orphan }, None)?;
+                self.perform(Cause::Welcome);
+            }
+            CoordinatorMessage::Reject(reject) => return Err(reject.reason.into()),
+            CoordinatorMessage::Command(command) => {
+                let Command { phase, epoch, target, .. } = command;
+                self.trace(What::Received { phase, epoch, target });
+                self.overtaken();
+                self.perform(Cause::Command(command));
+            }
+            CoordinatorMessage::Abort(abort) => {
+                self.trace(What::Aborted { epoch: abort.epoch });
+                self.overtaken();
+                self.feed(Event::Abort(abort), None)?;
+            }
+            CoordinatorMessage::Query(query) => self.feed(Event::Query(query), None)?,
+            CoordinatorMessage::Memory(memory) => {
+                self.trace(What::Memory { sequence: memory.sequence });
+                self.perform(Cause::Memory(memory.sequence));
+            }
+            CoordinatorMessage::Shutdown(_) => self.perform(Cause::Shutdown),
+        }
+        Ok(())
+    }
+
+    fn beat(&mut self) -> Result<(), Error> {
+        let now = Instant::now();
+        if let Some((interval, next)) = self.heartbeat
+            && next <= now
+        {
+            self.heartbeat = Some((interval, now + interval));
+            self.heartbeats += 1;
+            self.send(&heartbeat(self.heartbeats))?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,293 @@
+//! What a `rogue-device` process does at which message.
+//!
+//! Where a script says nothing, the device keeps to the protocol: it greets, carries every command
+//! out at once by a real [`Lifecycle`](standstill_protocol::lifecycle::Lifecycle), accepts memory
+//! declarations, sends its signs of life, and ends when it is told to or its coordinator is gone.
+//! Where a script says something, its steps are done *instead*; [`Step::Ack`] is the honest answer
+//! and can be one of them.
+//!
+//! ```
+//! use standstill_protocol::message::Phase;
+//! use standstill_testkit::{Forgery, Packet, Script, Step, Trigger};
+//!
+//! // Answers an earlier epoch first, then rightly, then once more.
+//! let confused = Script::honest().on(Phase::Stop, [
+//!     Step::Send(Packet::Forged(Forgery::EarlierEpoch)),
+//!     Step::Ack,
+//!     Step::Send(Packet::Forged(Forgery::Nothing)),
+//! ]);
+//! // Silent from its second PrepareStop on.
+//! let tired = Script::honest().on_nth(Phase::PrepareStop, 2, []);
+//! // Never says Hello.
+//! let shy = Script::honest().on(Trigger::Hello, []);
+//! # let _ = (confused, tired, shy);
+//! ```
+
+use crate::gate::{Gate, GateKey};
+use crate::trace::Trace;
+use serde::{Deserialize, Serialize};
+use standstill_coordinator::DeviceSpec;
+use standstill_protocol::message::{PeerDma, Phase, VERSIONS, VersionRange};
+use standstill_protocol::migration::MigrationFlags;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+use thiserror::Error;
+
+/// What a device process does. It travels as JSON, in the process's one argument.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Script {
+    /// The name under which the device writes to the trace.
+    pub name: String,
+    /// Where the trace is; none is written without it.
+    pub trace: Option<PathBuf>,
+    /// The migration states that it claims.
+    pub migration: MigrationFlags,
+    /// Whether it claims that DMA between it and its peers is possible.
+    pub peer_dma: PeerDma,
+    /// The protocol versions that it claims.
+    pub versions: VersionRange,
+    /// What it does otherwise than it should.
+    pub cues: Vec<Cue>,
+}
+
+/// Steps at a message.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Cue {
+    /// The message.
+    pub trigger: Trigger,
+    /// The how-manieth of its kind, from 1; each if 0.
+    pub nth: u32,
+    /// What is done instead of the honest answer.
+    pub steps: Vec<Step>,
+}
+
+/// A message at which a device may misbehave.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum Trigger {
+    /// None yet: it is time to say Hello.
+    Hello,
+    /// The coordinator's Welcome.
+    Welcome,
+    /// A command of that phase.
+    Phase(Phase),
+    /// A memory declaration.
+    Memory,
+    /// The coordinator wants the process to end.
+    Shutdown,
+}
+
+impl From<Phase> for Trigger {
+    fn from(phase: Phase) -> Self {
+        Self::Phase(phase)
+    }
+}
+
+/// One thing that a device does.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Step {
+    /// The honest answer: Hello, the command carried out and its ack, the memory accepted, the end
+    /// of the process.
+    Ack,
+    /// The command is refused, for this reason, unless it asks for what is already so. To
+    /// [`Trigger::Phase`] only.
+    Refuse(String),
+    /// Sends something.
+    Send(Packet),
+    /// Sends that many signs of life, as fast as they are taken.
+    Flood(u32),
+    /// Goes on after this time; meanwhile a newer command or an abort ends the steps.
+    Delay(Duration),
+    /// Goes on when the gate is open; meanwhile as with [`Step::Delay`].
+    Hold(GateKey),
+    /// Stops itself by SIGSTOP.
+    Freeze,
+    /// Exits with this status.
+    Exit(i32),
+    /// Ends itself by SIGABRT.
+    Crash,
+    /// Closes its control channel and lives on.
+    Disconnect,
+    /// Writes a line to standard error.
+    Say(String),
+}
+
+impl Step {
+    /// Goes on when this gate is open.
+    #[must_use]
+    pub fn hold(gate: &Gate) -> Self {
+        Self::Hold(gate.key())
+    }
+}
+
+/// A packet that should not be sent, or not now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Packet {
+    /// 64 bytes that are no message.
+    Garbage,
+    /// No bytes.
+    Empty,
+    /// More bytes than any message has.
+    Oversized,
+    /// The honest ack without its last byte.
+    Truncated,
+    /// A sign of life with 20 file descriptors.
+    ManyFds,
+    /// An ack that is forged.
+    Forged(Forgery),
+}
+
+/// What about an ack is not as it should be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Forgery {
+    /// Nothing: as the honest one, though nothing was done.
+    Nothing,
+    /// It belongs to the epoch before.
+    EarlierEpoch,
+    /// It belongs to an epoch that has not been.
+    LaterEpoch,
+    /// It belongs to the term before.
+    LowerTerm,
+    /// It belongs to a term that has not been.
+    HigherTerm,
+    /// It belongs to the other phase of the same direction.
+    Phase,
+    /// It tells the state that the device should have left.
+    State,
+}
+
+/// Why there is no such device.
+#[derive(Debug, Error)]
+pub enum RogueError {
+    /// Its program is not there.
+    #[error(
+        "{} is missing: build it with `cargo build -p standstill-testkit --bins`, in the profile \
+         and target directory of this test (`cargo test --workspace` does)",
+        .0.display()
+    )]
+    Missing(PathBuf),
+    /// The running program does not know where it is.
+    #[error("cannot find the folder of this test's program: {0}")]
+    Lost(#[source] io::Error),
+    /// The script cannot be written down.
+    #[error("the script cannot be an argument: {0}")]
+    Script(#[from] serde_json::Error),
+}
+
+impl Script {
+    /// A device that keeps to the protocol, has P2P states, and has peers.
+    #[must_use]
+    pub fn honest() -> Self {
+        Self {
+            name: String::new(),
+            trace: None,
+            migration: MigrationFlags::STOP_COPY_P2P,
+            peer_dma: PeerDma::Possible,
+            versions: VERSIONS,
+            cues: Vec::new(),
+        }
+    }
+
+    /// Does these steps instead, each time.
+    #[must_use]
+    pub fn on(
+        self,
+        trigger: impl Into<Trigger>,
+        steps: impl IntoIterator<Item = Step>,
+    ) -> Self {
+        self.on_nth(trigger, 0, steps)
+    }
+
+    /// Does these steps instead, the `nth` time (from 1). The first fitting one counts.
+    #[must_use]
+    pub fn on_nth(
+        mut self,
+        trigger: impl Into<Trigger>,
+        nth: u32,
+        steps: impl IntoIterator<Item = Step>,
+    ) -> Self {
+        let steps = steps.into_iter().collect();
+        self.cues.push(Cue { trigger: trigger.into(), nth, steps });
+        self
+    }
+
+    /// Claims to speak these protocol versions.
+    #[must_use]
+    pub fn versions(mut self, min: u16, max: u16) -> Self {
+        self.versions = VersionRange { min, max };
+        self
+    }
+
+    /// Claims to have no P2P states.
+    #[must_use]
+    pub fn without_p2p(mut self) -> Self {
+        self.migration = MigrationFlags::STOP_COPY;
+        self
+    }
+
+    /// The steps at the `nth` message of that kind, if they are not the honest answer.
+    #[must_use]
+    pub fn steps(&self, trigger: Trigger, nth: u32) -> Option<&[Step]> {
+        let cue = self.cues.iter().find(|cue| {
+            cue.trigger == trigger && (cue.nth == 0 || cue.nth == nth)
+        })?;
+        Some(&cue.steps)
+    }
+
+    /// A device of a machine that follows this script and writes to the trace under its name.
+    ///
+    /// # Errors
+    ///
+    /// If the program is not there.
+    pub fn device(mut self, name: &str, trace: &Trace) -> Result<DeviceSpec, RogueError> {
+        name.clone_into(&mut self.name);
+        self.trace = Some(trace.path().to_owned());
+        let argument = serde_json::to_string(&self)?;
+        Ok(DeviceSpec::new(name, rogue_device()?).arg(argument))
+    }
+}
+
+/// Where the program `rogue-device` is: beside the running test's program, or in the folder above
+/// (tests run from `target/<profile>/deps`).
+///
+/// # Errors
+///
+/// If it is in neither.
+pub fn rogue_device() -> Result<PathBuf, RogueError> {
+    let test = std::env::current_exe().map_err(RogueError::Lost)?;
+    let folders = test.ancestors().skip(1).take(2);
+    let programs: Vec<_> = folders.map(|folder: &Path| folder.join("rogue-device")).collect();
+    match programs.iter().find(|program| program.is_file()) {
+        Some(program) => Ok(program.clone()),
+        None => Err(RogueError::Missing(programs.into_iter().next_back().unwrap_or_default())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_script_survives_its_way_through_an_argument() {
+        let gate = Gate::closed().unwrap();
+        let script = Script::honest()
+            .without_p2p()
+            .versions(7, 9)
+            .on(Trigger::Hello, [Step::Say("boo".into()), Step::Exit(3)])
+            .on_nth(Phase::Stop, 2, [Step::Send(Packet::Forged(Forgery::Phase)), Step::hold(&gate)])
+            .on(Phase::Start, [Step::Delay(Duration::from_millis(5)), Step::Refuse("no".into())]);
+        let argument = serde_json::to_string(&script).unwrap();
+        assert_eq!(serde_json::from_str::<Script>(&argument).unwrap(), script);
+    }
+
+    #[test]
+    fn the_nth_message_finds_its_cue() {
+        let script = Script::honest()
+            .on_nth(Phase::Stop, 2, [Step::Crash])
+            .on(Phase::Start, [Step::Freeze]);
+        assert_eq!(script.steps(Phase::Stop.into(), 1), None);
+        assert_eq!(script.steps(Phase::Stop.into(), 2), Some(&[Step::Crash][..]));
+        assert_eq!(script.steps(Phase::Stop.into(), 3), None);
+        assert_eq!(script.steps(Phase::Start.into(), 9), Some(&[Step::Freeze][..]));
+    }
+}
