@@ -61,7 +61,7 @@ pub fn start(format: LogFormat) {
         .with_env_filter(filter)
         .with_writer(Lines(io::stderr()));
     let started = match format {
-        LogFormat::Json => lines.json().flatten_event(true).with_ansi(false).try_init(),
+        LogFormat::Json => lines.json().with_ansi(false).try_init(),
         LogFormat::Text => lines.with_ansi(false).try_init(),
     };
     if let Err(error) = started {

@@ -307,3 +307,40 @@ async fn nothing_is_raised_between_freeze_and_thaw_and_nothing_is_lost() {
         "one was forgotten at a thaw"
     );
 }
+
+#[tokio::test]
+async fn an_interrupt_between_freeze_and_thaw_is_never_left_behind() {
+    use std::sync::atomic::{AtomicU32, Ordering::SeqCst};
+
+    const ROUNDS: u32 = 5000;
+    let interrupts = device();
+    let fd = install(&interrupts, MSIX, 0);
+    let (go, done) = (Arc::new(AtomicU32::new(0)), Arc::new(AtomicU32::new(0)));
+    let thread = std::thread::spawn({
+        let (interrupts, go, done) = (interrupts.clone(), Arc::clone(&go), Arc::clone(&done));
+        move || {
+            for round in 1..=ROUNDS {
+                while go.load(SeqCst) < round {
+                    std::thread::yield_now();
+                }
+                interrupts.raise(0);
+                done.store(round, SeqCst);
+            }
+        }
+    });
+    let mut lost = 0;
+    for round in 1..=ROUNDS {
+        interrupts.freeze().await;
+        go.store(round, SeqCst);
+        // Thaw at all kinds of moments after the raise began.
+        (0..round % 200).for_each(|_| std::hint::spin_loop());
+        interrupts.thaw();
+        while done.load(SeqCst) < round {
+            std::thread::yield_now();
+        }
+        lost += u32::from(signalled(&fd) == 0);
+        interrupts.reset();
+    }
+    thread.join().expect("no panic");
+    assert_eq!(lost, 0, "of {ROUNDS} interrupts");
+}

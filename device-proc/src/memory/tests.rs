@@ -404,15 +404,29 @@ async fn an_error_is_told_only_while_the_gate_is_open() {
         .await
         .expect("nothing in flight");
     let dma = map.dma();
+    let (told, is_told) = mpsc::channel();
     thread::scope(|scope| {
-        let access = scope.spawn(|| dma.access(&[Span::read(0x50000, 8)]).map(drop));
+        scope.spawn(|| {
+            let result = dma.access(&[Span::read(0x50000, 8)]).map(drop);
+            told.send(result).expect("the test waits");
+        });
         // It finds nothing, and waits; what it finds after the start is what counts.
+        assert!(is_told.recv_timeout(Duration::from_millis(20)).is_err());
         map.map(window(0x50000, PAGE), Some(memfd(PAGE)))
             .expect("mapped");
-        map.declare_ram(memfd(PAGE)).expect("declared");
         map.gate().open(Scope::All);
-        assert_eq!(access.join().expect("no panic"), Ok(()));
+        assert_eq!(is_told.recv_timeout(LONG), Ok(Ok(())));
     });
+    let error = dma
+        .access(&[Span::read(0x60000, 8)])
+        .expect_err("open, and nothing there");
+    assert_eq!(
+        error,
+        DmaError::Unmapped {
+            iova: 0x60000,
+            len: 8
+        }
+    );
 }
 
 #[test]

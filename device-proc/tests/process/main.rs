@@ -11,6 +11,7 @@ mod client;
 mod probe;
 
 mod control;
+mod copy;
 mod data;
 mod greeting;
 mod state;

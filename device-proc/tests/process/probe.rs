@@ -5,6 +5,10 @@
 //! | 0x00 | a number that is kept and saved |
 //! | 0x08 | written: raises that MSI-X vector |
 //! | 0x10 | written: lets a hook end that the script holds |
+//! | 0x18 | written: begins a write of [`COPY_SIZE`] bytes by DMA to that IOVA, on a thread of its own |
+//!
+//! That write stops half-way, in the middle of its transaction, until the client writes something
+//! to the last 8 bytes of the window with its own hands.
 //!
 //! The script is words: `hold:HOOK` makes the hook wait for register 0x10, `fail:HOOK` makes it
 //! fail, `kind:NAME` gives the device another kind, `raise-when-stopped` raises vector 0 right
@@ -14,6 +18,7 @@ use standstill_device_proc::device::{
     AccessError, Bar, BarBacking, Device, DeviceError, DeviceInfo, Handles, Moment, PciIdentity,
 };
 use standstill_device_proc::interrupt::Interrupts;
+use standstill_device_proc::memory::{AccessKind, Dma, Span};
 use standstill_device_proc::{ServeOptions, serve};
 use standstill_protocol::message::{Counter, CounterKind, Evidence, PeerDma};
 use standstill_protocol::migration::MigrationFlags;
@@ -28,11 +33,15 @@ pub(crate) const SCRIPT_VARIABLE: &str = "STANDSTILL_TEST_DEVICE_SCRIPT";
 pub(crate) const NUMBER: u64 = 0x00;
 pub(crate) const RAISE: u64 = 0x08;
 pub(crate) const LET_GO: u64 = 0x10;
+pub(crate) const COPY: u64 = 0x18;
+/// What a half-way copy writes, in bytes; 8 more bytes behind it let it go on.
+pub(crate) const COPY_SIZE: u64 = 4088;
 pub(crate) const MEMORY_SIZE: u64 = 256 << 10;
 
 struct Probe {
     script: Vec<String>,
     interrupts: Interrupts,
+    dma: Dma,
     number: AtomicU32,
     let_go: Notify,
 }
@@ -87,10 +96,23 @@ fn build(handles: Handles, script: Vec<String>) -> Result<(Probe, DeviceInfo), D
     let probe = Probe {
         script,
         interrupts: handles.interrupts,
+        dma: handles.dma,
         number: AtomicU32::new(0),
         let_go: Notify::new(),
     };
     Ok((probe, info))
+}
+
+/// One transaction that stops in its middle.
+fn copy_half_way(dma: &Dma, iova: u64) {
+    let half = vec![0xc0; usize::try_from(COPY_SIZE / 2).unwrap()];
+    let span = Span { iova, len: COPY_SIZE + 8, kind: AccessKind::ReadWrite };
+    let access = dma.access(&[span]).unwrap();
+    access.write(0, 0, &half).unwrap();
+    while access.load_u64(0, COPY_SIZE).unwrap() == 0 {
+        std::thread::yield_now();
+    }
+    access.write(0, COPY_SIZE / 2, &half).unwrap();
 }
 
 impl Probe {
@@ -139,6 +161,10 @@ impl Device for Probe {
                 self.interrupts.raise(value.try_into().map_err(|_| bad)?);
             }
             LET_GO => self.let_go.notify_one(),
+            COPY => {
+                let dma = self.dma.clone();
+                std::thread::spawn(move || copy_half_way(&dma, value.into()));
+            }
             _ => return Err(no_register),
         }
         Ok(())

@@ -121,7 +121,7 @@ impl Plan {
     }
 
     fn height(&self) -> f64 {
-        self.lanes_bottom() + 128.0
+        self.lanes_bottom() + 148.0
     }
 }
 
@@ -277,7 +277,7 @@ fn standstill(plan: &Plan) -> Group {
             .set("stroke-width", width)
     };
     let (words, below) = ("stands still", "memory is checked");
-    let bottom = bottom + 18.0;
+    let bottom = bottom + 38.0;
     Group::new()
         .add(torn(9, "#ffffff"))
         .add(torn(1, "#9aa5b1"))
@@ -443,7 +443,7 @@ fn tick_label(ns: u64) -> String {
 }
 
 fn legend(timeline: &Timeline, plan: &Plan) -> Group {
-    let y = plan.lanes_bottom() + 66.0;
+    let y = plan.lanes_bottom() + 88.0;
     let mut x = LEFT;
     let mut group = Group::new();
     let mut entry = |group: Group, colour: &str, words: &str| {

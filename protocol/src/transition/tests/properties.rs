@@ -274,7 +274,7 @@ fn ends(world: &World) {
 }
 
 proptest! {
-    #![proptest_config(cases(3000))]
+    #![proptest_config(cases(6000))]
 
     #[test]
     fn whatever_happens_the_barrier_holds_and_there_is_one_outcome_that_is_true(case in case()) {

@@ -1,0 +1,25 @@
+//! Machines of real processes that keep to the protocol, and of such that do not.
+//!
+//! The modules with a number test the invariant of that number (see `docs/architecture.md`); what
+//! is proven about an order is read from the trace of those who were told, not from the report.
+
+#![expect(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a panic is how a test fails, in the functions that tests share too"
+)]
+
+mod broken_answers;
+mod endurance;
+mod fixture;
+mod greetings;
+mod guard;
+mod hooks;
+mod invariant_1_barrier;
+mod invariant_4_concurrency;
+mod invariant_7_terms_and_epochs;
+mod invariant_8_bounded;
+mod losses;
+mod memory;
+mod one_phase;
+mod refusals;
