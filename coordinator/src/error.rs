@@ -35,8 +35,13 @@ pub enum StartError {
         stderr: Vec<String>,
     },
     /// The machine as a whole is not possible.
-    #[error(transparent)]
-    Plan(#[from] PlanError),
+    #[error("device {device:?} does not fit into this machine: {source}")]
+    Plan {
+        /// The device that stands in the way.
+        device: String,
+        /// Why.
+        source: PlanError,
+    },
     /// The system refused something.
     #[error("cannot {what}")]
     System {
@@ -127,9 +132,14 @@ pub enum MachineError {
         /// What is under way.
         under_way: Option<Operation>,
     },
-    /// The participants do not allow it; nothing was sent.
-    #[error(transparent)]
-    Plan(#[from] PlanError),
+    /// A participant does not allow it; nothing was sent.
+    #[error("device {device:?} stands in the way: {source}")]
+    Plan {
+        /// Its name.
+        device: String,
+        /// Why.
+        source: PlanError,
+    },
     /// A device did not accept a memory declaration.
     #[error("device {device:?} did not accept the memory declaration: {why}")]
     Memory {

@@ -116,6 +116,19 @@ impl Recorder {
         self.answered(id, (command.epoch, command.phase), answer);
     }
 
+    /// What a participant's last answer says that cannot be, for a person.
+    pub(crate) fn contradiction(&self, id: ParticipantId) -> Option<String> {
+        let participant = &self.participants[*self.index.get(&id)?];
+        let command = participant.commands.iter().rev().find(|c| c.answered_ns.is_some())?;
+        let CommandReport { phase, target, answer, .. } = command;
+        match answer {
+            CommandAnswer::Reached { state, .. } if state != target => {
+                Some(format!("it answered that {phase} had led to {state} instead of {target}"))
+            }
+            _ => None,
+        }
+    }
+
     pub(crate) fn fencing(&mut self, id: ParticipantId, why: Loss, detail: String) {
         let began_ns = self.now();
         if let Some(participant) = self.participant(id) {

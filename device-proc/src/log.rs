@@ -1,7 +1,8 @@
 //! Logs of a device process.
 //!
 //! With a coordinator: one JSON object on each line of standard error, which is a pipe that the
-//! coordinator reads. Standalone: text for a person. The filter is `RUST_LOG`, by default `info`.
+//! coordinator reads. Standalone: text for a person. The filter is `RUST_LOG`, by default
+//! [`DEFAULT_FILTER`].
 //!
 //! Writing never waits: a coordinator that does not read its pipe must not stop the device. A line
 //! that cannot be written at once, or is longer than [`LONGEST_LINE`], is dropped and counted
@@ -16,6 +17,9 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::MakeWriter;
+
+/// What is logged unless `RUST_LOG` says otherwise: the transport's crate tells of each connection.
+pub const DEFAULT_FILTER: &str = "info,vfio_user=warn";
 
 /// The longest line in bytes. A pipe that says it is writable takes that much at once (`PIPE_BUF`
 /// of Linux), so writing it does not wait.
@@ -56,7 +60,7 @@ pub enum LogFormat {
 /// Sends this process's log lines to standard error from now on. Does nothing if the process has
 /// a subscriber already.
 pub fn start(format: LogFormat) {
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(DEFAULT_FILTER));
     let lines = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(Lines(io::stderr()));

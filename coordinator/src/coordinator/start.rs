@@ -236,7 +236,10 @@ impl State {
                 // Whoever has given up waiting drops the machine, and so ends it.
                 let _ = reply.send(Ok(machine));
             }
-            Err(error) => self.end_after(EndingReply::Planner(reply, error.into())),
+            Err(source) => {
+                let error = StartError::Plan { device: self.in_the_way(&source), source };
+                self.end_after(EndingReply::Planner(reply, error));
+            }
         }
     }
 }

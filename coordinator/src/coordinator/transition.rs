@@ -14,7 +14,7 @@ use standstill_protocol::message::{Command, CoordinatorMessage, PeerDma};
 use standstill_protocol::migration::MigrationFlags;
 use standstill_protocol::transition::{
     Answer, Effect, Event, HeldReason, HookId, HookMoment, Loss, MachineState, Member, MemberKind,
-    OnLoss, Operation, Outcome, ParticipantId, Plan, Timer, Transition,
+    OnLoss, Operation, Outcome, ParticipantId, Plan, PlanError, Timer, Transition,
 };
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -120,7 +120,17 @@ impl State {
         if under_way.is_some() || !possible || self.ending.is_some() {
             return Err(MachineError::State { operation, machine: self.machine, under_way });
         }
-        Ok(Transition::new(self.plan(operation))?)
+        Transition::new(self.plan(operation)).map_err(|source| {
+            let device = self.in_the_way(&source);
+            MachineError::Plan { device, source }
+        })
+    }
+
+    /// The name of the participant that a plan fails for.
+    pub(super) fn in_the_way(&self, error: &PlanError) -> String {
+        let (PlanError::State { id, .. } | PlanError::OnePhase { id } | PlanError::Twice { id }) =
+            *error;
+        self.names.participant(id)
     }
 
     pub(super) fn cancel(&mut self) {
@@ -257,11 +267,15 @@ impl State {
     }
 
     fn fence(&mut self, id: ParticipantId, why: Loss, events: &mut VecDeque<Event>) {
+        let contradiction = match why {
+            Loss::Protocol => self.active.as_ref().and_then(|a| a.recorder.contradiction(id)),
+            _ => None,
+        };
         let Some(device) = self.device(id) else { return };
+        // What was seen says more than the kind of loss.
         let detail = match &device.standing {
-            // What was seen says more than the kind of loss.
             Standing::Lost(text) | Standing::Fenced(text) => text.clone(),
-            Standing::Greeting | Standing::Ready => why.to_string(),
+            Standing::Greeting | Standing::Ready => contradiction.unwrap_or(why.to_string()),
         };
         if let Some(active) = &mut self.active {
             active.recorder.fencing(id, why, detail.clone());

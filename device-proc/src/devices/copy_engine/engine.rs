@@ -300,3 +300,6 @@ fn thread_cpu_ns() -> u64 {
         .saturating_mul(1_000_000_000)
         .saturating_add(nanoseconds)
 }
+
+#[cfg(test)]
+mod tests;

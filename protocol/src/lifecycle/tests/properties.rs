@@ -8,17 +8,35 @@ enum Step {
     /// What is outstanding ends well.
     Finish,
     /// It fails; an arc with the device where it was, or not.
-    Fail { restored: bool },
-    Welcome { later: i64, epoch: u64 },
-    Command { term: i64, epoch: i64, phase: Phase, target: MigrationState, lease: bool },
+    Fail {
+        restored: bool,
+    },
+    Welcome {
+        later: i64,
+        epoch: u64,
+    },
+    Command {
+        term: i64,
+        epoch: i64,
+        phase: Phase,
+        target: MigrationState,
+        lease: bool,
+    },
     /// The second phase that fits what was answered last.
     Follow,
     /// A command that was taken before, again.
-    Repeat(u64),
-    Abort { term: i64, epoch: i64 },
-    Query { term: i64 },
+    Repeat(usize),
+    Abort {
+        term: i64,
+        epoch: i64,
+    },
+    Query {
+        term: i64,
+    },
     Client(ClientRequest),
-    Lease { own: bool },
+    Lease {
+        own: bool,
+    },
     Disconnected,
 }
 
@@ -33,8 +51,12 @@ impl Dice {
         rolled
     }
 
+    fn index(&mut self, len: usize) -> usize {
+        usize::try_from(self.roll(len as u64)).expect("less than a length")
+    }
+
     fn pick<T: Copy>(&mut self, all: &[T]) -> T {
-        all[usize::try_from(self.roll(all.len() as u64)).expect("an index")]
+        all[self.index(all.len())]
     }
 
     fn state(&mut self) -> MigrationState {
@@ -52,8 +74,12 @@ impl Dice {
     fn phase(&mut self) -> (Phase, MigrationState) {
         use MigrationState as S;
         if self.roll(5) == 0 {
-            let phase =
-                self.pick(&[Phase::PrepareStop, Phase::Stop, Phase::PrepareStart, Phase::Start]);
+            let phase = self.pick(&[
+                Phase::PrepareStop,
+                Phase::Stop,
+                Phase::PrepareStart,
+                Phase::Start,
+            ]);
             return (phase, self.state());
         }
         self.pick(&[
@@ -73,22 +99,40 @@ impl Dice {
     fn step(&mut self) -> Step {
         match self.roll(34) {
             0..12 => Step::Finish,
-            12..14 => Step::Fail { restored: self.roll(2) == 0 },
-            14 => Step::Welcome { later: self.pick(&[-1, 0, 1, 2]), epoch: self.roll(4) },
+            12..14 => Step::Fail {
+                restored: self.roll(2) == 0,
+            },
+            14 => Step::Welcome {
+                later: self.pick(&[-1, 0, 1, 2]),
+                epoch: self.roll(4),
+            },
             15..21 => {
                 let (phase, target) = self.phase();
                 let lease = self.roll(2) == 0;
-                Step::Command { term: self.around(0), epoch: self.around(1), phase, target, lease }
+                Step::Command {
+                    term: self.around(0),
+                    epoch: self.around(1),
+                    phase,
+                    target,
+                    lease,
+                }
             }
             21..25 => Step::Follow,
-            25..27 => Step::Repeat(self.roll(64)),
-            27 => Step::Abort { term: self.around(0), epoch: self.pick(&[-1, 0, 1, 2]) },
-            28 => Step::Query { term: self.around(0) },
+            25..27 => Step::Repeat(self.index(64)),
+            27 => Step::Abort {
+                term: self.around(0),
+                epoch: self.pick(&[-1, 0, 1, 2]),
+            },
+            28 => Step::Query {
+                term: self.around(0),
+            },
             29..31 => Step::Client(match self.roll(4) {
                 0 => ClientRequest::Reset,
                 _ => ClientRequest::SetState(self.state()),
             }),
-            31..33 => Step::Lease { own: self.roll(2) == 0 },
+            31..33 => Step::Lease {
+                own: self.roll(2) == 0,
+            },
             _ => Step::Disconnected,
         }
     }
@@ -135,9 +179,10 @@ impl Rig {
                 None => return,
             },
             Step::Fail { restored } => match self.outstanding {
-                Some(Effect::Arc(_)) => {
-                    Event::ArcFailed { refusal: refusal(), restored: *restored }
-                }
+                Some(Effect::Arc(_)) => Event::ArcFailed {
+                    refusal: refusal(),
+                    restored: *restored,
+                },
                 Some(Effect::Reset) => Event::ResetFailed(refusal()),
                 Some(_) => Event::StreamFailed(refusal()),
                 None => return,
@@ -147,7 +192,13 @@ impl Rig {
                 epoch: Epoch(*epoch),
                 orphan: OrphanPolicy::Keep,
             },
-            Step::Command { term: t, epoch: e, phase, target, lease } => Event::Command(Command {
+            Step::Command {
+                term: t,
+                epoch: e,
+                phase,
+                target,
+                lease,
+            } => Event::Command(Command {
                 term: Term(moved(term.0, *t)),
                 epoch: Epoch(moved(epoch.0, *e)),
                 phase: *phase,
@@ -162,19 +213,26 @@ impl Rig {
                         Phase::PrepareStart => (Phase::Start, MigrationState::Running),
                         _ => return,
                     };
-                    Event::Command(Command { phase, target, ..first })
+                    Event::Command(Command {
+                        phase,
+                        target,
+                        ..first
+                    })
                 }
                 _ => return,
             },
             Step::Repeat(index) => match self.taken.len() {
                 0 => return,
-                len => Event::Command(self.taken[*index as usize % len]),
+                len => Event::Command(self.taken[index % len]),
             },
             Step::Abort { term: t, epoch: e } => Event::Abort(Abort {
                 term: Term(moved(term.0, *t)),
                 epoch: Epoch(moved(epoch.0, *e)),
             }),
-            Step::Query { term: t } => Event::Query(Query { term: Term(moved(term.0, *t)), epoch }),
+            Step::Query { term: t } => Event::Query(Query {
+                term: Term(moved(term.0, *t)),
+                epoch,
+            }),
             Step::Client(request) => Event::Client(*request),
             Step::Lease { own } => match self.lease {
                 Some(lease) if *own => Event::LeaseExpired(lease),
@@ -182,15 +240,15 @@ impl Rig {
             },
             Step::Disconnected => Event::Disconnected,
         };
-        self.feed(event);
+        self.feed(&event);
     }
 
-    fn feed(&mut self, event: Event) {
+    fn feed(&mut self, event: &Event) {
         if self.exited {
             return;
         }
         let before = self.device.clone();
-        let stale = self.is_stale(&event);
+        let stale = self.is_stale(event);
         let effects = self.device.step(event.clone());
         let dropped = matches!(effects[..], [Effect::Dropped(_)]);
         assert!(!stale || dropped, "{event:?} is stale: {effects:?}");
@@ -198,12 +256,16 @@ impl Rig {
             assert_eq!(before, self.device, "{event:?} was dropped");
             return;
         }
-        assert!(!effects.iter().any(|effect| matches!(effect, Effect::Dropped(_))));
-        self.before_effects(&event);
+        assert!(
+            !effects
+                .iter()
+                .any(|effect| matches!(effect, Effect::Dropped(_)))
+        );
+        self.before_effects(event);
         for effect in &effects {
             self.note(effect);
         }
-        self.check(&event);
+        self.check(event);
     }
 
     /// What no device may act upon, whatever it is at.
@@ -240,7 +302,9 @@ impl Rig {
             Event::Abort(_) => self.excuse(),
             Event::Client(_) => self.client_waits = true,
             Event::ArcDone => {
-                let Some(Effect::Arc(arc)) = self.outstanding.take() else { unreachable!() };
+                let Some(Effect::Arc(arc)) = self.outstanding.take() else {
+                    unreachable!()
+                };
                 self.saved &= arc.from != MigrationState::StopCopy;
             }
             Event::ArcFailed { .. } | Event::StreamFailed(_) => self.outstanding = None,
@@ -274,7 +338,11 @@ impl Rig {
             }
             Effect::Reached(command, state) => {
                 let begun = self.begun.take();
-                assert_eq!(begun, Some((*command, false)), "one answer, and to this command");
+                assert_eq!(
+                    begun,
+                    Some((*command, false)),
+                    "one answer, and to this command"
+                );
                 self.quiet = match command.phase {
                     Phase::PrepareStop => self.quiet.min(Activity::NoPeer),
                     Phase::Stop => Activity::Stopped,
@@ -289,7 +357,11 @@ impl Rig {
             }
             Effect::Refused(command, ..) => {
                 let begun = self.begun.take();
-                assert_eq!(begun, Some((*command, false)), "one answer, and to this command");
+                assert_eq!(
+                    begun,
+                    Some((*command, false)),
+                    "one answer, and to this command"
+                );
             }
             Effect::ClientAnswer(answer) => {
                 let busy = matches!(answer, Err(refusal) if refusal.text.contains("earlier"));
@@ -312,7 +384,11 @@ impl Rig {
 
     /// A command that has ended without an answer was overtaken, given up or left behind.
     fn check_ended(&self) {
-        assert!(!matches!(self.begun, Some((_, false))), "no answer to {:?}", self.begun);
+        assert!(
+            !matches!(self.begun, Some((_, false))),
+            "no answer to {:?}",
+            self.begun
+        );
     }
 
     fn check(&mut self, event: &Event) {
@@ -323,10 +399,17 @@ impl Rig {
             return;
         }
         let device = &self.device;
-        assert_eq!(device.is_busy(), self.outstanding.is_some(), "busy with nothing");
+        assert_eq!(
+            device.is_busy(),
+            self.outstanding.is_some(),
+            "busy with nothing"
+        );
         if !device.is_busy() {
             self.check_ended();
-            assert!(device.next_command.is_none() && device.next_client.is_none(), "it waits");
+            assert!(
+                device.next_command.is_none() && device.next_client.is_none(),
+                "it waits"
+            );
             assert!(!self.client_waits && !device.lease_due);
         }
         // Two masters: never more than either wants, and one stream at most.
@@ -342,7 +425,11 @@ impl Rig {
             }
             _ => activity,
         };
-        assert!(most <= self.quiet, "{most} after it promised {}", self.quiet);
+        assert!(
+            most <= self.quiet,
+            "{most} after it promised {}",
+            self.quiet
+        );
         if self.loading && matches!(event, Event::StreamFailed(_)) {
             assert_eq!(device.state(), MigrationState::Error);
             self.loading = false;
@@ -362,12 +449,20 @@ fn steps() -> impl Strategy<Value = (u64, Vec<Step>)> {
     let bits = proptest::sample::select(vec![7u64, 7, 7, 3, 1, 5]);
     let numbers = proptest::collection::vec(any::<u64>(), 0..80);
     (bits, numbers).prop_map(|(bits, numbers)| {
-        (bits, numbers.into_iter().map(|number| Dice(number).step()).collect())
+        (
+            bits,
+            numbers
+                .into_iter()
+                .map(|number| Dice(number).step())
+                .collect(),
+        )
     })
 }
 
 fn cases(default: u32) -> ProptestConfig {
-    let cases = std::env::var("PROPTEST_CASES").ok().and_then(|cases| cases.parse().ok());
+    let cases = std::env::var("PROPTEST_CASES")
+        .ok()
+        .and_then(|cases| cases.parse().ok());
     ProptestConfig {
         cases: cases.unwrap_or(default),
         failure_persistence: None,
@@ -397,7 +492,7 @@ proptest! {
         for (by, phase, target) in
             [(1, Phase::Reset, MigrationState::Error), (2, Phase::Start, MigrationState::Running)]
         {
-            rig.feed(Event::Command(Command { term, ..command(epoch + by, phase, target) }));
+            rig.feed(&Event::Command(Command { term, ..command(epoch + by, phase, target) }));
             for _ in 0..40 {
                 rig.act(&Step::Finish);
             }

@@ -2,10 +2,14 @@
 //! fault. After each step it checks what must always hold; see [`World::check`] and its callees.
 
 use super::super::*;
-use crate::lifecycle::{self, ClientRequest, Effect as Work, Lifecycle, Master};
-use crate::message::{Abort, Command, Epoch, OrphanPolicy, Phase, Query, RefusalKind, Refusal, Term};
-use crate::migration::{Activity, MigrationState, Next, next_state};
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use crate::lifecycle::{self, ClientRequest, Effect as Work};
+use crate::message::{Abort, Command, Epoch, OrphanPolicy, Phase, Query, Term};
+use crate::migration::{Activity, MigrationState};
+use node::{Device, Fence, Life, Node};
+use std::collections::{BTreeMap, BTreeSet};
+
+mod node;
+mod oracle;
 
 /// How likely each fault is, against a weight of 40 or so for everything that goes well.
 #[derive(Clone, Copy, Debug, Default)]
@@ -18,42 +22,6 @@ pub(super) struct Faults {
     pub(super) cancel: u32,
     pub(super) supersede: u32,
     pub(super) client: u32,
-}
-
-/// One participant of the simulated machine.
-#[derive(Clone, Debug)]
-pub(super) struct Node {
-    pub(super) member: Member,
-    device: Device,
-    /// From the coordinator, not yet read.
-    down: VecDeque<lifecycle::Event>,
-    /// To the coordinator, not yet read.
-    up: VecDeque<Event>,
-    life: Life,
-    fence: Fence,
-    /// A fence of it can be proven.
-    provable: bool,
-    read: Vec<Command>,
-}
-
-#[derive(Clone, Debug)]
-enum Device {
-    Process { lifecycle: Lifecycle, work: Option<Work> },
-    Local { state: MigrationState, calls: VecDeque<Command> },
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Life {
-    Alive,
-    Hung,
-    Dead,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Fence {
-    None,
-    Asked,
-    Proven,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -103,150 +71,6 @@ pub(super) struct World {
     hold_expired: bool,
 }
 
-/// A device that was brought to a state by an earlier transition of `term`.
-fn device_in(member: &Member, term: Term) -> Device {
-    if member.kind == MemberKind::Local {
-        return Device::Local { state: member.state, calls: VecDeque::new() };
-    }
-    let mut lifecycle = Lifecycle::new(member.flags);
-    let orphan = OrphanPolicy::Keep;
-    lifecycle.step(lifecycle::Event::Welcome { term, epoch: Epoch(0), orphan });
-    let phase = match member.state.activity() {
-        Activity::Full => Phase::Start,
-        Activity::NoPeer => Phase::PrepareStop,
-        Activity::Stopped => Phase::Stop,
-    };
-    let command =
-        Command { term, epoch: Epoch(1), phase, target: member.state, budget_ns: 0, lease_ns: 0 };
-    let mut effects = lifecycle.step(lifecycle::Event::Command(command));
-    while effects.iter().any(|effect| matches!(effect, Work::Arc(_))) {
-        effects = lifecycle.step(lifecycle::Event::ArcDone);
-    }
-    assert_eq!(lifecycle.state(), member.state);
-    Device::Process { lifecycle, work: None }
-}
-
-impl Node {
-    fn state(&self) -> MigrationState {
-        match &self.device {
-            Device::Process { lifecycle, .. } => lifecycle.state(),
-            Device::Local { state, .. } => *state,
-        }
-    }
-
-    /// The most that it may be doing; an arc that is being taken counts with both its ends.
-    fn activity(&self) -> Activity {
-        match &self.device {
-            Device::Process { lifecycle, work: Some(Work::Arc(arc)) } => {
-                lifecycle.activity().max(arc.after)
-            }
-            Device::Process { lifecycle, .. } => lifecycle.activity(),
-            Device::Local { state, .. } => state.activity(),
-        }
-    }
-
-    fn moves(&self) -> bool {
-        self.life == Life::Alive && self.fence == Fence::None
-    }
-
-    fn has_work(&self) -> bool {
-        match &self.device {
-            Device::Process { work, .. } => work.is_some(),
-            Device::Local { calls, .. } => !calls.is_empty(),
-        }
-    }
-
-    /// Lets the lifecycle see an event and carries out what needs no time.
-    fn step(&mut self, event: lifecycle::Event) {
-        let from = self.member.id;
-        let Device::Process { lifecycle, work } = &mut self.device else { return };
-        for effect in lifecycle.step(event) {
-            let (command, state, answer) = match effect {
-                Work::Arc(_) | Work::ReadStream | Work::WriteStream | Work::Reset => {
-                    assert!(work.is_none(), "a second thing to do before the first has ended");
-                    *work = Some(effect);
-                    continue;
-                }
-                Work::Reached(command, state) => (command, state, Answer::Reached),
-                Work::Refused(command, state, _) => (command, state, Answer::Refused),
-                Work::Status(status) => {
-                    self.up.push_back(Event::Answer {
-                        from,
-                        term: status.term,
-                        epoch: status.epoch,
-                        phase: Phase::Stop,
-                        state: status.state,
-                        answer: Answer::Status { moving_to: status.moving_to },
-                    });
-                    continue;
-                }
-                _ => continue,
-            };
-            let Command { term, epoch, phase, .. } = command;
-            self.up.push_back(Event::Answer { from, term, epoch, phase, state, answer });
-        }
-    }
-
-    fn work(&mut self, failure: Option<bool>) {
-        let refusal = Refusal { kind: RefusalKind::Device, text: String::new() };
-        let done = match &mut self.device {
-            Device::Local { .. } => return self.call(failure),
-            Device::Process { work, .. } => match (work.take(), failure) {
-                (Some(Work::Arc(_)), None) => lifecycle::Event::ArcDone,
-                (Some(Work::Arc(arc)), Some(restored)) => {
-                    // The client's failures are its own affair; ERROR would be everybody's.
-                    let restored = restored || arc.master == Master::Client;
-                    lifecycle::Event::ArcFailed { refusal, restored }
-                }
-                (Some(Work::ReadStream | Work::WriteStream), None) => lifecycle::Event::StreamDone,
-                (Some(Work::ReadStream | Work::WriteStream), _) => {
-                    lifecycle::Event::StreamFailed(refusal)
-                }
-                (Some(Work::Reset), _) => lifecycle::Event::ResetDone,
-                (_, _) => return,
-            },
-        };
-        self.step(done);
-    }
-
-    /// A local device carries out one call from its beginning to its end.
-    fn call(&mut self, failure: Option<bool>) {
-        let flags = self.member.flags;
-        let Device::Local { state, calls } = &mut self.device else { return };
-        let Some(command) = calls.pop_front() else { return };
-        let target = match command.phase {
-            Phase::Load => MigrationState::Stop,
-            Phase::Reset if state.activity() == Activity::Stopped => MigrationState::Stop,
-            Phase::Reset => *state,
-            _ => command.target,
-        };
-        let mut answer = Answer::Reached;
-        let mut fails = failure;
-        loop {
-            if let Some(at_once) = fails.take() {
-                answer = Answer::Refused;
-                if at_once {
-                    break;
-                }
-            }
-            match next_state(flags, *state, target) {
-                Ok(Next::Already) => break,
-                Ok(Next::Arc(to)) => *state = to,
-                Err(_) => {
-                    answer = Answer::Refused;
-                    break;
-                }
-            }
-            if answer == Answer::Refused {
-                break;
-            }
-        }
-        let Command { term, epoch, phase, .. } = command;
-        let state = *state;
-        self.up.push_back(Event::Answer { from: self.member.id, term, epoch, phase, state, answer });
-    }
-}
-
 impl World {
     /// A machine whose members are where the plan says; `unprovable` ones cannot be fenced in time.
     pub(super) fn new(plan: Plan, unprovable: &[bool]) -> Self {
@@ -254,16 +78,7 @@ impl World {
             .members
             .iter()
             .zip(unprovable)
-            .map(|(member, unprovable)| Node {
-                member: *member,
-                device: device_in(member, plan.term),
-                down: VecDeque::new(),
-                up: VecDeque::new(),
-                life: Life::Alive,
-                fence: Fence::None,
-                provable: !unprovable,
-                read: Vec::new(),
-            })
+            .map(|(member, unprovable)| Node::new(*member, plan.term, !unprovable))
             .collect();
         let transition = Transition::new(plan.clone()).expect("the plan is sound");
         let mut world = Self {
@@ -301,10 +116,15 @@ impl World {
             node.member.on_loss = OnLoss::Fail;
             let orphan = OrphanPolicy::Keep;
             node.down.push_back(lifecycle::Event::Disconnected);
-            node.down.push_back(lifecycle::Event::Welcome { term, epoch: Epoch(0), orphan });
+            node.down.push_back(lifecycle::Event::Welcome {
+                term,
+                epoch: Epoch(0),
+                orphan,
+            });
             if node.life == Life::Dead {
                 node.fence = Fence::None;
-                node.up.push_back(Event::Lost(node.member.id, Loss::Disconnected));
+                node.up
+                    .push_back(Event::Lost(node.member.id, Loss::Disconnected));
             }
         }
         self.plan.operation = Operation::TakeOver;
@@ -371,10 +191,18 @@ impl World {
             if self.outcome.is_some() {
                 return;
             }
-            let actions = self.actions(&Faults { time: 1, ..Faults::default() });
-            let next = actions.iter().find(|(_, action)| !matches!(action, Action::Tick));
+            let actions = self.actions(&Faults {
+                time: 1,
+                ..Faults::default()
+            });
+            let next = actions
+                .iter()
+                .find(|(_, action)| !matches!(action, Action::Tick));
             let Some(&(_, action)) = next.or_else(|| actions.last()) else {
-                panic!("stuck: nothing moves and no timer is armed: {:?}", self.transition);
+                panic!(
+                    "stuck: nothing moves and no timer is armed: {:?}",
+                    self.transition
+                );
             };
             self.take(action, 0);
             self.check();
@@ -477,10 +305,15 @@ impl World {
             Action::StrayCommand(i) => {
                 let node = &mut self.nodes[i];
                 let again = node.read[choice as usize / 7 % node.read.len()];
-                let Device::Process { lifecycle, .. } = &mut node.device else { return };
+                let Device::Process { lifecycle, .. } = &mut node.device else {
+                    return;
+                };
                 let before = lifecycle.clone();
                 let effects = lifecycle.step(lifecycle::Event::Command(again));
-                assert!(matches!(effects[..], [Work::Dropped(_)]), "{again:?}: {effects:?}");
+                assert!(
+                    matches!(effects[..], [Work::Dropped(_)]),
+                    "{again:?}: {effects:?}"
+                );
                 assert_eq!(before, *lifecycle);
             }
             Action::Cancel => self.feed(Event::Cancel),
@@ -489,7 +322,9 @@ impl World {
     }
 
     fn tick(&mut self) {
-        let Some((&timer, &at)) = self.timers.iter().min_by_key(|(_, at)| **at) else { return };
+        let Some((&timer, &at)) = self.timers.iter().min_by_key(|(_, at)| **at) else {
+            return;
+        };
         self.timers.remove(&timer);
         self.now = self.now.max(at);
         match timer {
@@ -501,7 +336,15 @@ impl World {
     }
 
     fn hear(&mut self, event: Event) {
-        if let Event::Answer { from, epoch, phase, state, answer, .. } = event {
+        if let Event::Answer {
+            from,
+            epoch,
+            phase,
+            state,
+            answer,
+            ..
+        } = event
+        {
             match answer {
                 Answer::Reached => drop(self.acks.insert((from, epoch, phase))),
                 Answer::Refused if state.activity() == Activity::Stopped => {
@@ -516,8 +359,16 @@ impl World {
 
     /// An answer that is a duplicate, of another term or epoch, or from nobody.
     fn stray_answer(&mut self, choice: u32) {
-        let Some(&Event::Answer { mut from, mut term, mut epoch, phase, mut state, mut answer }) =
-            self.heard.get(choice as usize / 8 % self.heard.len().max(1))
+        let Some(&Event::Answer {
+            mut from,
+            mut term,
+            mut epoch,
+            phase,
+            mut state,
+            mut answer,
+        }) = self
+            .heard
+            .get(choice as usize / 8 % self.heard.len().max(1))
         else {
             return;
         };
@@ -534,11 +385,25 @@ impl World {
             _ => {}
         }
         let mut before = self.transition.clone();
-        self.feed(Event::Answer { from, term, epoch, phase, state, answer });
+        self.feed(Event::Answer {
+            from,
+            term,
+            epoch,
+            phase,
+            state,
+            answer,
+        });
         if self.outcome.is_none() {
             // Another answer from nobody, so that both have counted one more.
             let from = ParticipantId(99);
-            before.step(Event::Answer { from, term, epoch, phase, state, answer });
+            before.step(Event::Answer {
+                from,
+                term,
+                epoch,
+                phase,
+                state,
+                answer,
+            });
             assert_eq!(before, self.transition, "a stray answer changed something");
         }
     }
@@ -594,7 +459,10 @@ impl World {
                     assert_eq!(twice, None, "{timer:?} is armed twice");
                 }
                 Effect::Disarm(timer) => {
-                    assert!(self.timers.remove(&timer).is_some(), "{timer:?} was not armed");
+                    assert!(
+                        self.timers.remove(&timer).is_some(),
+                        "{timer:?} was not armed"
+                    );
                 }
                 Effect::Finish(outcome) => {
                     assert_eq!(at, last, "something after the end");
@@ -606,7 +474,10 @@ impl World {
     }
 
     fn node(&mut self, id: ParticipantId) -> &mut Node {
-        self.nodes.iter_mut().find(|node| node.member.id == id).expect("a participant")
+        self.nodes
+            .iter_mut()
+            .find(|node| node.member.id == id)
+            .expect("a participant")
     }
 
     fn send(&mut self, id: ParticipantId, command: Command) {
@@ -618,125 +489,14 @@ impl World {
             told.push(id);
         }
         let node = self.node(id);
-        assert_eq!(node.fence, Fence::None, "a fenced participant is told something");
+        assert_eq!(
+            node.fence,
+            Fence::None,
+            "a fenced participant is told something"
+        );
         match &mut node.device {
             Device::Process { .. } => node.down.push_back(lifecycle::Event::Command(command)),
             Device::Local { calls, .. } => calls.push_back(command),
         }
     }
-
-    /// Nobody is told a second phase before everybody has reached the first, and nothing is
-    /// started while a fence is not proven.
-    fn check_barrier(&self, (epoch, phase): (Epoch, Phase)) {
-        let first = match phase {
-            Phase::Stop => Phase::PrepareStop,
-            Phase::Start => Phase::PrepareStart,
-            _ => phase,
-        };
-        for &id in self.told.get(&(epoch, first)).into_iter().flatten() {
-            let fenced =
-                self.nodes.iter().any(|n| n.member.id == id && n.fence == Fence::Proven);
-            let given_up = self.unproven.contains(&id) || self.local_hung(id);
-            let quiet = self.refused_stopped.contains(&(id, epoch, first));
-            let acked = self.acks.contains(&(id, epoch, first));
-            assert!(acked || fenced || given_up || quiet, "{id:?} has not reached {first}");
-        }
-        if matches!(phase, Phase::PrepareStart | Phase::Start) {
-            let pending = self.nodes.iter().find(|node| node.fence == Fence::Asked);
-            assert!(pending.is_none(), "{phase} while a fence is not proven: {pending:?}");
-            assert!(self.unproven.is_empty());
-        }
-    }
-
-    fn local_hung(&self, id: ParticipantId) -> bool {
-        self.nodes.iter().any(|node| {
-            node.member.id == id
-                && node.member.kind == MemberKind::Local
-                && self.transition.state(id).is_none()
-        })
-    }
-
-    /// Pairs of one who is stopped and one who may write into it.
-    fn mixed(&self) -> BTreeSet<(ParticipantId, ParticipantId)> {
-        let counts = |node: &&Node| node.fence != Fence::Proven && node.member.flags.p2p();
-        let writers: Vec<_> = self
-            .nodes
-            .iter()
-            .filter(counts)
-            .filter(|node| node.activity() == Activity::Full)
-            .map(|node| node.member.id)
-            .filter(|id| !self.unproven.contains(id) && !self.ghosts.contains(id))
-            .filter(|id| !self.local_hung(*id))
-            .collect();
-        let mut mixed = BTreeSet::new();
-        if !writers.is_empty() {
-            for node in self.nodes.iter().filter(counts) {
-                let state = node.state();
-                let stopped =
-                    state.activity() == Activity::Stopped && state != MigrationState::Error;
-                if stopped && node.life != Life::Dead {
-                    mixed.extend(writers.iter().map(|&writer| (node.member.id, writer)));
-                }
-            }
-        }
-        mixed
-    }
-
-    /// What must hold after every step; at the end, [`super::ends`] has more to say.
-    fn check(&mut self) {
-        if !self.no_barrier && self.broken.is_none() {
-            let broken = self.mixed().into_iter().find(|pair| !self.found.contains(pair));
-            if let Some(pair) = broken {
-                self.broken = Some(format!("{pair:?} is (stopped, may write): {:#?}", self.nodes));
-            }
-        }
-        if self.outcome.is_some() {
-            let longest = longest(&self.plan);
-            assert!(self.now <= longest, "{} ns, longer than {longest}: {:#?}", self.now, self.plan);
-        }
-    }
-
-    /// Where everybody is who still counts, and where it was at the beginning.
-    pub(super) fn left(&self) -> Vec<(Member, MigrationState)> {
-        let live = |node: &&Node| self.transition.state(node.member.id).is_some();
-        self.nodes.iter().filter(live).map(|node| (node.member, node.state())).collect()
-    }
-
-    /// True if anybody was fenced, or was to be.
-    pub(super) fn any_fenced(&self) -> bool {
-        self.nodes.iter().any(|node| node.fence != Fence::None)
-    }
-
-    pub(super) fn was_undone(&self) -> bool {
-        self.undone
-    }
-
-    pub(super) fn hold_expired(&self) -> bool {
-        self.hold_expired
-    }
-
-    pub(super) fn was_told(&self) -> bool {
-        !self.told.is_empty()
-    }
-
-    /// True if the second phase of the operation itself had begun.
-    pub(super) fn second_phase(&self) -> bool {
-        self.told.keys().any(|&(epoch, phase)| {
-            epoch == self.plan.epoch && matches!(phase, Phase::Stop | Phase::Start | Phase::Load)
-        })
-    }
-}
-
-/// The longest that a transition may take: see "Deadlines" in `docs/transitions.md`.
-pub(super) fn longest(plan: &Plan) -> u64 {
-    let all = |budget: fn(&Member) -> u64| plan.members.iter().map(budget).max().unwrap_or(0);
-    let optional = plan.members.iter().filter(|member| {
-        plan.operation == Operation::TakeOver || member.on_loss == OnLoss::ContinueWithout
-    });
-    let hooks: u64 = plan.hooks.iter().map(|hook| hook.budget_ns).sum();
-    hooks
-        + all(|member| member.first_ns)
-        + all(|member| member.second_ns)
-        + optional.count() as u64 * plan.fence_ns
-        + 2 * plan.undo_ns
 }

@@ -164,26 +164,6 @@ async fn while_stopped_not_even_an_error_changes_anything() {
 }
 
 #[test]
-fn the_engine_halts_under_a_permit() {
-    let machine = Machine::new();
-    // Whoever holds the state keeps the engine from halting; in some round that is when it has
-    // read the bad descriptor already.
-    let caught = (0..1000).any(|_| {
-        machine.start(CONTROL_RUN, &[copy(RAM, TARGET, 0)]);
-        let state = machine.device.shared.lock();
-        let_others_run();
-        let caught = machine.gate().in_flight(Scope::All) == 1;
-        drop(state);
-        wait_until("halted", || machine.read_u32(STATUS) & STATUS_HALTED != 0);
-        caught
-    });
-    assert!(
-        caught,
-        "a closed gate would not keep the engine from halting"
-    );
-}
-
-#[test]
 fn a_bad_descriptor_halts_the_engine_until_it_is_set_running_again() {
     let good = copy(RAM + 0x8000, TARGET, 64);
     let no_alignment = Descriptor {

@@ -2,9 +2,7 @@
 
 use crate::Error;
 use rustix::io::Errno;
-use rustix::net::{
-    SendAncillaryBuffer, SendAncillaryMessage, SendFlags, send, sendmsg,
-};
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, send, sendmsg};
 use standstill_protocol::channel::Frame;
 use standstill_protocol::codec::MAX_PACKET;
 use standstill_protocol::message::{
@@ -50,7 +48,11 @@ pub(crate) fn send_message(socket: impl AsFd, message: &DeviceMessage) -> Result
 }
 
 pub(crate) fn heartbeat(sequence: u64) -> DeviceMessage {
-    DeviceMessage::Heartbeat(Heartbeat { sequence, progress: sequence, dropped_logs: 0 })
+    DeviceMessage::Heartbeat(Heartbeat {
+        sequence,
+        progress: sequence,
+        dropped_logs: 0,
+    })
 }
 
 fn bytes(message: &DeviceMessage) -> Result<Vec<u8>, Error> {

@@ -1,0 +1,257 @@
+//! Every call ends within its deadline and a constant grace, whatever hangs, and never half.
+
+use crate::fixture::{
+    LONG, PHASES, SHORT, assert_all_in, assert_machine, assert_usable, builder, deadlines, fenced,
+    honest, report_of, start, three, undone, until,
+};
+use standstill_coordinator::{HookSpec, MachineEvent, OnFailure, Outcome, Slot};
+use standstill_protocol::message::Phase;
+use standstill_protocol::migration::MigrationState;
+use standstill_protocol::transition::{HeldReason, Loss, MachineState};
+use standstill_testkit::{
+    Call, Gate, Processes, Script, Step, Trace, TracedHook, TracedLocal, within,
+};
+use std::time::Duration;
+
+async fn times_out(phase: Phase, steps: Vec<Step>) {
+    let trace = Trace::new().unwrap();
+    let script = Script::honest().on(phase, steps);
+    let machine = start(three(&trace, phase, script)).await;
+    let processes = Processes::of(&machine.status().await.unwrap());
+    let (expected, state) = undone(phase);
+
+    let error = until(&machine, phase).await.unwrap_err();
+    let report = report_of(&error);
+    match &report.outcome {
+        Outcome::Degraded { machine, fenced } => {
+            assert_eq!(
+                (*machine, fenced[0].1),
+                (expected, Loss::Timeout),
+                "{report}"
+            );
+        }
+        _ => panic!("{phase}: {report}"),
+    }
+    assert_eq!(fenced(report), ["d1"], "{report}");
+    let text = error.to_string();
+    assert!(
+        text.contains("\"d1\" is lost: no answer within the deadline"),
+        "{text}"
+    );
+    assert!(text.contains(&format!("in {phase} ")), "{text}");
+    assert_machine(&machine, expected).await;
+    assert_all_in(&machine, &trace, &["d0", "d2"], state).await;
+    assert_eq!(processes.left(), ["d0", "d2"], "the fenced process is left");
+    assert_usable(&machine).await;
+}
+
+#[tokio::test]
+async fn a_device_that_is_stopped_by_a_signal_is_fenced_in_every_phase() {
+    for phase in PHASES {
+        times_out(phase, vec![Step::Freeze]).await;
+    }
+}
+
+#[tokio::test]
+async fn a_device_that_never_answers_is_fenced_in_every_phase() {
+    for phase in PHASES {
+        times_out(phase, vec![]).await;
+    }
+}
+
+#[tokio::test]
+async fn a_device_that_is_too_slow_is_fenced_though_its_answer_would_come() {
+    times_out(Phase::Stop, vec![Step::Delay(LONG), Step::Ack]).await;
+}
+
+#[tokio::test]
+async fn all_that_hang_at_once_cost_one_deadline_and_one_undo() {
+    let trace = Trace::new().unwrap();
+    let frozen = |name| {
+        let script = Script::honest().on(Phase::Stop, [Step::Freeze]);
+        script.device(name, &trace).unwrap().deadlines(LONG, SHORT)
+    };
+    let devices = ["f0", "f1", "f2", "f3", "f4", "f5"].map(frozen);
+    let machine = start(builder().devices(devices).device(honest("d0", &trace))).await;
+    let processes = Processes::of(&machine.status().await.unwrap());
+    let error = within(SHORT, "pause", machine.pause()).await.unwrap_err();
+    let report = report_of(&error);
+    assert_eq!(
+        fenced(report),
+        ["f0", "f1", "f2", "f3", "f4", "f5"],
+        "{report}"
+    );
+    // The failed epoch and the two of its undo.
+    assert_eq!(report.last_epoch.0 - report.first_epoch.0, 2, "{report}");
+    assert_eq!(processes.left(), ["d0"]);
+    assert_all_in(&machine, &trace, &["d0"], MigrationState::Running).await;
+}
+
+/// The second failure comes in the undo of the first.
+#[tokio::test]
+async fn a_device_that_hangs_in_an_undo_is_fenced_too() {
+    let trace = Trace::new().unwrap();
+    let refuses = Script::honest().on_nth(Phase::Stop, 1, [Step::Refuse("not now".into())]);
+    // Its first Stop is honest, that of the undo is not.
+    let hangs = Script::honest().on_nth(Phase::Stop, 2, [Step::Freeze]);
+    let machine = start(
+        builder()
+            .device(refuses.device("refuses", &trace).unwrap())
+            .device(
+                hangs
+                    .device("hangs", &trace)
+                    .unwrap()
+                    .deadlines(LONG, SHORT),
+            )
+            .device(honest("d0", &trace)),
+    )
+    .await;
+    let error = within(SHORT, "pause", machine.pause()).await.unwrap_err();
+    let report = report_of(&error);
+    assert_eq!(fenced(report), ["hangs"], "{report}");
+    assert!(error.to_string().contains("not now"), "{error}");
+    assert_machine(&machine, MachineState::Running).await;
+    assert_all_in(
+        &machine,
+        &trace,
+        &["refuses", "d0"],
+        MigrationState::Running,
+    )
+    .await;
+}
+
+#[tokio::test]
+async fn a_hook_that_hangs_holds_the_machine_until_it_returns() {
+    let trace = Trace::new().unwrap();
+    let gate = Gate::closed().unwrap();
+    let key = gate.key();
+    let hook = TracedHook::new("vcpus", &trace)
+        .unwrap()
+        .doing(move |call| match call {
+            Call::Stop => Ok(key.wait()?),
+            Call::Start => Ok(()),
+        });
+    let machine = start(
+        builder()
+            .device(honest("d0", &trace))
+            .device(honest("d1", &trace))
+            .hook(HookSpec::new("vcpus", Slot::Between).deadline(SHORT), hook),
+    )
+    .await;
+    let error = within(SHORT, "pause", machine.pause()).await.unwrap_err();
+    let report = report_of(&error);
+    match &report.outcome {
+        Outcome::Held { reasons, fenced } => {
+            assert!(matches!(reasons[..], [HeldReason::HookHung(_)]), "{report}");
+            assert!(fenced.is_empty(), "{report}");
+        }
+        _ => panic!("{report}"),
+    }
+    assert!(error.to_string().contains("\"vcpus\""), "{error}");
+    assert_machine(&machine, MachineState::Held).await;
+    assert_all_in(&machine, &trace, &["d0", "d1"], MigrationState::Stop).await;
+    // Nothing starts until the proof comes.
+    let refused = within(Duration::ZERO, "resume", machine.resume())
+        .await
+        .unwrap_err();
+    assert!(refused.to_string().contains("held"), "{refused}");
+
+    gate.open();
+    let stopped = async {
+        while machine.status().await.unwrap().machine == MachineState::Held {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    };
+    within(LONG, "the proof", stopped).await;
+    assert_machine(&machine, MachineState::Stopped).await;
+    within(LONG, "resume", machine.resume()).await.unwrap();
+    let calls = trace
+        .entries()
+        .into_iter()
+        .filter(|entry| entry.who == "vcpus")
+        .count();
+    assert_eq!(calls, 4, "stopped once, started once:\n{}", trace.text());
+}
+
+#[tokio::test]
+async fn a_local_device_that_hangs_holds_the_machine_until_the_owner_decides() {
+    for hung in PHASES {
+        let trace = Trace::new().unwrap();
+        let gate = Gate::closed().unwrap();
+        let key = gate.key();
+        let local = TracedLocal::new("local", &trace)
+            .unwrap()
+            .doing(move |phase| {
+                if phase == hung {
+                    Ok(key.wait()?)
+                } else {
+                    Ok(())
+                }
+            });
+        let mut short = deadlines();
+        // The deadlines of local devices are the machine's.
+        (short.first_phase, short.second_phase) = match hung {
+            Phase::PrepareStop | Phase::PrepareStart => (SHORT, LONG),
+            _ => (LONG, SHORT),
+        };
+        let machine = start(
+            builder()
+                .deadlines(short)
+                .device(honest("d0", &trace).deadlines(LONG, LONG))
+                .device(honest("d1", &trace).deadlines(LONG, LONG))
+                .local_device("local", local),
+        )
+        .await;
+        let error = until(&machine, hung).await.unwrap_err();
+        let report = report_of(&error);
+        match &report.outcome {
+            Outcome::Held { reasons, .. } => {
+                assert!(
+                    matches!(reasons[..], [HeldReason::LocalHung(_)]),
+                    "{hung}: {report}"
+                );
+            }
+            _ => panic!("{hung}: {report}"),
+        }
+        assert!(error.to_string().contains("\"local\""), "{error}");
+        assert_machine(&machine, MachineState::Held).await;
+        assert_all_in(&machine, &trace, &["d0", "d1"], MigrationState::Stop).await;
+        within(Duration::ZERO, "resume", machine.resume())
+            .await
+            .unwrap_err();
+        machine.accept_hold().await.unwrap();
+        assert_machine(&machine, MachineState::Stopped).await;
+        machine.accept_hold().await.unwrap_err();
+        gate.open();
+    }
+}
+
+/// What cannot be proven within its grace makes the machine held, not the call late.
+#[tokio::test]
+async fn under_stay_stopped_a_hang_leaves_everybody_stopped() {
+    let trace = Trace::new().unwrap();
+    let frozen = Script::honest().on(Phase::PrepareStop, [Step::Freeze]);
+    let machine = start(
+        builder()
+            .on_failure(OnFailure::StayStopped)
+            .device(
+                frozen
+                    .device("frozen", &trace)
+                    .unwrap()
+                    .deadlines(SHORT, LONG),
+            )
+            .device(honest("d0", &trace)),
+    )
+    .await;
+    let mut events = machine.events();
+    let stopped = within(SHORT, "pause", machine.pause()).await.unwrap();
+    assert_eq!(fenced(stopped.report()), ["frozen"], "{}", stopped.report());
+    assert_machine(&machine, MachineState::Stopped).await;
+    assert_all_in(&machine, &trace, &["d0"], MigrationState::Stop).await;
+    let first = within(LONG, "an event", events.recv()).await.unwrap();
+    assert!(
+        matches!(first, MachineEvent::DeviceFenced { .. }),
+        "{first:?}"
+    );
+    within(LONG, "resume", stopped.resume()).await.unwrap();
+}
