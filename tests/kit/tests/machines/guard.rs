@@ -2,7 +2,7 @@
 
 use crate::fixture::{LONG, assert_all_in, assert_machine, builder, honest, report_of, start};
 use standstill_coordinator::error::MachineError;
-use standstill_coordinator::{Operation, Outcome};
+use standstill_coordinator::{Operation, Outcome, Stopped};
 use standstill_protocol::message::Phase;
 use standstill_protocol::migration::MigrationState;
 use standstill_protocol::transition::MachineState;
@@ -53,7 +53,7 @@ async fn one_operation_at_a_time_while_status_answers() {
     .await;
     let pause = {
         let machine = machine.clone();
-        tokio::spawn(async move { machine.pause().await.map(|stopped| stopped.leave_stopped()) })
+        tokio::spawn(async move { machine.pause().await.map(Stopped::leave_stopped) })
     };
     trace
         .wait_for("both to be told", |_| {
@@ -248,7 +248,7 @@ async fn a_shutdown_ends_a_pause_that_is_under_way() {
     let processes = Processes::of(&machine.status().await.unwrap());
     let pause = {
         let machine = machine.clone();
-        tokio::spawn(async move { machine.pause().await.map(|stopped| stopped.leave_stopped()) })
+        tokio::spawn(async move { machine.pause().await.map(Stopped::leave_stopped) })
     };
     trace
         .wait_for("it to be told", |_| {

@@ -4,7 +4,7 @@
 use crate::fixture::{
     LONG, PHASES, assert_all_in, assert_machine, builder, honest, report_of, start,
 };
-use standstill_coordinator::{HookSpec, MachineBuilder, Outcome, Slot};
+use standstill_coordinator::{HookSpec, MachineBuilder, Outcome, Slot, Stopped};
 use standstill_protocol::message::Phase;
 use standstill_protocol::migration::MigrationState;
 use standstill_protocol::transition::MachineState;
@@ -152,7 +152,7 @@ async fn hooks_of_equal_rank_run_at_the_same_time() {
     .await;
     let pause = {
         let machine = machine.clone();
-        tokio::spawn(async move { machine.pause().await.map(|stopped| stopped.leave_stopped()) })
+        tokio::spawn(async move { machine.pause().await.map(Stopped::leave_stopped) })
     };
     let called = |entries: &[standstill_testkit::Entry]| {
         entries

@@ -1,6 +1,7 @@
 //! Nobody is told the second phase before everybody has answered the first.
 
 use crate::fixture::{LONG, builder, honest, start};
+use standstill_coordinator::Stopped;
 use standstill_protocol::message::Phase;
 use standstill_testkit::{Gate, Script, Step, Trace, TracedLocal, within};
 use std::time::Duration;
@@ -29,7 +30,7 @@ async fn barrier_holds(first: Phase, second: Phase) {
         let machine = machine.clone();
         tokio::spawn(async move {
             match first {
-                Phase::PrepareStop => machine.pause().await.map(|stopped| stopped.leave_stopped()),
+                Phase::PrepareStop => machine.pause().await.map(Stopped::leave_stopped),
                 _ => machine.resume().await.map(drop),
             }
         })
@@ -96,7 +97,7 @@ async fn a_local_device_holds_the_barrier_as_a_process_does() {
     .await;
     let pause = {
         let machine = machine.clone();
-        tokio::spawn(async move { machine.pause().await.map(|stopped| stopped.leave_stopped()) })
+        tokio::spawn(async move { machine.pause().await.map(Stopped::leave_stopped) })
     };
     trace
         .wait_for("both processes' answers", |_| {
