@@ -52,6 +52,15 @@ fn without_the_first_phase_the_checks_find_late_writes() {
 }
 
 #[test]
+fn with_the_first_phase_devices_that_are_slow_write_nothing_late() {
+    // What the demonstration does by itself without the first phase.
+    let slow = ["--slow-prepare", "engine1=5ms", "--slow-prepare", "engine3=5ms"];
+    let (result, code) = json(&[&["--devices", "4", "--rounds", "10"], &slow[..]].concat());
+    assert_eq!(result["late_writes"], 0, "{:#}", result["late_write_examples"]);
+    assert_eq!(code, Some(0), "{result:#}");
+}
+
+#[test]
 fn a_phase_takes_as_long_as_its_slowest_device_and_not_as_long_as_all() {
     let slow = ["--slow-prepare", "all=100ms", "--slow-stop", "engine1=100ms"];
     let (result, code) = json(&[&["--devices", "4", "--rounds", "3"], &slow[..]].concat());

@@ -55,7 +55,7 @@ use crate::vfio_user::listener::Listener;
 use crate::vfio_user::server;
 use greeting::Greeting;
 use ractor::{Actor, SpawnErr};
-use standstill_protocol::channel::DeviceEnd;
+use standstill_protocol::channel::{DeviceEnd, prefer_short_waits};
 use standstill_protocol::message::Welcome;
 use standstill_protocol::migration::MigrationFlags;
 use std::io;
@@ -241,6 +241,10 @@ fn greet_and_serve<D: Device>(
                 progress: parts.device.progress().is_some(),
             };
             let welcome = greeting.exchange(&channel, &backing_files)?;
+            // The device's own data threads may leave no CPU idle.
+            if let Err(error) = prefer_short_waits() {
+                tracing::debug!(%error, "no short waits for the control thread");
+            }
             Some((Arc::new(channel), welcome))
         }
     };

@@ -18,7 +18,9 @@ Examples:
   standstill demo
       Eight devices, a hundred rounds.
   standstill demo --single-phase
-      Leave the first phase of the stop out, and see that the checks notice.
+      Leave the first phase of the stop out, and see that the checks notice. So that it shows on
+      any machine, every second device then takes 5 ms to become quiet on its way to the stop,
+      unless --slow-prepare says otherwise.
   standstill demo --slow-prepare engine3=15ms --slow-stop engine5=20ms --timeline round.svg
       Two slow devices: the machine takes as long as the slowest, not as long as all together.
       round.svg shows when each device did what.
@@ -74,6 +76,10 @@ pub(crate) struct Slow {
     duration: Duration,
 }
 
+/// How long every second device takes to become quiet where the first phase is left out (on its
+/// way through the second, then): real devices differ, and the longer one of them goes on, the
+/// more certainly its peers are written to.
+const UNEQUAL: Duration = Duration::from_millis(5);
 /// The longest time that a device can be told to take.
 const SLOWEST: Duration = Duration::from_secs(60);
 
@@ -138,6 +144,9 @@ impl DemoArgs {
     /// How slow each device is to be in the two steps of a stop; what is said last counts.
     pub(crate) fn slowness(&self) -> Result<Vec<Slowness>, SlowError> {
         let mut all = vec![Slowness::default(); self.engines()];
+        if self.single_phase && self.slow_prepare.is_empty() {
+            all.iter_mut().skip(1).step_by(2).for_each(|slowness| slowness.prepare = UNEQUAL);
+        }
         for slow in &self.slow_prepare {
             slow.apply(&mut all, |slowness| &mut slowness.prepare)?;
         }
@@ -210,6 +219,17 @@ mod tests {
         ]);
         let slow = |prepare, stop| Slowness { prepare: ms(prepare), stop: ms(stop) };
         assert_eq!(args.slowness(), Ok(vec![slow(5, 0), slow(20, 0), slow(5, 1000)]));
+    }
+
+    #[test]
+    fn without_the_first_phase_every_second_device_is_slow_unless_told_otherwise() {
+        let times = |args: &[&str]| {
+            let all = parse(&[&["--devices", "3", "--single-phase"], args].concat()).slowness();
+            all.unwrap().iter().map(|slowness| slowness.prepare).collect::<Vec<_>>()
+        };
+        assert_eq!(times(&[]), [Duration::ZERO, UNEQUAL, Duration::ZERO]);
+        assert_eq!(times(&["--slow-prepare", "all=1ms"]), [ms(1); 3]);
+        assert_eq!(times(&["--slow-prepare", "all=0s"]), [Duration::ZERO; 3]);
     }
 
     #[test]

@@ -36,12 +36,14 @@
 mod asynchronous;
 mod blocking;
 mod error;
+mod latency;
 mod readiness;
 #[cfg(test)]
 mod tests;
 
 pub use asynchronous::AsyncChannel;
 pub use error::{FromFdError, RecvError, SendError};
+pub use latency::prefer_short_waits;
 pub use readiness::{Readiness, ReadyGuard, StableFd};
 
 use crate::codec::{self, EncodeError, HANDSHAKE_VERSION, MAX_PACKET, Message};

@@ -242,6 +242,14 @@ fn an_abort_ends_the_command_at_the_end_of_the_arc_without_an_answer() {
     assert_eq!(device.step(abort), [Effect::Hurry]);
     assert_eq!(device.step(Event::ArcDone), []);
     assert_eq!((device.state(), device.is_busy()), (S::RunningP2p, false));
+    // One that has answered its first phase is not told the second either.
+    command_to(&mut device, 5, Phase::PrepareStop, S::RunningP2p);
+    device.step(Event::Abort(Abort {
+        term: TERM,
+        epoch: Epoch(5),
+    }));
+    let second = Event::Command(command(5, Phase::Stop, S::Stop));
+    assert_eq!(device.step(second), [Effect::Dropped(Stale::Epoch)]);
     // The same epoch is over for ever, and so is an epoch that was given up unheard.
     device.step(Event::Abort(Abort {
         term: TERM,

@@ -47,6 +47,9 @@ pub struct Script {
     pub peer_dma: PeerDma,
     /// The protocol versions that it claims.
     pub versions: VersionRange,
+    /// A backing file that it declares, so that a fence needs the lock of it. It does not take
+    /// that lock itself: who holds it, holds the fence up.
+    pub backing_file: Option<PathBuf>,
     /// What it does otherwise than it should.
     pub cues: Vec<Cue>,
 }
@@ -184,6 +187,7 @@ impl Script {
             migration: MigrationFlags::STOP_COPY_P2P,
             peer_dma: PeerDma::Possible,
             versions: VERSIONS,
+            backing_file: None,
             cues: Vec::new(),
         }
     }
@@ -222,6 +226,13 @@ impl Script {
     #[must_use]
     pub fn without_p2p(mut self) -> Self {
         self.migration = MigrationFlags::STOP_COPY;
+        self
+    }
+
+    /// Declares a backing file; see [`Script::backing_file`](field@Script::backing_file).
+    #[must_use]
+    pub fn backing_file(mut self, path: impl Into<PathBuf>) -> Self {
+        self.backing_file = Some(path.into());
         self
     }
 

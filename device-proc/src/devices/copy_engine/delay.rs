@@ -4,43 +4,41 @@
 
 use crate::device::DeviceError;
 use rustix::io::Errno;
-use rustix::thread::{ClockId, clock_nanosleep_absolute};
-use rustix::time::{Timespec, clock_gettime};
+use rustix::time::{
+    Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create,
+    timerfd_settime,
+};
+use standstill_protocol::channel::Readiness;
 use std::time::Duration;
 
-/// Takes that long, counted from the call. tokio's own timers have whole milliseconds.
+/// Takes that long, counted from the call. tokio's own timers have whole milliseconds, and a
+/// thread of its own that sleeps would be one more that has to be woken.
 ///
 /// # Errors
 ///
-/// If the process is just ending, or the system call fails.
+/// If the process is just ending, or a system call fails.
 pub(super) async fn delay(duration: Duration) -> Result<(), DeviceError> {
     if duration.is_zero() {
         return Ok(());
     }
-    let until = after(duration);
-    tokio::task::spawn_blocking(move || wait_until(&until))
-        .await
-        .map_err(DeviceError::new)?
-        .map_err(DeviceError::new)
-}
-
-fn after(duration: Duration) -> Timespec {
-    let now = clock_gettime(ClockId::Monotonic);
-    // Both are less than a second.
-    let nanoseconds = now.tv_nsec + i64::from(duration.subsec_nanos());
-    let seconds = i64::try_from(duration.as_secs()).unwrap_or(i64::MAX);
-    let carry = nanoseconds / 1_000_000_000;
-    Timespec {
-        tv_sec: now.tv_sec.saturating_add(seconds).saturating_add(carry),
-        tv_nsec: nanoseconds % 1_000_000_000,
+    let flags = TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK;
+    let timer = timerfd_create(TimerfdClockId::Monotonic, flags).map_err(DeviceError::new)?;
+    let once = Itimerspec { it_interval: timespec(Duration::ZERO), it_value: timespec(duration) };
+    timerfd_settime(&timer, TimerfdTimerFlags::empty(), &once).map_err(DeviceError::new)?;
+    let timer = Readiness::new(timer).map_err(DeviceError::new)?;
+    loop {
+        let ready = timer.readable().await.map_err(DeviceError::new)?;
+        match rustix::io::read(ready.get_ref(), &mut [0; 8]) {
+            Err(Errno::AGAIN) => ready.clear(),
+            Err(Errno::INTR) => {}
+            result => return result.map(drop).map_err(DeviceError::new),
+        }
     }
 }
 
-fn wait_until(until: &Timespec) -> Result<(), Errno> {
-    loop {
-        match clock_nanosleep_absolute(ClockId::Monotonic, until) {
-            Err(Errno::INTR) => {}
-            result => return result,
-        }
+fn timespec(duration: Duration) -> Timespec {
+    Timespec {
+        tv_sec: i64::try_from(duration.as_secs()).unwrap_or(i64::MAX),
+        tv_nsec: i64::from(duration.subsec_nanos()),
     }
 }

@@ -14,10 +14,14 @@ use super::registers::ErrorCode;
 use super::state::{Sequence, State};
 use crate::device::Handles;
 use crate::memory::{Access, DmaError, Span};
+use rustix::process::setpriority_process;
+use rustix::thread::gettid;
 use rustix::time::{ClockId, clock_gettime};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use thiserror::Error;
 
+/// Nice value of the thread.
+const NICE: i32 = 10;
 /// After so many descriptors the CPU time is read again, …
 const CLOCK_DESCRIPTORS: u32 = 64;
 /// … or after so many bytes.
@@ -176,6 +180,7 @@ impl Engine {
     pub(super) fn run(mut self) {
         let shared = Arc::clone(&self.shared);
         self.cpu_ns = thread_cpu_ns();
+        yield_to_control();
         while let Some(job) = shared.next_job() {
             if let Err(fault) = self.execute(&shared, job) {
                 halt(&shared, job, fault);
@@ -289,6 +294,14 @@ fn halt(shared: &Shared, job: Job, fault: Fault) {
     }
     drop(current);
     drop(permit);
+}
+
+/// Lowers the calling thread's priority: where there are more engines than CPUs, a command would
+/// otherwise wait until each of them has had its turn.
+fn yield_to_control() {
+    if let Err(error) = setpriority_process(Some(gettid()), NICE) {
+        tracing::debug!(%error, "the engine keeps its priority");
+    }
 }
 
 /// CPU time of the calling thread in nanoseconds.

@@ -147,6 +147,7 @@ struct Rig {
     begun: Option<(Command, bool)>,
     /// What the last answer promised about peers and DMA.
     quiet: Activity,
+    given_up: Option<Epoch>,
     client_waits: bool,
     lease: Option<Epoch>,
     saved: bool,
@@ -162,6 +163,7 @@ impl Rig {
             taken: Vec::new(),
             begun: None,
             quiet: Activity::Full,
+            given_up: None,
             client_waits: false,
             lease: None,
             saved: false,
@@ -274,7 +276,10 @@ impl Rig {
         match event {
             Event::Welcome { term: new, .. } => *new <= term,
             Event::Command(command) => {
-                command.term != term || command.epoch < epoch || self.taken.contains(command)
+                command.term != term
+                    || self.given_up >= Some(command.epoch)
+                    || command.epoch < epoch
+                    || self.taken.contains(command)
             }
             Event::Abort(abort) => abort.term != term || abort.epoch < epoch,
             Event::Query(query) => query.term != term,
@@ -298,8 +303,12 @@ impl Rig {
             Event::Welcome { .. } => {
                 self.excuse();
                 self.taken.clear();
+                self.given_up = None;
             }
-            Event::Abort(_) => self.excuse(),
+            Event::Abort(abort) => {
+                self.excuse();
+                self.given_up = Some(abort.epoch);
+            }
             Event::Client(_) => self.client_waits = true,
             Event::ArcDone => {
                 let Some(Effect::Arc(arc)) = self.outstanding.take() else {

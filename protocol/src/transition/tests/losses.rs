@@ -191,6 +191,7 @@ fn a_hold_leaves_a_participant_alone_that_is_as_quiet_as_can_be() {
     script.refuse(1, S::Error);
     script.lose(0);
     script.expire(Timer::Fence(id(0)));
+    assert!(script.effects.contains(&Effect::Disarm(Timer::Undo)));
     assert_eq!(
         script.sent(),
         [(2, Phase::PrepareStop, S::RunningP2p)],

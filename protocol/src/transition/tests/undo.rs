@@ -357,6 +357,7 @@ fn an_undo_that_does_not_end_in_its_budget_becomes_a_hold() {
     script.reach(0);
     let undo = script.transition.epoch();
     script.expire(Timer::Undo);
+    assert!(script.effects.contains(&Effect::Arm(Timer::Hold, UNDO_NS)));
     assert_eq!(script.aborted(), [(1, undo)]);
     let first = [
         (0, Phase::PrepareStop, S::RunningP2p),

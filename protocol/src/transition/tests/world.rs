@@ -67,6 +67,7 @@ pub(super) struct World {
     refused_stopped: BTreeSet<(ParticipantId, Epoch, Phase)>,
     unproven: BTreeSet<ParticipantId>,
     heard: Vec<Event>,
+    asked: BTreeMap<ParticipantId, Command>,
     undone: bool,
     hold_expired: bool,
 }
@@ -98,6 +99,7 @@ impl World {
             refused_stopped: BTreeSet::new(),
             unproven: BTreeSet::new(),
             heard: Vec::new(),
+            asked: BTreeMap::new(),
             undone: false,
             hold_expired: false,
         };
@@ -148,6 +150,7 @@ impl World {
             refused_stopped: BTreeSet::new(),
             unproven: BTreeSet::new(),
             heard: Vec::new(),
+            asked: BTreeMap::new(),
             undone: false,
             hold_expired: false,
             ..self
@@ -357,31 +360,41 @@ impl World {
         self.feed(event);
     }
 
-    /// An answer that is a duplicate, of another term or epoch, or from nobody.
+    /// An answer that was heard before, or nearly the one that is waited for: of another term,
+    /// epoch or phase, or from nobody.
     fn stray_answer(&mut self, choice: u32) {
-        let Some(&Event::Answer {
-            mut from,
-            mut term,
-            mut epoch,
-            phase,
-            mut state,
-            mut answer,
-        }) = self
-            .heard
-            .get(choice as usize / 8 % self.heard.len().max(1))
-        else {
-            return;
-        };
+        let pick = choice as usize / 8;
+        let awaited: Vec<_> = self.transition.awaited().collect();
+        let asked = awaited.get(pick % awaited.len().max(1));
+        let (mut from, mut term, mut epoch, mut phase, state, answer) =
+            match (asked.and_then(|id| self.asked.get(id)), choice % 8) {
+                (Some(command), 0..6) => (
+                    awaited[pick % awaited.len()],
+                    command.term,
+                    command.epoch,
+                    command.phase,
+                    command.target,
+                    Answer::Reached,
+                ),
+                _ => match self.heard.get(pick % self.heard.len().max(1)) {
+                    Some(&Event::Answer {
+                        from,
+                        term,
+                        epoch,
+                        phase,
+                        state,
+                        answer,
+                    }) => (from, term, epoch, phase, state, answer),
+                    _ => return,
+                },
+            };
         match choice % 8 {
             0 => term = Term(term.0 - 1),
             1 => term = Term(term.0 + 1),
             2 => from = ParticipantId(99),
             3 => epoch = Epoch(self.transition.epoch().0 + 1),
-            4 => {
-                epoch = Epoch(self.transition.epoch().0 - 1);
-                answer = Answer::Reached;
-            }
-            5 => state = MigrationState::Running,
+            4 => epoch = Epoch(self.transition.epoch().0 - 1),
+            5 => phase = Phase::Save,
             _ => {}
         }
         let mut before = self.transition.clone();
@@ -485,6 +498,7 @@ impl World {
         let usable = command.target != MigrationState::Error;
         assert!(usable || command.phase == Phase::Reset, "{command:?}");
         assert_eq!(command.term, self.plan.term);
+        self.asked.insert(id, command);
         if let Some(told) = self.told.get_mut(&(command.epoch, command.phase)) {
             told.push(id);
         }

@@ -4,6 +4,7 @@ use crate::fixture::{
     LONG, PHASES, SHORT, assert_all_in, assert_machine, assert_usable, builder, deadlines, fenced,
     honest, report_of, start, three, undone, until,
 };
+use rustix::fs::{FlockOperation, flock};
 use standstill_coordinator::{HookSpec, MachineEvent, OnFailure, Outcome, Slot};
 use standstill_protocol::message::Phase;
 use standstill_protocol::migration::MigrationState;
@@ -227,6 +228,64 @@ async fn a_local_device_that_hangs_holds_the_machine_until_the_owner_decides() {
 }
 
 /// What cannot be proven within its grace makes the machine held, not the call late.
+#[tokio::test]
+async fn a_fence_without_proof_holds_the_machine_until_the_proof_comes() {
+    for phase in PHASES {
+        let trace = Trace::new().unwrap();
+        let file = tempfile::NamedTempFile::new().unwrap();
+        // Something that the dead process began still writes.
+        let lock = file.reopen().unwrap();
+        flock(&lock, FlockOperation::LockExclusive).unwrap();
+        let script = Script::honest()
+            .backing_file(file.path())
+            .on(phase, [Step::Exit(1)]);
+        let mut short = deadlines();
+        short.fence = SHORT;
+        let machine = start(
+            builder()
+                .deadlines(short)
+                .device(honest("d0", &trace))
+                .device(script.device("d1", &trace).unwrap()),
+        )
+        .await;
+        let mut events = machine.events();
+        let error = until(&machine, phase).await.unwrap_err();
+        let report = report_of(&error);
+        match &report.outcome {
+            Outcome::Held { reasons, .. } => {
+                assert!(
+                    matches!(reasons[..], [HeldReason::FenceUnproven(_)]),
+                    "{report}"
+                );
+            }
+            _ => panic!("{phase}: {report}"),
+        }
+        assert!(
+            error
+                .to_string()
+                .contains("nothing proves that device \"d1\" is gone"),
+            "{error}"
+        );
+        assert_machine(&machine, MachineState::Held).await;
+        assert_all_in(&machine, &trace, &["d0"], MigrationState::Stop).await;
+        within(Duration::ZERO, "resume", machine.resume())
+            .await
+            .unwrap_err();
+
+        drop(lock);
+        loop {
+            let event = within(LONG, "the proof", events.recv()).await.unwrap();
+            if let MachineEvent::DeviceFenced { device, proof } = event {
+                assert_eq!(device, "d1");
+                assert!(proof.contains("1 backing files unlocked"), "{proof}");
+                break;
+            }
+        }
+        assert_machine(&machine, MachineState::Stopped).await;
+        assert_usable(&machine).await;
+    }
+}
+
 #[tokio::test]
 async fn under_stay_stopped_a_hang_leaves_everybody_stopped() {
     let trace = Trace::new().unwrap();

@@ -16,6 +16,7 @@ use standstill_testkit::gate::GateWatch;
 use standstill_testkit::trace::TraceWriter;
 use standstill_testkit::{Script, Step, Trigger, What};
 use std::collections::{HashMap, VecDeque};
+use std::fs::File;
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
@@ -192,21 +193,7 @@ impl RogueDevice {
     /// The honest answer, or a refusal in its place.
     fn acknowledge(&mut self, cause: Cause, refusal: Option<String>) -> Result<(), Error> {
         match cause {
-            Cause::Hello => self.send(&DeviceMessage::Hello(Hello {
-                versions: self.script.versions,
-                kind: "rogue".into(),
-                program_version: env!("CARGO_PKG_VERSION").into(),
-                capabilities: Capabilities {
-                    migration: self.script.migration,
-                    peer_dma: self.script.peer_dma,
-                    progress: false,
-                },
-                machine: None,
-                term: Term(0),
-                epoch: Epoch(0),
-                state: MigrationState::Running,
-                backing_files: 0,
-            })),
+            Cause::Hello => self.hello(),
             Cause::Welcome => Ok(()),
             Cause::Memory(sequence) => {
                 self.send(&DeviceMessage::MemoryAccepted(MemoryAccepted { sequence }))
@@ -216,6 +203,37 @@ impl RogueDevice {
                 Ok(())
             }
             Cause::Command(command) => self.feed(Event::Command(command), refusal),
+        }
+    }
+
+    fn hello(&self) -> Result<(), Error> {
+        let file = self
+            .script
+            .backing_file
+            .as_deref()
+            .map(File::open)
+            .transpose()?;
+        let hello = Hello {
+            versions: self.script.versions,
+            kind: "rogue".into(),
+            program_version: env!("CARGO_PKG_VERSION").into(),
+            capabilities: Capabilities {
+                migration: self.script.migration,
+                peer_dma: self.script.peer_dma,
+                progress: false,
+            },
+            machine: None,
+            term: Term(0),
+            epoch: Epoch(0),
+            state: MigrationState::Running,
+            backing_files: u8::from(file.is_some()),
+        };
+        let fds: Vec<_> = file.iter().map(AsFd::as_fd).collect();
+        match &self.channel {
+            Some(channel) => {
+                Ok(channel.send(&DeviceMessage::Hello(hello), &fds, Duration::from_secs(10))?)
+            }
+            None => Ok(()),
         }
     }
 
