@@ -18,7 +18,12 @@ use std::sync::{Mutex, PoisonError};
 struct Scratch(Mutex<[u8; 8]>);
 
 impl Scratch {
-    fn access(&self, offset: u64, width: usize, f: impl FnOnce(&mut [u8])) -> Result<(), AccessError> {
+    fn access(
+        &self,
+        offset: u64,
+        width: usize,
+        f: impl FnOnce(&mut [u8]),
+    ) -> Result<(), AccessError> {
         let mut bytes = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let start = usize::try_from(offset).unwrap_or(usize::MAX);
         let end = start.saturating_add(width);
@@ -68,7 +73,11 @@ fn main() -> Result<(), Box<dyn Error>> {
         },
         bars: [
             Some(Bar { size: 4096, backing: BarBacking::Registers }),
-            None, None, None, None, None,
+            None,
+            None,
+            None,
+            None,
+            None,
         ],
         msix_vectors: 0,
         migration: MigrationFlags::STOP_COPY_P2P,

@@ -100,7 +100,9 @@ fn signal_name(kind: SignalKind) -> &'static str {
 impl DemoError {
     fn exit_code(&self) -> u8 {
         match self {
-            Self::Signal(kind) => 128_u8.saturating_add(u8::try_from(kind.as_raw_value()).unwrap_or(0)),
+            Self::Signal(kind) => {
+                128_u8.saturating_add(u8::try_from(kind.as_raw_value()).unwrap_or(0))
+            }
             Self::Options(_) => 2,
             _ => 1,
         }
@@ -118,7 +120,9 @@ impl DemoError {
             Self::Vmm(_) | Self::Connect | Self::NoTraffic { .. } => {
                 Some("try fewer --devices; RUST_LOG=info shows what the devices say")
             }
-            Self::Timeline(_) => Some("the run itself was finished; choose another --timeline FILE"),
+            Self::Timeline(_) => {
+                Some("the run itself was finished; choose another --timeline FILE")
+            }
             Self::System(..) | Self::Signal(_) => None,
         }
     }
@@ -232,8 +236,7 @@ async fn demonstrate(
     let blueprint = Blueprint::new(args.engines())?;
     let builder = blueprint.machine(&slowness, args.single_phase)?;
     progress.say("starting device processes", args.engines());
-    let machine =
-        builder.start().await.map_err(|error| DemoError::Start(Box::new(error)))?;
+    let machine = builder.start().await.map_err(|error| DemoError::Start(Box::new(error)))?;
     let machine = slot.get_or_init(|| machine).clone();
     let before = |source| DemoError::Round { round: 0, source: Box::new(source) };
     machine.declare_ram(blueprint.ram()).await.map_err(before)?;
@@ -241,8 +244,9 @@ async fn demonstrate(
     progress.say("connecting them to each other", args.engines());
     let bar = progress.bar.clone();
     let connecting = on_own_thread(move || blueprint.connect(|| bar.inc(1)));
-    let vmm =
-        tokio::time::timeout(CONNECT_DEADLINE, connecting).await.map_err(|_| DemoError::Connect)??;
+    let vmm = tokio::time::timeout(CONNECT_DEADLINE, connecting)
+        .await
+        .map_err(|_| DemoError::Connect)??;
     if !args.json {
         print_line(&summary::headline(args, vmm.pairs().len()));
     }

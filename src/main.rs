@@ -74,7 +74,8 @@ mod tests {
     fn the_demo_needs_no_options_and_a_device_needs_a_socket() {
         assert!(Cli::try_parse_from(["standstill", "demo"]).is_ok());
         assert!(Cli::try_parse_from(["standstill", "device", "copy-engine"]).is_err());
-        let device = ["standstill", "device", "copy-engine", "--socket", "/run/e", "--memory", "64K"];
+        let device =
+            ["standstill", "device", "copy-engine", "--socket", "/run/e", "--memory", "64K"];
         assert!(Cli::try_parse_from(device).is_ok());
     }
 

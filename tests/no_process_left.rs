@@ -4,9 +4,7 @@
 //! demonstration in its way, and waits on the pidfds.
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::process::{
-    Pid, PidfdFlags, Signal, kill_process, pidfd_open, pidfd_send_signal,
-};
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open, pidfd_send_signal};
 use std::fs::read_to_string;
 use std::io::{BufRead, BufReader, Read};
 use std::os::fd::OwnedFd;

@@ -164,6 +164,18 @@ impl Recorder {
         }
     }
 
+    /// Whether a participant has answered everything that it was sent.
+    pub(crate) fn has_answered(&self, id: ParticipantId) -> bool {
+        let commands = self.index.get(&id).map(|&at| &self.participants[at].commands);
+        commands.is_some_and(|all| all.iter().all(|command| command.answered_ns.is_some()))
+    }
+
+    /// Whether a hook has returned from its last call.
+    pub(crate) fn has_returned(&self, id: HookId) -> bool {
+        let last = self.hooks.iter().rev().find(|hook| hook.id == id);
+        last.is_some_and(|hook| hook.returned_ns.is_some())
+    }
+
     pub(crate) fn finish(
         mut self,
         transition: &Transition,

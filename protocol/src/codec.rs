@@ -52,9 +52,7 @@ pub const MAX_STATE: usize = 16 << 20;
 type Encoding<const LIMIT: usize> = Configuration<LittleEndian, Fixint, Limit<LIMIT>>;
 
 const fn encoding<const LIMIT: usize>() -> Encoding<LIMIT> {
-    bincode::config::standard()
-        .with_fixed_int_encoding()
-        .with_limit::<LIMIT>()
+    bincode::config::standard().with_fixed_int_encoding().with_limit::<LIMIT>()
 }
 
 /// Why a message cannot be sent.
@@ -187,9 +185,7 @@ impl fmt::Display for PayloadError {
                 }
                 D::LimitExceeded => f.write_str("a length beyond the limit"),
                 D::InvalidBooleanValue(found) => write!(f, "{found} where 0 or 1 is due"),
-                D::UnexpectedVariant {
-                    type_name, found, ..
-                } => {
+                D::UnexpectedVariant { type_name, found, .. } => {
                     write!(f, "{type_name} has no variant {found}")
                 }
                 D::Utf8 { inner } => write!(f, "text is not UTF-8: {inner}"),
@@ -225,10 +221,7 @@ pub fn encode<M: Message>(
     buffer: &mut [u8; MAX_PACKET],
 ) -> Result<usize, EncodeError> {
     let name = message.name();
-    message.validate().map_err(|source| EncodeError::Limit {
-        message: name,
-        source,
-    })?;
+    message.validate().map_err(|source| EncodeError::Limit { message: name, source })?;
     let header_version = match (message.is_handshake(), version) {
         (true, _) => HANDSHAKE_VERSION,
         (false, HANDSHAKE_VERSION) => return Err(EncodeError::NoVersion { message: name }),
@@ -241,14 +234,12 @@ pub fn encode<M: Message>(
     let room = payload.len();
     let length = bincode::serde::encode_into_slice(message, payload, encoding::<MAX_PACKET>())
         .map_err(|error| match error {
-            bincode::error::EncodeError::UnexpectedEnd => EncodeError::TooLong {
-                what: name,
-                limit: room,
-            },
-            other => EncodeError::Payload {
-                what: name,
-                source: PayloadError(Cause::Encode(other)),
-            },
+            bincode::error::EncodeError::UnexpectedEnd => {
+                EncodeError::TooLong { what: name, limit: room }
+            }
+            other => {
+                EncodeError::Payload { what: name, source: PayloadError(Cause::Encode(other)) }
+            }
         })?;
     Ok(HEADER + length)
 }
@@ -279,10 +270,7 @@ pub fn decode<M: Message>(packet: &[u8], version: u16) -> Result<M, DecodeError>
     }
     let found = u16::from_le_bytes([v0, v1]);
     if found != version && found != HANDSHAKE_VERSION {
-        return Err(DecodeError::Version {
-            expected: version,
-            found,
-        });
+        return Err(DecodeError::Version { expected: version, found });
     }
     let reserved = u16::from_le_bytes([r0, r1]);
     if reserved != 0 {
@@ -291,15 +279,9 @@ pub fn decode<M: Message>(packet: &[u8], version: u16) -> Result<M, DecodeError>
     let message: M = read_all::<M, MAX_PACKET>(payload, HEADER)?;
     let name = message.name();
     if message.is_handshake() != (found == HANDSHAKE_VERSION) {
-        return Err(DecodeError::HandshakeVersion {
-            message: name,
-            found,
-        });
+        return Err(DecodeError::HandshakeVersion { message: name, found });
     }
-    message.validate().map_err(|source| DecodeError::Limit {
-        message: name,
-        source,
-    })?;
+    message.validate().map_err(|source| DecodeError::Limit { message: name, source })?;
     Ok(message)
 }
 
@@ -312,16 +294,10 @@ pub fn decode<M: Message>(packet: &[u8], version: u16) -> Result<M, DecodeError>
 pub fn encode_state<T: Serialize>(state: &T) -> Result<Vec<u8>, EncodeError> {
     const WHAT: &str = "device state";
     let bytes = bincode::serde::encode_to_vec(state, encoding::<MAX_STATE>()).map_err(|error| {
-        EncodeError::Payload {
-            what: WHAT,
-            source: PayloadError(Cause::Encode(error)),
-        }
+        EncodeError::Payload { what: WHAT, source: PayloadError(Cause::Encode(error)) }
     })?;
     if bytes.len() > MAX_STATE {
-        return Err(EncodeError::TooLong {
-            what: WHAT,
-            limit: MAX_STATE,
-        });
+        return Err(EncodeError::TooLong { what: WHAT, limit: MAX_STATE });
     }
     Ok(bytes)
 }
@@ -348,10 +324,7 @@ fn read_all<T: DeserializeOwned, const LIMIT: usize>(
     let understood = start + bytes.len() - unread.0.len();
     match value {
         Ok(value) if unread.0.is_empty() => Ok(value),
-        Ok(_) => Err(DecodeError::TrailingBytes {
-            count: unread.0.len(),
-            length: understood,
-        }),
+        Ok(_) => Err(DecodeError::TrailingBytes { count: unread.0.len(), length: understood }),
         Err(error) => Err(DecodeError::Payload {
             offset: understood,
             length: start + bytes.len(),

@@ -322,10 +322,7 @@ pub fn path(
     from: MigrationState,
     to: MigrationState,
 ) -> Result<Path, NoWay> {
-    let mut way = Path {
-        states: [from; Path::LONGEST],
-        len: 0,
-    };
+    let mut way = Path { states: [from; Path::LONGEST], len: 0 };
     let mut at = from;
     while let Next::Arc(step) = next_state(flags, at, to)? {
         let refused = NoWay { from, to, flags };

@@ -23,33 +23,20 @@ const EPOCH: Epoch = Epoch(0x1122);
 /// The document's vectors by name. Each begins with a line `name:`; its other lines are an offset
 /// and up to 16 bytes.
 fn document() -> BTreeMap<&'static str, Vec<u8>> {
-    let vectors = DOCUMENT
-        .split_once(BEGIN)
-        .expect("a beginning of the vectors")
-        .1;
+    let vectors = DOCUMENT.split_once(BEGIN).expect("a beginning of the vectors").1;
     let vectors = vectors.split_once(END).expect("an end of the vectors").0;
     let mut found: BTreeMap<&str, Vec<u8>> = BTreeMap::new();
     let mut current = None;
-    for line in vectors
-        .lines()
-        .filter(|line| !line.is_empty() && !line.starts_with("```"))
-    {
+    for line in vectors.lines().filter(|line| !line.is_empty() && !line.starts_with("```")) {
         if let Some(name) = line.strip_suffix(':') {
-            assert!(
-                found.insert(name, Vec::new()).is_none(),
-                "{name} is there twice"
-            );
+            assert!(found.insert(name, Vec::new()).is_none(), "{name} is there twice");
             current = Some(name);
             continue;
         }
         let name = current.expect("a name before the first bytes");
         let bytes = found.get_mut(name).expect("inserted above");
         let (offset, hex) = line.trim().split_once("  ").expect("an offset, then bytes");
-        assert_eq!(
-            usize::from_str_radix(offset, 16),
-            Ok(bytes.len()),
-            "offset in {name}"
-        );
+        assert_eq!(usize::from_str_radix(offset, 16), Ok(bytes.len()), "offset in {name}");
         for byte in hex.split_whitespace() {
             assert_eq!(byte.len(), 2, "{byte} in {name}");
             bytes.push(u8::from_str_radix(byte, 16).expect("a byte in hex"));
@@ -91,63 +78,17 @@ fn coordinator_messages() -> Vec<(&'static str, CoordinatorMessage)> {
                 reason: "no common version".into(),
             }),
         ),
-        (
-            "Command PrepareStop",
-            command(Phase::PrepareStop, MigrationState::RunningP2p, 0),
-        ),
-        (
-            "Command Stop",
-            command(Phase::Stop, MigrationState::StopCopy, 4_000_000_000),
-        ),
-        (
-            "Command PrepareStart",
-            command(Phase::PrepareStart, MigrationState::RunningP2p, 0),
-        ),
-        (
-            "Command Start",
-            command(Phase::Start, MigrationState::Running, 0),
-        ),
-        (
-            "Command Save",
-            command(Phase::Save, MigrationState::StopCopy, 0),
-        ),
-        (
-            "Command Load",
-            command(Phase::Load, MigrationState::Stop, 0),
-        ),
-        (
-            "Command Reset",
-            command(Phase::Reset, MigrationState::Error, 0),
-        ),
-        (
-            "Abort",
-            M::Abort(Abort {
-                term: TERM,
-                epoch: EPOCH,
-            }),
-        ),
-        (
-            "Query",
-            M::Query(Query {
-                term: TERM,
-                epoch: EPOCH,
-            }),
-        ),
-        (
-            "Memory",
-            M::Memory(MemoryDeclaration {
-                term: TERM,
-                sequence: 1,
-                ram_fds: 2,
-            }),
-        ),
-        (
-            "Shutdown",
-            M::Shutdown(Shutdown {
-                term: TERM,
-                grace_ns: 1_000_000_000,
-            }),
-        ),
+        ("Command PrepareStop", command(Phase::PrepareStop, MigrationState::RunningP2p, 0)),
+        ("Command Stop", command(Phase::Stop, MigrationState::StopCopy, 4_000_000_000)),
+        ("Command PrepareStart", command(Phase::PrepareStart, MigrationState::RunningP2p, 0)),
+        ("Command Start", command(Phase::Start, MigrationState::Running, 0)),
+        ("Command Save", command(Phase::Save, MigrationState::StopCopy, 0)),
+        ("Command Load", command(Phase::Load, MigrationState::Stop, 0)),
+        ("Command Reset", command(Phase::Reset, MigrationState::Error, 0)),
+        ("Abort", M::Abort(Abort { term: TERM, epoch: EPOCH })),
+        ("Query", M::Query(Query { term: TERM, epoch: EPOCH })),
+        ("Memory", M::Memory(MemoryDeclaration { term: TERM, sequence: 1, ram_fds: 2 })),
+        ("Shutdown", M::Shutdown(Shutdown { term: TERM, grace_ns: 1_000_000_000 })),
     ]
 }
 
@@ -173,32 +114,15 @@ fn device_messages() -> Vec<(&'static str, DeviceMessage)> {
         epoch: EPOCH,
         phase: Phase::PrepareStop,
         state: MigrationState::RunningP2p,
-        timings: Timings {
-            total_ns: 90_000,
-            hook_ns: 20_000,
-            drain_ns: 50_000,
-            evidence_ns: 0,
-        },
+        timings: Timings { total_ns: 90_000, hook_ns: 20_000, drain_ns: 50_000, evidence_ns: 0 },
         evidence: Evidence::default(),
     };
     let evidence = Evidence {
         memory_hash: Some(0x0123_4567_89ab_cdef),
         counters: vec![
-            Counter {
-                kind: CounterKind::Written,
-                index: 0,
-                value: 1000,
-            },
-            Counter {
-                kind: CounterKind::Received,
-                index: 1,
-                value: 999,
-            },
-            Counter {
-                kind: CounterKind::Interrupts,
-                index: 2,
-                value: 7,
-            },
+            Counter { kind: CounterKind::Written, index: 0, value: 1000 },
+            Counter { kind: CounterKind::Received, index: 1, value: 999 },
+            Counter { kind: CounterKind::Interrupts, index: 2, value: 7 },
         ],
     };
     let status = Status {
@@ -208,10 +132,7 @@ fn device_messages() -> Vec<(&'static str, DeviceMessage)> {
         client_state: MigrationState::Running,
         moving_to: None,
     };
-    let refusal = Refusal {
-        kind: RefusalKind::Drain,
-        text: "2 requests in flight".into(),
-    };
+    let refusal = Refusal { kind: RefusalKind::Drain, text: "2 requests in flight".into() };
     vec![
         ("Hello of a new process", M::Hello(hello.clone())),
         (
@@ -253,43 +174,15 @@ fn device_messages() -> Vec<(&'static str, DeviceMessage)> {
         ("Status at rest", M::Status(status)),
         (
             "Status in the middle of a command",
-            M::Status(Status {
-                moving_to: Some(MigrationState::Resuming),
-                ..status
-            }),
+            M::Status(Status { moving_to: Some(MigrationState::Resuming), ..status }),
         ),
-        (
-            "MemoryAccepted",
-            M::MemoryAccepted(MemoryAccepted { sequence: 1 }),
-        ),
-        (
-            "Heartbeat",
-            M::Heartbeat(Heartbeat {
-                sequence: 5,
-                progress: 4096,
-                dropped_logs: 1,
-            }),
-        ),
-        (
-            "Event ClientConnected",
-            M::Event(DeviceEvent::ClientConnected),
-        ),
-        (
-            "Event ClientDisconnected",
-            M::Event(DeviceEvent::ClientDisconnected),
-        ),
-        (
-            "Event ClientState",
-            M::Event(DeviceEvent::ClientState(MigrationState::Stop)),
-        ),
-        (
-            "Event LeaseExpired",
-            M::Event(DeviceEvent::LeaseExpired(MigrationState::RunningP2p)),
-        ),
-        (
-            "Event Failed",
-            M::Event(DeviceEvent::Failed("backing file is gone".into())),
-        ),
+        ("MemoryAccepted", M::MemoryAccepted(MemoryAccepted { sequence: 1 })),
+        ("Heartbeat", M::Heartbeat(Heartbeat { sequence: 5, progress: 4096, dropped_logs: 1 })),
+        ("Event ClientConnected", M::Event(DeviceEvent::ClientConnected)),
+        ("Event ClientDisconnected", M::Event(DeviceEvent::ClientDisconnected)),
+        ("Event ClientState", M::Event(DeviceEvent::ClientState(MigrationState::Stop))),
+        ("Event LeaseExpired", M::Event(DeviceEvent::LeaseExpired(MigrationState::RunningP2p))),
+        ("Event Failed", M::Event(DeviceEvent::Failed("backing file is gone".into()))),
     ]
 }
 
@@ -332,11 +225,7 @@ fn every_vector_of_the_document_is_what_the_codec_makes_and_reads() {
     let mut document = document();
     check(&coordinator_messages(), &mut document);
     check(&device_messages(), &mut document);
-    assert!(
-        document.is_empty(),
-        "no message here for {:?}",
-        document.keys()
-    );
+    assert!(document.is_empty(), "no message here for {:?}", document.keys());
 }
 
 #[test]
@@ -368,43 +257,26 @@ fn every_message_has_a_vector_and_its_documented_tag() {
         let mut tags = Vec::new();
         for (name, message) in messages {
             let bytes = packet(&message);
-            assert_eq!(
-                bytes[HEADER..HEADER + 4],
-                tag(&message).to_le_bytes(),
-                "tag of {name}"
-            );
+            assert_eq!(bytes[HEADER..HEADER + 4], tag(&message).to_le_bytes(), "tag of {name}");
             tags.push(tag(&message));
         }
         tags.sort_unstable();
         tags.dedup();
         tags
     }
-    assert_eq!(
-        tags(coordinator_messages(), coordinator_tag),
-        [0, 1, 2, 3, 4, 5, 6]
-    );
+    assert_eq!(tags(coordinator_messages(), coordinator_tag), [0, 1, 2, 3, 4, 5, 6]);
     assert_eq!(tags(device_messages(), device_tag), [0, 1, 2, 3, 4, 5, 6]);
 }
 
 /// The least size of a field whose size is written as `4`, `8 + n`, `1 or 9` or `…`.
 fn least(size: &str) -> usize {
-    let digits = size
-        .split(|c: char| !c.is_ascii_digit())
-        .next()
-        .unwrap_or_default();
-    if size == "…" {
-        0
-    } else {
-        digits.parse().expect("a size begins with a number")
-    }
+    let digits = size.split(|c: char| !c.is_ascii_digit()).next().unwrap_or_default();
+    if size == "…" { 0 } else { digits.parse().expect("a size begins with a number") }
 }
 
 /// The rows of the first table after a heading, cut into cells.
 fn table(heading: &str) -> Vec<Vec<&'static str>> {
-    let section = DOCUMENT
-        .split_once(&format!("\n{heading}\n"))
-        .expect(heading)
-        .1;
+    let section = DOCUMENT.split_once(&format!("\n{heading}\n")).expect(heading).1;
     let rows = section.lines().skip_while(|line| !line.starts_with('|'));
     rows.take_while(|line| line.starts_with('|'))
         .skip(2)
@@ -418,33 +290,17 @@ fn check_tables<M: Message>(direction: &str, smallest: &M) {
     let name = smallest.name();
     let listed = table(direction);
     let link = format!("[{name}](#{})", name.to_lowercase());
-    let listed = listed
-        .iter()
-        .find(|row| row[1] == link)
-        .expect("every message is listed");
+    let listed = listed.iter().find(|row| row[1] == link).expect("every message is listed");
     let mut end = HEADER + 4;
     let mut total = end;
     for row in table(&format!("### {name}")) {
         let (offset, size) = (row[0], row[1]);
-        assert_eq!(
-            offset.trim_start_matches('+').parse(),
-            Ok(end),
-            "{name}, {}",
-            row[2]
-        );
+        assert_eq!(offset.trim_start_matches('+').parse(), Ok(end), "{name}, {}", row[2]);
         // What follows a field of variable size counts from that one's end.
-        end = if size.parse::<usize>().is_ok() {
-            end + least(size)
-        } else {
-            0
-        };
+        end = if size.parse::<usize>().is_ok() { end + least(size) } else { 0 };
         total += least(size);
     }
-    assert_eq!(
-        total,
-        packet(smallest).len(),
-        "sizes of the fields of {name}"
-    );
+    assert_eq!(total, packet(smallest).len(), "sizes of the fields of {name}");
     assert_eq!(least(listed[2]), total, "size of {name} in the list");
 }
 
@@ -453,14 +309,8 @@ fn the_tables_of_the_document_add_up_to_the_packets() {
     for (_, message) in coordinator_messages() {
         use CoordinatorMessage as M;
         let smallest = match message {
-            M::Welcome(welcome) => M::Welcome(Welcome {
-                name: String::new(),
-                ..welcome
-            }),
-            M::Reject(reject) => M::Reject(Reject {
-                reason: String::new(),
-                ..reject
-            }),
+            M::Welcome(welcome) => M::Welcome(Welcome { name: String::new(), ..welcome }),
+            M::Reject(reject) => M::Reject(Reject { reason: String::new(), ..reject }),
             other => other,
         };
         check_tables("## Coordinator to device", &smallest);
@@ -474,21 +324,12 @@ fn the_tables_of_the_document_add_up_to_the_packets() {
                 machine: None,
                 ..hello
             }),
-            M::Reached(reached) => M::Reached(Reached {
-                evidence: Evidence::default(),
-                ..reached
-            }),
+            M::Reached(reached) => M::Reached(Reached { evidence: Evidence::default(), ..reached }),
             M::Refused(refused) => {
-                let refusal = Refusal {
-                    text: String::new(),
-                    ..refused.refusal
-                };
+                let refusal = Refusal { text: String::new(), ..refused.refusal };
                 M::Refused(Refused { refusal, ..refused })
             }
-            M::Status(status) => M::Status(Status {
-                moving_to: None,
-                ..status
-            }),
+            M::Status(status) => M::Status(Status { moving_to: None, ..status }),
             M::Event(_) => M::Event(DeviceEvent::ClientConnected),
             other => other,
         };
@@ -519,12 +360,8 @@ fn no_vector_cut_short_is_a_message() {
             assert!(expected, "{name} cut to {length}: {short:?}");
         }
     }
-    coordinator_messages()
-        .iter()
-        .for_each(|(name, message)| cut(name, message));
-    device_messages()
-        .iter()
-        .for_each(|(name, message)| cut(name, message));
+    coordinator_messages().iter().for_each(|(name, message)| cut(name, message));
+    device_messages().iter().for_each(|(name, message)| cut(name, message));
 }
 
 #[test]
@@ -537,19 +374,12 @@ fn a_vector_with_any_one_byte_changed_is_an_error_or_another_message() {
                 bytes[at] = value;
                 decode_all(&bytes);
                 if let Ok(decoded) = decode::<M>(&bytes, VERSION) {
-                    assert!(
-                        at >= HEADER || value == good[at],
-                        "{name}: header byte {at}"
-                    );
+                    assert!(at >= HEADER || value == good[at], "{name}: header byte {at}");
                     assert_eq!(decoded == *message, value == good[at], "{name}: byte {at}");
                 }
             }
         }
     }
-    coordinator_messages()
-        .iter()
-        .for_each(|(name, message)| corrupt(name, message));
-    device_messages()
-        .iter()
-        .for_each(|(name, message)| corrupt(name, message));
+    coordinator_messages().iter().for_each(|(name, message)| corrupt(name, message));
+    device_messages().iter().for_each(|(name, message)| corrupt(name, message));
 }

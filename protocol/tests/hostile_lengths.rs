@@ -38,16 +38,8 @@ fn allocated_by<R>(call: impl FnOnce() -> R) -> (R, usize) {
     (result, ALLOCATED.get() - before)
 }
 
-const LENGTHS: [u64; 8] = [
-    65,
-    4096,
-    4097,
-    1 << 16,
-    1 << 32,
-    i64::MAX as u64,
-    u64::MAX - 8,
-    u64::MAX,
-];
+const LENGTHS: [u64; 8] =
+    [65, 4096, 4097, 1 << 16, 1 << 32, i64::MAX as u64, u64::MAX - 8, u64::MAX];
 
 fn packet(message: &DeviceMessage) -> Vec<u8> {
     let mut buffer = [0; MAX_PACKET];
@@ -75,10 +67,7 @@ fn refused_cheaply(good: &[u8], at: usize) {
 
 #[test]
 fn a_hostile_length_of_a_text_is_refused_without_memory_for_it() {
-    let refusal = Refusal {
-        kind: RefusalKind::Busy,
-        text: String::new(),
-    };
+    let refusal = Refusal { kind: RefusalKind::Busy, text: String::new() };
     let refused = DeviceMessage::Refused(Refused {
         term: Term(1),
         epoch: Epoch(1),

@@ -140,9 +140,8 @@ mod tests {
                 let own: Vec<_> = pairs.iter().filter(|p| p.writer == engine).collect();
                 assert_eq!(descriptors.len(), own.len() + 1);
                 for (index, descriptor) in descriptors.iter().enumerate() {
-                    let target = own
-                        .get(index)
-                        .map_or(layout.ram(), |pair| layout.memory(pair.receiver));
+                    let target =
+                        own.get(index).map_or(layout.ram(), |pair| layout.memory(pair.receiver));
                     assert!(contains(layout.ram(), descriptor.source, BLOCK.into()));
                     assert!(contains(target, descriptor.destination, BLOCK.into()));
                     assert!(contains(target, descriptor.sequence_iova, 8));
@@ -156,7 +155,8 @@ mod tests {
         let pairs = pairs(16);
         let layout = Layout::new(16, &pairs);
         let all: Vec<_> = (0..16).flat_map(|engine| layout.descriptors(engine, &pairs)).collect();
-        let blocks: HashSet<_> = all.iter().map(|d| d.destination / u64::from(PAGE as u32)).collect();
+        let blocks: HashSet<_> =
+            all.iter().map(|d| d.destination / u64::from(PAGE as u32)).collect();
         let numbers: HashSet<_> = all.iter().map(|d| d.sequence_iova).collect();
         assert_eq!((blocks.len(), numbers.len()), (all.len(), all.len()));
     }

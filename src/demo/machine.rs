@@ -166,7 +166,8 @@ impl Vmm {
             let range = self.layout.memory(peer);
             engine.map(range, other.memory(), Class::Peer).map_err(of(number))?;
         }
-        let source = vec![0x40 + u8::try_from(number % 64).unwrap_or(0); super::layout::BLOCK as usize];
+        let source =
+            vec![0x40 + u8::try_from(number % 64).unwrap_or(0); super::layout::BLOCK as usize];
         self.ram.write(self.layout.source_offset(number), &source)?;
         let ring: Vec<u8> = self
             .layout
@@ -213,7 +214,8 @@ impl Vmm {
 
     /// How many interrupts have come from each device since this was last called.
     pub(crate) fn take_interrupts(&self) -> Result<Vec<u64>, VmmError> {
-        let each = |(number, engine): (usize, &Engine)| engine.take_interrupts().map_err(of(number));
+        let each =
+            |(number, engine): (usize, &Engine)| engine.take_interrupts().map_err(of(number));
         self.engines.iter().enumerate().map(each).collect()
     }
 
@@ -253,11 +255,7 @@ impl Vmm {
     }
 
     /// Waits until one of the writers raises an interrupt, or for that long.
-    fn wait_for_interrupt(
-        &self,
-        silent: &[(Pair, u64)],
-        left: Duration,
-    ) -> Result<(), VmmError> {
+    fn wait_for_interrupt(&self, silent: &[(Pair, u64)], left: Duration) -> Result<(), VmmError> {
         // Pairs are ordered by writer.
         let mut writers: Vec<_> = silent.iter().map(|(pair, _)| pair.writer).collect();
         writers.dedup();

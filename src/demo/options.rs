@@ -125,9 +125,8 @@ impl FromStr for Slow {
                 Some(number.ok_or_else(|| SlowError::Device(name.to_owned()))?)
             }
         };
-        let duration = humantime::parse_duration(duration_text).map_err(|source| {
-            SlowError::Duration { text: duration_text.to_owned(), source }
-        })?;
+        let duration = humantime::parse_duration(duration_text)
+            .map_err(|source| SlowError::Duration { text: duration_text.to_owned(), source })?;
         if duration > SLOWEST {
             return Err(SlowError::TooLong(duration));
         }
@@ -214,8 +213,14 @@ mod tests {
     #[test]
     fn one_device_or_all_can_be_slow_and_the_last_word_counts() {
         let args = parse(&[
-            "--devices", "3", "--slow-prepare", "all=5ms", "--slow-prepare", "engine1=20ms",
-            "--slow-stop", "engine2=1s",
+            "--devices",
+            "3",
+            "--slow-prepare",
+            "all=5ms",
+            "--slow-prepare",
+            "engine1=20ms",
+            "--slow-stop",
+            "engine2=1s",
         ]);
         let slow = |prepare, stop| Slowness { prepare: ms(prepare), stop: ms(stop) };
         assert_eq!(args.slowness(), Ok(vec![slow(5, 0), slow(20, 0), slow(5, 1000)]));

@@ -153,8 +153,10 @@ fn check_device(round: &Round<'_>, device: usize, proof: &Proof, verdict: &mut V
     let device_hash = proof.stopped.memory_hash;
     let before = round.after_stop.memory.get(device).copied();
     let after = round.before_start.memory.get(device).copied();
-    verdict.check(device_hash.is_some() && device_hash == before, || {
-        LateWrite::MemoryAfterAck { device, device_hash, found: before }
+    verdict.check(device_hash.is_some() && device_hash == before, || LateWrite::MemoryAfterAck {
+        device,
+        device_hash,
+        found: before,
     });
     verdict.check(before.is_some() && before == after, || LateWrite::MemoryWhileStopped {
         device,
@@ -183,7 +185,9 @@ impl fmt::Display for Place {
         f.write_str(match self {
             Self::ReceiverStopping => "in its mailbox when its Stop arrived",
             Self::VmmAfterStop => "in its mailbox (read by the VMM) after the last StopAck",
-            Self::VmmBeforeStart => "in its mailbox (read by the VMM) before the first PrepareStart",
+            Self::VmmBeforeStart => {
+                "in its mailbox (read by the VMM) before the first PrepareStart"
+            }
             Self::ReceiverLeaving => "in its mailbox when it left STOP",
         })
     }

@@ -71,9 +71,8 @@ impl<'a> Run<'a> {
             self.one(round).await?;
             self.bar.inc(1);
         }
-        let (work, memcpy) = self
-            .with_vmm(|vmm| Ok((vmm.work()?, memcpy::bytes_per_second())))
-            .await?;
+        let (work, memcpy) =
+            self.with_vmm(|vmm| Ok((vmm.work()?, memcpy::bytes_per_second()))).await?;
         let status = self.machine.status().await.map_err(self.failed(self.args.rounds))?;
         let timeline = self.median_timeline();
         let summary = Summary::new(self.args, &self.pairs, &self.measured, &work, memcpy, &status);
@@ -105,8 +104,7 @@ impl<'a> Run<'a> {
     }
 
     fn judge(&self, pause: &TransitionReport, resume: &TransitionReport, look: &Look) -> Verdict {
-        let promised =
-            if self.args.single_phase { Phase::Stop } else { Phase::PrepareStop };
+        let promised = if self.args.single_phase { Phase::Stop } else { Phase::PrepareStop };
         let proofs: Vec<_> = pause
             .participants
             .iter()

@@ -204,7 +204,8 @@ impl Summary {
     /// One line.
     pub(crate) fn to_json(&self) -> String {
         // Names and numbers: nothing that could not be written.
-        serde_json::to_string(self).unwrap_or_else(|error| format!("{{\"error\":{:?}}}", error.to_string()))
+        serde_json::to_string(self)
+            .unwrap_or_else(|error| format!("{{\"error\":{:?}}}", error.to_string()))
     }
 }
 

@@ -366,7 +366,17 @@ impl State {
             (Outcome::Held { .. }, _) => MachineState::Held,
         };
         self.held = match &outcome {
-            Outcome::Held { reasons, .. } => reasons.clone(),
+            Outcome::Held { reasons, fenced } => reasons
+                .iter()
+                // What was proven while the machine was being held is no reason any more.
+                .filter(|reason| match reason {
+                    HeldReason::FenceUnproven(id) => fenced.iter().all(|(who, _)| who != id),
+                    HeldReason::LocalHung(id) => !active.recorder.has_answered(*id),
+                    HeldReason::HookHung(id) => !active.recorder.has_returned(*id),
+                    _ => true,
+                })
+                .copied()
+                .collect(),
             _ => Vec::new(),
         };
         for reason in &self.held {
@@ -375,6 +385,9 @@ impl State {
             {
                 entry.hung = true;
             }
+        }
+        if self.machine == MachineState::Held && self.held.is_empty() {
+            self.machine = MachineState::Stopped;
         }
         let downtime_ns = self.downtime(&active);
         let Active { transition, recorder, reply, .. } = active;

@@ -30,9 +30,7 @@ impl<Tx, Rx> AsyncChannel<Tx, Rx> {
     ///
     /// As [`Readiness::new`].
     pub fn new(channel: Channel<Tx, Rx>) -> io::Result<Self> {
-        Ok(Self {
-            readiness: Readiness::new(channel)?,
-        })
+        Ok(Self { readiness: Readiness::new(channel)? })
     }
 
     /// The channel, for the calls that never wait and for the protocol version.
@@ -58,11 +56,8 @@ impl<Tx, Rx: Message> AsyncChannel<Tx, Rx> {
         loop {
             // A peer that never stops sending must not keep other tasks from running.
             consume_budget().await;
-            let ready = self
-                .readiness
-                .readable()
-                .await
-                .map_err(|source| RecvError::Io { source })?;
+            let ready =
+                self.readiness.readable().await.map_err(|source| RecvError::Io { source })?;
             match ready.get_ref().try_recv()? {
                 // Not cleared: there may be more.
                 Some(received) => return Ok(received),
@@ -86,10 +81,7 @@ impl<Tx: Message, Rx> AsyncChannel<Tx, Rx> {
             }
             writable(self.channel().as_fd())
                 .await
-                .map_err(|source| SendError::Io {
-                    message: message.name(),
-                    source,
-                })?;
+                .map_err(|source| SendError::Io { message: message.name(), source })?;
         }
     }
 }

@@ -35,10 +35,7 @@ impl<Tx: Message, Rx> Channel<Tx, Rx> {
                 Ok(true) => {}
                 Ok(false) => return Err(SendError::TimedOut { timeout }),
                 Err(source) => {
-                    return Err(SendError::Io {
-                        message: message.name(),
-                        source,
-                    });
+                    return Err(SendError::Io { message: message.name(), source });
                 }
             }
         }

@@ -36,17 +36,11 @@ pub enum FromFdError {
 
 impl FromFdError {
     pub(super) fn not_a_socket(error: Errno) -> Self {
-        if error == Errno::NOTSOCK {
-            Self::NotASocket
-        } else {
-            Self::io(error)
-        }
+        if error == Errno::NOTSOCK { Self::NotASocket } else { Self::io(error) }
     }
 
     pub(super) fn io(error: Errno) -> Self {
-        Self::Io {
-            source: error.into(),
-        }
+        Self::Io { source: error.into() }
     }
 }
 

@@ -45,9 +45,8 @@ pub fn prefer_short_waits() -> std::io::Result<()> {
     };
     // SAFETY: thread id 0 is the calling thread; the kernel reads `size` bytes of `attributes`,
     // which is alive and as long, and writes nothing but its size field on an error.
-    let result = unsafe {
-        libc::syscall(libc::SYS_sched_setattr, 0, std::ptr::from_ref(&attributes), 0)
-    };
+    let result =
+        unsafe { libc::syscall(libc::SYS_sched_setattr, 0, std::ptr::from_ref(&attributes), 0) };
     Errno::result(result).map(drop).map_err(Into::into)
 }
 

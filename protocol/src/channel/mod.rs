@@ -145,12 +145,8 @@ impl CoordinatorEnd {
     ///
     /// Those of socketpair(2).
     pub fn pair() -> io::Result<(Self, OwnedFd)> {
-        let (ours, theirs) = socketpair(
-            AddressFamily::UNIX,
-            SocketType::SEQPACKET,
-            SocketFlags::CLOEXEC,
-            None,
-        )?;
+        let (ours, theirs) =
+            socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
         Ok((Self::over(ours), theirs))
     }
 }
@@ -158,11 +154,7 @@ impl CoordinatorEnd {
 impl<Tx, Rx> Channel<Tx, Rx> {
     fn over(socket: OwnedFd) -> Self {
         let version = AtomicU16::new(HANDSHAKE_VERSION);
-        Self {
-            socket,
-            version,
-            directions: PhantomData,
-        }
+        Self { socket, version, directions: PhantomData }
     }
 
     /// A channel over a connected socket, which becomes close-on-exec. It begins with the
@@ -175,10 +167,7 @@ impl<Tx, Rx> Channel<Tx, Rx> {
         let kind = sockopt::socket_type(&fd).map_err(FromFdError::not_a_socket)?;
         let family = sockopt::socket_domain(&fd).map_err(FromFdError::not_a_socket)?;
         if family != AddressFamily::UNIX || kind != SocketType::SEQPACKET {
-            return Err(FromFdError::WrongSocket {
-                family: family.as_raw(),
-                kind: kind.as_raw(),
-            });
+            return Err(FromFdError::WrongSocket { family: family.as_raw(), kind: kind.as_raw() });
         }
         let flags = fcntl_getfd(&fd).map_err(FromFdError::io)?;
         fcntl_setfd(&fd, flags | FdFlags::CLOEXEC).map_err(FromFdError::io)?;
@@ -213,26 +202,14 @@ impl<Tx, Rx> Channel<Tx, Rx> {
     /// Those of getsockopt(2).
     pub fn peer_credentials(&self) -> io::Result<PeerCredentials> {
         let found = nix::sys::socket::getsockopt(&self.socket, PeerCred)?;
-        Ok(PeerCredentials {
-            pid: found.pid(),
-            uid: found.uid(),
-            gid: found.gid(),
-        })
+        Ok(PeerCredentials { pid: found.pid(), uid: found.uid(), gid: found.gid() })
     }
 
     /// True if the peer has closed its end; messages of it may still be queued.
     fn hung_up(&self) -> Result<bool, Errno> {
         let mut polled = [PollFd::new(&self.socket, PollFlags::RDHUP)];
-        poll(
-            &mut polled,
-            Some(&Timespec {
-                tv_sec: 0,
-                tv_nsec: 0,
-            }),
-        )?;
-        Ok(polled[0]
-            .revents()
-            .intersects(PollFlags::RDHUP | PollFlags::HUP))
+        poll(&mut polled, Some(&Timespec { tv_sec: 0, tv_nsec: 0 }))?;
+        Ok(polled[0].revents().intersects(PollFlags::RDHUP | PollFlags::HUP))
     }
 }
 
@@ -270,10 +247,7 @@ impl<Tx: Message, Rx> Channel<Tx, Rx> {
         if let Some(version) = frame.version
             && version != self.version()
         {
-            return Err(SendError::FrameVersion {
-                frame: version,
-                channel: self.version(),
-            });
+            return Err(SendError::FrameVersion { frame: version, channel: self.version() });
         }
         self.send_packet(&frame.packet, frame.name, frame.fd_count, fds)
     }
@@ -286,21 +260,13 @@ impl<Tx: Message, Rx> Channel<Tx, Rx> {
         fds: &[BorrowedFd<'_>],
     ) -> Result<(), SendError> {
         if fds.len() != fd_count {
-            return Err(SendError::Fds {
-                message,
-                announced: fd_count,
-                given: fds.len(),
-            });
+            return Err(SendError::Fds { message, announced: fd_count, given: fds.len() });
         }
         let mut room = [MaybeUninit::uninit(); FD_ROOM];
         let mut control = SendAncillaryBuffer::new(&mut room);
         // Announced counts are within MAX_FDS, so there is room.
         if !fds.is_empty() && !control.push(SendAncillaryMessage::ScmRights(fds)) {
-            return Err(SendError::Fds {
-                message,
-                announced: fd_count,
-                given: fds.len(),
-            });
+            return Err(SendError::Fds { message, announced: fd_count, given: fds.len() });
         }
         loop {
             // The packet goes whole or not at all.
@@ -315,10 +281,7 @@ impl<Tx: Message, Rx> Channel<Tx, Rx> {
                 Err(Errno::AGAIN) => return Err(SendError::WouldBlock),
                 Err(Errno::PIPE | Errno::CONNRESET) => return Err(SendError::Disconnected),
                 Err(error) => {
-                    return Err(SendError::Io {
-                        message,
-                        source: error.into(),
-                    });
+                    return Err(SendError::Io { message, source: error.into() });
                 }
             }
         }
@@ -354,9 +317,7 @@ impl<Tx, Rx: Message> Channel<Tx, Rx> {
                 Err(Errno::CONNRESET) if !reset_seen => reset_seen = true,
                 Err(Errno::CONNRESET) => return Err(RecvError::Disconnected),
                 Err(error) => {
-                    return Err(RecvError::Io {
-                        source: error.into(),
-                    });
+                    return Err(RecvError::Io { source: error.into() });
                 }
             }
         };
@@ -370,14 +331,10 @@ impl<Tx, Rx: Message> Channel<Tx, Rx> {
             return Err(self.empty_or_end());
         }
         if received.flags.contains(ReturnFlags::TRUNC) || received.bytes > MAX_PACKET {
-            return Err(RecvError::Oversized {
-                length: received.bytes,
-            });
+            return Err(RecvError::Oversized { length: received.bytes });
         }
         if received.flags.contains(ReturnFlags::CTRUNC) || fds.len() > MAX_FDS {
-            return Err(RecvError::FdsTruncated {
-                received: fds.len(),
-            });
+            return Err(RecvError::FdsTruncated { received: fds.len() });
         }
         let message: Rx = codec::decode(&buffer[..received.bytes], self.version())?;
         if fds.len() != message.fd_count() {
@@ -399,9 +356,7 @@ impl<Tx, Rx: Message> Channel<Tx, Rx> {
         match end {
             Ok(true) => RecvError::Disconnected,
             Ok(false) => RecvError::Empty,
-            Err(error) => RecvError::Io {
-                source: error.into(),
-            },
+            Err(error) => RecvError::Io { source: error.into() },
         }
     }
 }

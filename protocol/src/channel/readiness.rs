@@ -84,9 +84,7 @@ impl<F: StableFd> Readiness<F> {
     ///
     /// If the runtime was built without I/O (`enable_io`): a mistake in this process.
     pub fn new(inner: F) -> io::Result<Self> {
-        Ok(Self {
-            registered: register(inner, Interest::READABLE)?,
-        })
+        Ok(Self { registered: register(inner, Interest::READABLE)? })
     }
 
     /// The owner of the fd.
@@ -109,9 +107,7 @@ impl<F: StableFd> Readiness<F> {
     ///
     /// If the runtime is shutting down.
     pub async fn readable(&self) -> io::Result<ReadyGuard<'_, F>> {
-        Ok(ReadyGuard {
-            guard: self.registered.readable().await?,
-        })
+        Ok(ReadyGuard { guard: self.registered.readable().await? })
     }
 }
 

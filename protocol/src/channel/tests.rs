@@ -32,11 +32,7 @@ fn command(phase: Phase, epoch: u64) -> CoordinatorMessage {
 }
 
 fn heartbeat(sequence: u64) -> DeviceMessage {
-    DeviceMessage::Heartbeat(Heartbeat {
-        sequence,
-        progress: 0,
-        dropped_logs: 0,
-    })
+    DeviceMessage::Heartbeat(Heartbeat { sequence, progress: 0, dropped_logs: 0 })
 }
 
 fn hello(backing_files: u8) -> DeviceMessage {
@@ -74,11 +70,8 @@ impl Marked {
 
     /// How many fds of this process are this file.
     fn open_fds(&self) -> usize {
-        let fds = std::fs::read_dir("/proc/self/fd")
-            .unwrap()
-            .map(|entry| entry.unwrap().path());
-        fds.filter(|fd| std::fs::read_link(fd).is_ok_and(|target| target == self.name))
-            .count()
+        let fds = std::fs::read_dir("/proc/self/fd").unwrap().map(|entry| entry.unwrap().path());
+        fds.filter(|fd| std::fs::read_link(fd).is_ok_and(|target| target == self.name)).count()
     }
 }
 
@@ -95,19 +88,14 @@ fn is_close_on_exec(fd: &impl AsFd) -> bool {
 fn messages_arrive_in_order_in_both_directions() {
     let (coordinator, device) = connected();
     for epoch in 1..=3 {
-        coordinator
-            .try_send(&command(Phase::Stop, epoch), &[])
-            .unwrap();
+        coordinator.try_send(&command(Phase::Stop, epoch), &[]).unwrap();
         device.try_send(&heartbeat(epoch), &[]).unwrap();
     }
     for epoch in 1..=3 {
         let received = device.try_recv().unwrap().unwrap();
         assert_eq!(received.message, command(Phase::Stop, epoch));
         assert!(received.fds.is_empty());
-        assert_eq!(
-            coordinator.try_recv().unwrap().unwrap().message,
-            heartbeat(epoch)
-        );
+        assert_eq!(coordinator.try_recv().unwrap().unwrap().message, heartbeat(epoch));
     }
     assert!(device.try_recv().unwrap().is_none());
     assert!(coordinator.try_recv().unwrap().is_none());
@@ -131,32 +119,21 @@ fn a_channel_from_an_inherited_fd_becomes_close_on_exec() {
 #[test]
 fn a_channel_is_made_of_nothing_but_a_unix_seqpacket_socket() {
     let file = std::fs::File::open("/dev/null").unwrap();
-    assert!(matches!(
-        DeviceEnd::from_fd(file.into()),
-        Err(FromFdError::NotASocket)
-    ));
+    assert!(matches!(DeviceEnd::from_fd(file.into()), Err(FromFdError::NotASocket)));
 
     let (stream, _peer) = std::os::unix::net::UnixStream::pair().unwrap();
     let error = DeviceEnd::from_fd(stream.into()).unwrap_err();
-    assert!(
-        matches!(error, FromFdError::WrongSocket { family: 1, kind: 1 }),
-        "{error}"
-    );
+    assert!(matches!(error, FromFdError::WrongSocket { family: 1, kind: 1 }), "{error}");
 
     let udp = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
     let error = DeviceEnd::from_fd(udp.into()).unwrap_err();
-    assert!(
-        matches!(error, FromFdError::WrongSocket { family: 2, kind: 2 }),
-        "{error}"
-    );
+    assert!(matches!(error, FromFdError::WrongSocket { family: 2, kind: 2 }), "{error}");
 }
 
 #[test]
 fn fds_pass_as_the_same_file_and_close_on_exec() {
     let (coordinator, device) = connected();
-    let files: Vec<Marked> = (0..MAX_FDS)
-        .map(|n| Marked::new(&format!("pass-{n}")))
-        .collect();
+    let files: Vec<Marked> = (0..MAX_FDS).map(|n| Marked::new(&format!("pass-{n}"))).collect();
     let borrowed: Vec<BorrowedFd<'_>> = files.iter().map(|marked| marked.file.as_fd()).collect();
     device.try_send(&hello(16), &borrowed).unwrap();
 
@@ -191,9 +168,7 @@ fn a_message_with_another_number_of_fds_than_it_announces_is_not_sent() {
             fds.len()
         );
     }
-    coordinator
-        .try_send(&command(Phase::Save, 1), &[fd])
-        .unwrap();
+    coordinator.try_send(&command(Phase::Save, 1), &[fd]).unwrap();
     assert_eq!(device.try_recv().unwrap().unwrap().fds.len(), 1);
     assert!(device.try_recv().unwrap().is_none());
 }
@@ -214,21 +189,10 @@ fn a_frame_of_another_version_is_not_sent() {
     let (coordinator, device) = connected();
     let frame = Frame::new(&command(Phase::Stop, 1), 2).unwrap();
     let error = coordinator.try_send_frame(&frame, &[]).unwrap_err();
-    assert!(matches!(
-        error,
-        SendError::FrameVersion {
-            frame: 2,
-            channel: 1
-        }
-    ));
+    assert!(matches!(error, SendError::FrameVersion { frame: 2, channel: 1 }));
     // A handshake message goes with every version.
-    let reject = CoordinatorMessage::Reject(Reject {
-        versions: VERSIONS,
-        reason: "no".into(),
-    });
-    coordinator
-        .try_send_frame(&Frame::new(&reject, 2).unwrap(), &[])
-        .unwrap();
+    let reject = CoordinatorMessage::Reject(Reject { versions: VERSIONS, reason: "no".into() });
+    coordinator.try_send_frame(&Frame::new(&reject, 2).unwrap(), &[]).unwrap();
     assert_eq!(device.try_recv().unwrap().unwrap().message, reject);
 }
 
@@ -237,12 +201,7 @@ fn only_the_handshake_passes_until_a_version_is_set() {
     let (coordinator, device) = CoordinatorEnd::pair().unwrap();
     let device = DeviceEnd::from_fd(device).unwrap();
     let error = device.try_send(&heartbeat(1), &[]).unwrap_err();
-    assert!(matches!(
-        error,
-        SendError::Encode(EncodeError::NoVersion {
-            message: "Heartbeat"
-        })
-    ));
+    assert!(matches!(error, SendError::Encode(EncodeError::NoVersion { message: "Heartbeat" })));
     device.try_send(&hello(0), &[]).unwrap();
     assert_eq!(coordinator.try_recv().unwrap().unwrap().message, hello(0));
 
@@ -252,18 +211,12 @@ fn only_the_handshake_passes_until_a_version_is_set() {
     let error = coordinator.try_recv().unwrap_err();
     assert!(matches!(
         error,
-        RecvError::Decode(codec::DecodeError::Version {
-            expected: 0,
-            found: 1
-        })
+        RecvError::Decode(codec::DecodeError::Version { expected: 0, found: 1 })
     ));
 
     coordinator.set_version(1);
     device.try_send(&heartbeat(2), &[]).unwrap();
-    assert_eq!(
-        coordinator.try_recv().unwrap().unwrap().message,
-        heartbeat(2)
-    );
+    assert_eq!(coordinator.try_recv().unwrap().unwrap().message, heartbeat(2));
 }
 
 #[test]

@@ -101,10 +101,7 @@ impl Message for CoordinatorMessage {
 
     fn fd_count(&self) -> usize {
         match self {
-            Self::Command(Command {
-                phase: Phase::Save | Phase::Load,
-                ..
-            }) => 1,
+            Self::Command(Command { phase: Phase::Save | Phase::Load, .. }) => 1,
             Self::Memory(MemoryDeclaration { ram_fds, .. }) => usize::from(*ram_fds),
             _ => 0,
         }
@@ -122,14 +119,9 @@ impl Message for CoordinatorMessage {
                 versions(reject.versions)?;
                 text("reason", &reject.reason, MAX_TEXT)
             }
-            Self::Command(Command {
-                phase, lease_ns, ..
-            }) => {
+            Self::Command(Command { phase, lease_ns, .. }) => {
                 if *lease_ns != 0 && *phase != Phase::Stop {
-                    return Err(LimitError::Lease {
-                        phase: *phase,
-                        lease_ns: *lease_ns,
-                    });
+                    return Err(LimitError::Lease { phase: *phase, lease_ns: *lease_ns });
                 }
                 Ok(())
             }
@@ -189,15 +181,7 @@ impl Message for DeviceMessage {
 
 fn text(field: &'static str, value: &str, limit: usize) -> Result<(), LimitError> {
     let length = value.len();
-    if length > limit {
-        Err(LimitError::Text {
-            field,
-            length,
-            limit,
-        })
-    } else {
-        Ok(())
-    }
+    if length > limit { Err(LimitError::Text { field, length, limit }) } else { Ok(()) }
 }
 
 fn fds(field: &'static str, count: u8, min: u8) -> Result<(), LimitError> {
@@ -208,11 +192,7 @@ fn fds(field: &'static str, count: u8, min: u8) -> Result<(), LimitError> {
 }
 
 fn versions(range: VersionRange) -> Result<(), LimitError> {
-    if range.min == 0 || range.min > range.max {
-        Err(LimitError::Versions(range))
-    } else {
-        Ok(())
-    }
+    if range.min == 0 || range.min > range.max { Err(LimitError::Versions(range)) } else { Ok(()) }
 }
 
 /// Reads the counters of an [`Evidence`](crate::message::Evidence).
@@ -237,9 +217,7 @@ pub(crate) fn counters<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<Counter
             let mut read = Vec::with_capacity(announced);
             while let Some(counter) = items.next_element()? {
                 if read.len() == MAX_COUNTERS {
-                    return Err(A::Error::custom(LimitError::Counters {
-                        count: read.len() + 1,
-                    }));
+                    return Err(A::Error::custom(LimitError::Counters { count: read.len() + 1 }));
                 }
                 read.push(counter);
             }

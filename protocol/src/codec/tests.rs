@@ -29,21 +29,14 @@ fn command() -> CoordinatorMessage {
 }
 
 fn reached(counters: usize) -> DeviceMessage {
-    let counter = Counter {
-        kind: CounterKind::Written,
-        index: 1,
-        value: 2,
-    };
+    let counter = Counter { kind: CounterKind::Written, index: 1, value: 2 };
     DeviceMessage::Reached(Reached {
         term: Term(1),
         epoch: Epoch(2),
         phase: Phase::Stop,
         state: MigrationState::Stop,
         timings: Timings::default(),
-        evidence: Evidence {
-            memory_hash: None,
-            counters: vec![counter; counters],
-        },
+        evidence: Evidence { memory_hash: None, counters: vec![counter; counters] },
     })
 }
 
@@ -71,10 +64,7 @@ fn refused(text: String) -> DeviceMessage {
         epoch: Epoch(2),
         phase: Phase::Load,
         state: MigrationState::Error,
-        refusal: Refusal {
-            kind: RefusalKind::Stream,
-            text,
-        },
+        refusal: Refusal { kind: RefusalKind::Stream, text },
     })
 }
 
@@ -99,80 +89,28 @@ fn what_breaks_a_limit_is_not_sent() {
             other => panic!("expected a limit, got {other:?}"),
         }
     }
-    assert_eq!(
-        error(&reached(MAX_COUNTERS + 1)),
-        LimitError::Counters { count: 65 }
-    );
+    assert_eq!(error(&reached(MAX_COUNTERS + 1)), LimitError::Counters { count: 65 });
     // Far beyond the packet too: a limit, not a panic.
-    assert_eq!(
-        error(&reached(100_000)),
-        LimitError::Counters { count: 100_000 }
-    );
-    let limit = LimitError::Text {
-        field: "text",
-        length: 513,
-        limit: MAX_TEXT,
-    };
+    assert_eq!(error(&reached(100_000)), LimitError::Counters { count: 100_000 });
+    let limit = LimitError::Text { field: "text", length: 513, limit: MAX_TEXT };
     assert_eq!(error(&refused("x".repeat(513))), limit);
-    let limit = LimitError::Text {
-        field: "kind",
-        length: 65,
-        limit: MAX_NAME,
-    };
-    assert_eq!(
-        error(&DeviceMessage::Hello(Hello {
-            kind: "k".repeat(65),
-            ..hello()
-        })),
-        limit
-    );
-    let limit = LimitError::Fds {
-        field: "backing_files",
-        count: 17,
-        min: 0,
-    };
-    assert_eq!(
-        error(&DeviceMessage::Hello(Hello {
-            backing_files: 17,
-            ..hello()
-        })),
-        limit
-    );
+    let limit = LimitError::Text { field: "kind", length: 65, limit: MAX_NAME };
+    assert_eq!(error(&DeviceMessage::Hello(Hello { kind: "k".repeat(65), ..hello() })), limit);
+    let limit = LimitError::Fds { field: "backing_files", count: 17, min: 0 };
+    assert_eq!(error(&DeviceMessage::Hello(Hello { backing_files: 17, ..hello() })), limit);
     for ram_fds in [0, 17, 255] {
-        let memory = MemoryDeclaration {
-            term: Term(1),
-            sequence: 1,
-            ram_fds,
-        };
-        let limit = LimitError::Fds {
-            field: "ram_fds",
-            count: ram_fds,
-            min: 1,
-        };
+        let memory = MemoryDeclaration { term: Term(1), sequence: 1, ram_fds };
+        let limit = LimitError::Fds { field: "ram_fds", count: ram_fds, min: 1 };
         assert_eq!(error(&CoordinatorMessage::Memory(memory)), limit);
     }
     for (min, max) in [(2, 1), (0, 1), (0, 0)] {
         let versions = VersionRange { min, max };
-        let reject = Reject {
-            versions,
-            reason: String::new(),
-        };
-        assert_eq!(
-            error(&CoordinatorMessage::Reject(reject)),
-            LimitError::Versions(versions)
-        );
+        let reject = Reject { versions, reason: String::new() };
+        assert_eq!(error(&CoordinatorMessage::Reject(reject)), LimitError::Versions(versions));
     }
-    let CoordinatorMessage::Command(stop) = command() else {
-        unreachable!()
-    };
-    let lease = Command {
-        phase: Phase::Start,
-        ..stop
-    };
-    let limit = LimitError::Lease {
-        phase: Phase::Start,
-        lease_ns: 4,
-    };
+    let CoordinatorMessage::Command(stop) = command() else { unreachable!() };
+    let lease = Command { phase: Phase::Start, ..stop };
+    let limit = LimitError::Lease { phase: Phase::Start, lease_ns: 4 };
     assert_eq!(error(&CoordinatorMessage::Command(lease)), limit);
 }
 
@@ -186,10 +124,7 @@ fn what_breaks_a_limit_is_not_accepted() {
     let error = decode::<DeviceMessage>(&bytes, VERSION).unwrap_err();
     assert!(matches!(
         error,
-        DecodeError::Limit {
-            message: "Refused",
-            source: LimitError::Text { length: 513, .. }
-        }
+        DecodeError::Limit { message: "Refused", source: LimitError::Text { length: 513, .. } }
     ));
 
     let mut bytes = packet(&reached(MAX_COUNTERS));
@@ -197,21 +132,13 @@ fn what_breaks_a_limit_is_not_accepted() {
     bytes[length_at..length_at + 8].copy_from_slice(&65_u64.to_le_bytes());
     bytes.extend([0; 16]);
     let error = decode::<DeviceMessage>(&bytes, VERSION).unwrap_err();
-    let DecodeError::Payload { source, .. } = error else {
-        panic!("{error:?}")
-    };
+    let DecodeError::Payload { source, .. } = error else { panic!("{error:?}") };
     assert_eq!(source.to_string(), "65 counters, at most 64 are allowed");
 
     let mut bytes = packet(&DeviceMessage::Hello(hello()));
     *bytes.last_mut().unwrap() = 200;
     let error = decode::<DeviceMessage>(&bytes, VERSION).unwrap_err();
-    assert!(matches!(
-        error,
-        DecodeError::Limit {
-            source: LimitError::Fds { count: 200, .. },
-            ..
-        }
-    ));
+    assert!(matches!(error, DecodeError::Limit { source: LimitError::Fds { count: 200, .. }, .. }));
 }
 
 #[test]
@@ -219,22 +146,14 @@ fn illegal_migration_flags_are_refused_with_their_value() {
     let good = packet(&DeviceMessage::Hello(hello()));
     // After header, tag, two versions, and two texts of one byte.
     let flags_at = HEADER + 4 + 2 + 2 + 9 + 9;
-    assert_eq!(
-        good[flags_at], 7,
-        "the flags are not where this test believes them"
-    );
+    assert_eq!(good[flags_at], 7, "the flags are not where this test believes them");
     for flags in [0_u64, 2, 4, 6, 8, 9, 15, 1 << 32 | 1, u64::MAX] {
         let mut bytes = good.clone();
         bytes[flags_at..flags_at + 8].copy_from_slice(&flags.to_le_bytes());
         let error = decode::<DeviceMessage>(&bytes, VERSION).unwrap_err();
-        let DecodeError::Payload { offset, source, .. } = error else {
-            panic!("{error:?}")
-        };
+        let DecodeError::Payload { offset, source, .. } = error else { panic!("{error:?}") };
         assert_eq!(offset, flags_at + 8);
-        assert!(
-            source.to_string().contains(&format!("{flags:#x}")),
-            "{source}"
-        );
+        assert!(source.to_string().contains(&format!("{flags:#x}")), "{source}");
     }
 }
 
@@ -251,10 +170,7 @@ fn each_field_of_the_header_is_checked() {
         assert!(matches!(error, DecodeError::ShortHeader { length: l } if l == length));
     }
     let long = vec![0; MAX_PACKET + 1];
-    assert!(matches!(
-        refuse(&long),
-        DecodeError::TooLong { length: 4097 }
-    ));
+    assert!(matches!(refuse(&long), DecodeError::TooLong { length: 4097 }));
 
     let mut bytes = good.clone();
     bytes[3] = b'!';
@@ -262,51 +178,27 @@ fn each_field_of_the_header_is_checked() {
 
     let mut bytes = good.clone();
     bytes[4] = 2;
-    assert!(matches!(
-        refuse(&bytes),
-        DecodeError::Version {
-            expected: 1,
-            found: 2
-        }
-    ));
+    assert!(matches!(refuse(&bytes), DecodeError::Version { expected: 1, found: 2 }));
 
     let mut bytes = good;
     bytes[7] = 1;
-    assert!(matches!(
-        refuse(&bytes),
-        DecodeError::Reserved { found: 0x100 }
-    ));
+    assert!(matches!(refuse(&bytes), DecodeError::Reserved { found: 0x100 }));
 }
 
 #[test]
 fn only_the_handshake_passes_before_a_version_is_agreed_on() {
     let mut buffer = [0; MAX_PACKET];
     let error = encode(&command(), 0, &mut buffer).unwrap_err();
-    assert!(matches!(
-        error,
-        EncodeError::NoVersion { message: "Command" }
-    ));
+    assert!(matches!(error, EncodeError::NoVersion { message: "Command" }));
     let error = decode::<CoordinatorMessage>(&packet(&command()), 0).unwrap_err();
-    assert!(matches!(
-        error,
-        DecodeError::Version {
-            expected: 0,
-            found: 1
-        }
-    ));
+    assert!(matches!(error, DecodeError::Version { expected: 0, found: 1 }));
 
     // A Hello is the same packet in both modes.
     let hello = DeviceMessage::Hello(hello());
     let length = encode(&hello, 0, &mut buffer).unwrap();
     assert_eq!(buffer[..length], packet(&hello));
-    assert_eq!(
-        decode::<DeviceMessage>(&buffer[..length], 0).unwrap(),
-        hello
-    );
-    assert_eq!(
-        decode::<DeviceMessage>(&buffer[..length], VERSION).unwrap(),
-        hello
-    );
+    assert_eq!(decode::<DeviceMessage>(&buffer[..length], 0).unwrap(), hello);
+    assert_eq!(decode::<DeviceMessage>(&buffer[..length], VERSION).unwrap(), hello);
 }
 
 #[test]
@@ -315,24 +207,14 @@ fn the_headers_version_must_fit_the_message() {
     bytes[4] = 0;
     for version in [0, VERSION] {
         let error = decode::<CoordinatorMessage>(&bytes, version).unwrap_err();
-        let DecodeError::HandshakeVersion {
-            message: "Command",
-            found: 0,
-        } = error
-        else {
+        let DecodeError::HandshakeVersion { message: "Command", found: 0 } = error else {
             panic!("{error:?}")
         };
     }
     let mut bytes = packet(&DeviceMessage::Hello(hello()));
     bytes[4] = 1;
     let error = decode::<DeviceMessage>(&bytes, VERSION).unwrap_err();
-    assert!(matches!(
-        error,
-        DecodeError::HandshakeVersion {
-            message: "Hello",
-            found: 1
-        }
-    ));
+    assert!(matches!(error, DecodeError::HandshakeVersion { message: "Hello", found: 1 }));
 }
 
 // --- the payload ----------------------------------------------------------------------------
@@ -342,13 +224,7 @@ fn bytes_after_the_message_are_refused_and_counted() {
     let mut bytes = packet(&command());
     bytes.extend([0; 3]);
     let error = decode::<CoordinatorMessage>(&bytes, VERSION).unwrap_err();
-    assert!(matches!(
-        error,
-        DecodeError::TrailingBytes {
-            count: 3,
-            length: 52
-        }
-    ));
+    assert!(matches!(error, DecodeError::TrailingBytes { count: 3, length: 52 }));
 }
 
 #[test]
@@ -357,14 +233,7 @@ fn a_truncated_message_tells_where_it_ends() {
     // In the middle of the phase.
     let cut = HEADER + 4 + 8 + 8 + 2;
     let error = decode::<CoordinatorMessage>(&bytes[..cut], VERSION).unwrap_err();
-    let DecodeError::Payload {
-        offset,
-        length,
-        source,
-    } = error
-    else {
-        panic!("{error:?}")
-    };
+    let DecodeError::Payload { offset, length, source } = error else { panic!("{error:?}") };
     assert_eq!((offset, length), (HEADER + 4 + 8 + 8, cut));
     assert_eq!(source.to_string(), "the bytes end at least 2 too early");
 }
@@ -389,11 +258,7 @@ fn unknown_tags_are_refused() {
 fn a_bool_and_an_option_are_0_or_1() {
     let good = packet(&DeviceMessage::Hello(hello()));
     let bool_at = HEADER + 4 + 2 + 2 + 9 + 9 + 8 + 4;
-    assert_eq!(
-        good[bool_at..bool_at + 2],
-        [1, 0],
-        "progress and the absent machine"
-    );
+    assert_eq!(good[bool_at..bool_at + 2], [1, 0], "progress and the absent machine");
     for at in [bool_at, bool_at + 1] {
         for found in [2, 0x80, 0xff] {
             let mut bytes = good.clone();
@@ -412,28 +277,20 @@ fn text_must_be_utf8() {
     let mut bytes = packet(&refused("x".into()));
     *bytes.last_mut().unwrap() = 0xff;
     let error = decode::<DeviceMessage>(&bytes, VERSION).unwrap_err();
-    let DecodeError::Payload { source, .. } = error else {
-        panic!("{error:?}")
-    };
+    let DecodeError::Payload { source, .. } = error else { panic!("{error:?}") };
     assert!(source.to_string().contains("not UTF-8"), "{source}");
 }
 
 #[test]
 fn a_machine_identity_has_16_bytes() {
-    let with_machine = Hello {
-        machine: Some(Uuid::from_u128(1)),
-        ..hello()
-    };
+    let with_machine = Hello { machine: Some(Uuid::from_u128(1)), ..hello() };
     let good = packet(&DeviceMessage::Hello(with_machine));
     let length_at = HEADER + 4 + 2 + 2 + 9 + 9 + 8 + 4 + 1 + 1;
     assert_eq!(good[length_at], 16);
     for length in [0_u64, 15, 17, u64::MAX] {
         let mut bytes = good.clone();
         bytes[length_at..length_at + 8].copy_from_slice(&length.to_le_bytes());
-        assert!(
-            decode::<DeviceMessage>(&bytes, VERSION).is_err(),
-            "length {length}"
-        );
+        assert!(decode::<DeviceMessage>(&bytes, VERSION).is_err(), "length {length}");
     }
 }
 
@@ -443,16 +300,10 @@ fn a_machine_identity_has_16_bytes() {
 fn device_state_round_trips_and_must_be_whole() {
     let state = (7_u32, vec![1_u8, 2, 3], Some("queue".to_owned()));
     let bytes = encode_state(&state).unwrap();
-    assert_eq!(
-        decode_state::<(u32, Vec<u8>, Option<String>)>(&bytes).unwrap(),
-        state
-    );
+    assert_eq!(decode_state::<(u32, Vec<u8>, Option<String>)>(&bytes).unwrap(), state);
     for length in 0..bytes.len() {
         let short = decode_state::<(u32, Vec<u8>, Option<String>)>(&bytes[..length]);
-        assert!(
-            matches!(short, Err(DecodeError::Payload { .. })),
-            "{length}: {short:?}"
-        );
+        assert!(matches!(short, Err(DecodeError::Payload { .. })), "{length}: {short:?}");
     }
     let mut long = bytes;
     long.push(0);
@@ -463,13 +314,7 @@ fn device_state_round_trips_and_must_be_whole() {
 #[test]
 fn device_state_beyond_its_limit_is_refused() {
     let error = encode_state(&"x".repeat(MAX_STATE)).unwrap_err();
-    assert!(matches!(
-        error,
-        EncodeError::TooLong {
-            limit: MAX_STATE,
-            ..
-        }
-    ));
+    assert!(matches!(error, EncodeError::TooLong { limit: MAX_STATE, .. }));
     let error = decode_state::<String>(&u64::MAX.to_le_bytes()).unwrap_err();
     assert!(matches!(error, DecodeError::Payload { .. }));
 }

@@ -11,29 +11,15 @@ mod properties;
 const TERM: Term = Term(2);
 
 fn command(epoch: u64, phase: Phase, target: MigrationState) -> Command {
-    Command {
-        term: TERM,
-        epoch: Epoch(epoch),
-        phase,
-        target,
-        budget_ns: 1,
-        lease_ns: 0,
-    }
+    Command { term: TERM, epoch: Epoch(epoch), phase, target, budget_ns: 1, lease_ns: 0 }
 }
 
 fn refusal() -> Refusal {
-    Refusal {
-        kind: RefusalKind::Device,
-        text: "as the test wants".into(),
-    }
+    Refusal { kind: RefusalKind::Device, text: "as the test wants".into() }
 }
 
 fn welcome(orphan: OrphanPolicy) -> Event {
-    Event::Welcome {
-        term: TERM,
-        epoch: Epoch(0),
-        orphan,
-    }
+    Event::Welcome { term: TERM, epoch: Epoch(0), orphan }
 }
 
 /// A device with every state, welcomed.
@@ -82,18 +68,12 @@ fn arcs(effects: &[Effect]) -> Vec<MigrationState> {
 fn command_to(device: &mut Lifecycle, epoch: u64, phase: Phase, target: MigrationState) {
     let command = command(epoch, phase, target);
     let effects = carry_out(device, Event::Command(command));
-    assert!(
-        effects.contains(&Effect::Reached(command, target)),
-        "{effects:?}"
-    );
+    assert!(effects.contains(&Effect::Reached(command, target)), "{effects:?}");
 }
 
 fn client_to(device: &mut Lifecycle, state: MigrationState) {
     let effects = carry_out(device, Event::Client(ClientRequest::SetState(state)));
-    assert!(
-        effects.contains(&Effect::ClientAnswer(Ok(state))),
-        "{effects:?}"
-    );
+    assert!(effects.contains(&Effect::ClientAnswer(Ok(state))), "{effects:?}");
 }
 
 /// Brings the device to a state by a command of that epoch, whatever the phase is called.
@@ -118,19 +98,13 @@ fn a_stop_and_a_start_pass_p2p_and_each_answer_names_its_command() {
     ] {
         let command = command(epoch, phase, target);
         let effects = carry_out(&mut device, Event::Command(command));
-        let [
-            Effect::Begin(begun),
-            Effect::Arc(arc),
-            Effect::Reached(answered, state),
-        ] = effects[..]
+        let [Effect::Begin(begun), Effect::Arc(arc), Effect::Reached(answered, state)] =
+            effects[..]
         else {
             panic!("{effects:?}");
         };
         assert_eq!((begun, answered, state), (command, command, target));
-        assert_eq!(
-            (arc.master, arc.to, arc.after),
-            (Master::Coordinator, target, activity)
-        );
+        assert_eq!((arc.master, arc.to, arc.after), (Master::Coordinator, target, activity));
         assert_eq!(device.activity(), activity);
     }
 }
@@ -205,10 +179,7 @@ fn one_that_is_stopped_already_answers_a_prepare_stop_and_opens_nothing() {
         bring(&mut device, 1, at);
         let command = command(2, Phase::PrepareStop, S::RunningP2p);
         let effects = carry_out(&mut device, Event::Command(command));
-        assert_eq!(
-            effects,
-            [Effect::Begin(command), Effect::Reached(command, at)]
-        );
+        assert_eq!(effects, [Effect::Begin(command), Effect::Reached(command, at)]);
     }
 }
 
@@ -224,10 +195,7 @@ fn a_later_epoch_overtakes_at_the_end_of_the_arc_and_the_earlier_command_is_not_
     let effects = device.step(Event::ArcDone);
     assert!(matches!(effects[..], [Effect::Begin(begun), Effect::Arc(_)] if begun == start));
     assert_eq!(device.state(), S::RunningP2p);
-    assert_eq!(
-        device.step(Event::ArcDone),
-        [Effect::Reached(start, S::Running)]
-    );
+    assert_eq!(device.step(Event::ArcDone), [Effect::Reached(start, S::Running)]);
 }
 
 #[test]
@@ -235,26 +203,17 @@ fn an_abort_ends_the_command_at_the_end_of_the_arc_without_an_answer() {
     use MigrationState as S;
     let mut device = device();
     device.step(Event::Command(command(4, Phase::Stop, S::Stop)));
-    let abort = Event::Abort(Abort {
-        term: TERM,
-        epoch: Epoch(4),
-    });
+    let abort = Event::Abort(Abort { term: TERM, epoch: Epoch(4) });
     assert_eq!(device.step(abort), [Effect::Hurry]);
     assert_eq!(device.step(Event::ArcDone), []);
     assert_eq!((device.state(), device.is_busy()), (S::RunningP2p, false));
     // One that has answered its first phase is not told the second either.
     command_to(&mut device, 5, Phase::PrepareStop, S::RunningP2p);
-    device.step(Event::Abort(Abort {
-        term: TERM,
-        epoch: Epoch(5),
-    }));
+    device.step(Event::Abort(Abort { term: TERM, epoch: Epoch(5) }));
     let second = Event::Command(command(5, Phase::Stop, S::Stop));
     assert_eq!(device.step(second), [Effect::Dropped(Stale::Epoch)]);
     // The same epoch is over for ever, and so is an epoch that was given up unheard.
-    device.step(Event::Abort(Abort {
-        term: TERM,
-        epoch: Epoch(6),
-    }));
+    device.step(Event::Abort(Abort { term: TERM, epoch: Epoch(6) }));
     for epoch in [4, 5, 6] {
         let late = Event::Command(command(epoch, Phase::Stop, S::Stop));
         assert_eq!(device.step(late), [Effect::Dropped(Stale::Epoch)]);
@@ -270,19 +229,11 @@ fn a_second_phase_is_taken_once_and_only_after_its_first() {
     let first = command(1, Phase::PrepareStop, S::RunningP2p);
     let second = command(1, Phase::Stop, S::Stop);
     device.step(Event::Command(first));
-    assert_eq!(
-        device.step(Event::Command(second)),
-        dropped,
-        "before the first was answered"
-    );
+    assert_eq!(device.step(Event::Command(second)), dropped, "before the first was answered");
     device.step(Event::ArcDone);
     assert_eq!(device.step(Event::Command(first)), dropped, "a duplicate");
     let other = command(1, Phase::Start, S::Running);
-    assert_eq!(
-        device.step(Event::Command(other)),
-        dropped,
-        "the second phase of something else"
-    );
+    assert_eq!(device.step(Event::Command(other)), dropped, "the second phase of something else");
     command_to(&mut device, 1, Phase::Stop, S::Stop);
     assert_eq!(device.step(Event::Command(second)), dropped, "a duplicate");
     assert_eq!(device.step(Event::Command(first)), dropped, "out of order");
@@ -293,10 +244,7 @@ fn a_second_phase_waits_for_what_the_client_began_in_between() {
     use MigrationState as S;
     let mut device = device();
     command_to(&mut device, 1, Phase::PrepareStop, S::RunningP2p);
-    assert_eq!(
-        device.step(Event::Client(ClientRequest::Reset)),
-        [Effect::Reset]
-    );
+    assert_eq!(device.step(Event::Client(ClientRequest::Reset)), [Effect::Reset]);
     let stop = command(1, Phase::Stop, S::Stop);
     assert_eq!(device.step(Event::Command(stop)), []);
     let effects = carry_out(&mut device, Event::ResetDone);
@@ -308,10 +256,7 @@ fn a_second_phase_waits_for_what_the_client_began_in_between() {
 fn before_the_first_welcome_every_coordinator_is_a_stranger() {
     let mut device = Lifecycle::new(MigrationFlags::ALL);
     let (term, epoch) = (Term(0), Epoch(1));
-    let stop = Command {
-        term,
-        ..command(1, Phase::Stop, MigrationState::Stop)
-    };
+    let stop = Command { term, ..command(1, Phase::Stop, MigrationState::Stop) };
     for event in [
         Event::Command(stop),
         Event::Abort(Abort { term, epoch }),
@@ -325,13 +270,8 @@ fn before_the_first_welcome_every_coordinator_is_a_stranger() {
 fn a_query_is_answered_in_the_middle_of_a_command_and_speaks_of_the_coordinators_side() {
     use MigrationState as S;
     let status = |device: &mut Lifecycle| {
-        let effects = device.step(Event::Query(Query {
-            term: TERM,
-            epoch: Epoch(9),
-        }));
-        let [Effect::Status(status)] = effects[..] else {
-            panic!("{effects:?}")
-        };
+        let effects = device.step(Event::Query(Query { term: TERM, epoch: Epoch(9) }));
+        let [Effect::Status(status)] = effects[..] else { panic!("{effects:?}") };
         assert_eq!((status.term, status.epoch), (TERM, Epoch(9)));
         (status.state, status.client_state, status.moving_to)
     };
@@ -341,18 +281,10 @@ fn a_query_is_answered_in_the_middle_of_a_command_and_speaks_of_the_coordinators
     assert_eq!(status(&mut device), (S::Running, S::Running, None));
     let stop = command(1, Phase::Stop, S::StopCopy);
     device.step(Event::Command(stop));
-    assert_eq!(
-        status(&mut device),
-        (S::Running, S::Running, Some(S::StopCopy)),
-        "it waits"
-    );
+    assert_eq!(status(&mut device), (S::Running, S::Running, Some(S::StopCopy)), "it waits");
     device.step(Event::ArcDone);
     device.step(Event::ArcDone);
-    assert_eq!(
-        status(&mut device),
-        (S::Running, S::Stop, Some(S::StopCopy)),
-        "it walks"
-    );
+    assert_eq!(status(&mut device), (S::Running, S::Stop, Some(S::StopCopy)), "it walks");
     carry_out(&mut device, Event::ArcDone);
     assert_eq!(status(&mut device), (S::StopCopy, S::Stop, None));
 }
@@ -363,13 +295,8 @@ fn a_load_passes_resuming_and_ends_in_stop() {
     let mut device = device();
     let load = command(1, Phase::Load, S::Stop);
     let effects = carry_out(&mut device, Event::Command(load));
-    assert_eq!(
-        arcs(&effects),
-        [S::RunningP2p, S::Stop, S::Resuming, S::Stop]
-    );
-    let stream = effects
-        .iter()
-        .position(|effect| *effect == Effect::ReadStream);
+    assert_eq!(arcs(&effects), [S::RunningP2p, S::Stop, S::Resuming, S::Stop]);
+    let stream = effects.iter().position(|effect| *effect == Effect::ReadStream);
     assert_eq!(stream, Some(4), "{effects:?}");
     assert_eq!(effects.last(), Some(&Effect::Reached(load, S::Stop)));
 }
@@ -378,10 +305,7 @@ fn a_load_passes_resuming_and_ends_in_stop() {
 fn a_load_that_fails_or_is_given_up_leaves_error_and_a_reset_leads_to_stop() {
     use MigrationState as S;
     let load = command(1, Phase::Load, S::Stop);
-    let abort = Event::Abort(Abort {
-        term: TERM,
-        epoch: Epoch(1),
-    });
+    let abort = Event::Abort(Abort { term: TERM, epoch: Epoch(1) });
     for (given_up, ended) in [
         (false, Event::StreamFailed(refusal())),
         (true, Event::StreamFailed(refusal())),
@@ -397,16 +321,10 @@ fn a_load_that_fails_or_is_given_up_leaves_error_and_a_reset_leads_to_stop() {
         }
         let effects = device.step(ended);
         assert_eq!(effects.is_empty(), given_up);
-        assert_eq!(
-            (device.state(), device.client_state()),
-            (S::Error, S::Error)
-        );
+        assert_eq!((device.state(), device.client_state()), (S::Error, S::Error));
         let start = command(2, Phase::Start, S::Running);
         let effects = carry_out(&mut device, Event::Command(start));
-        assert!(
-            matches!(effects[..], [_, Effect::Refused(_, S::Error, _)]),
-            "{effects:?}"
-        );
+        assert!(matches!(effects[..], [_, Effect::Refused(_, S::Error, _)]), "{effects:?}");
         let reset = command(3, Phase::Reset, S::Error);
         let effects = carry_out(&mut device, Event::Command(reset));
         assert_eq!(effects.last(), Some(&Effect::Reached(reset, S::Stop)));
@@ -422,10 +340,7 @@ fn an_arc_that_fails_is_refused_where_the_device_then_is() {
         let stop = command(1, Phase::Stop, S::Stop);
         device.step(Event::Command(stop));
         device.step(Event::ArcDone);
-        let effects = device.step(Event::ArcFailed {
-            refusal: refusal(),
-            restored,
-        });
+        let effects = device.step(Event::ArcFailed { refusal: refusal(), restored });
         assert_eq!(effects, [Effect::Refused(stop, at, refusal())]);
         assert_eq!((device.state(), device.is_busy()), (at, false));
     }
@@ -439,12 +354,7 @@ fn a_device_without_its_coordinator_follows_its_orphan_policy() {
     ] {
         let mut device = Lifecycle::new(MigrationFlags::ALL);
         device.step(welcome(orphan));
-        command_to(
-            &mut device,
-            1,
-            Phase::PrepareStop,
-            MigrationState::RunningP2p,
-        );
+        command_to(&mut device, 1, Phase::PrepareStop, MigrationState::RunningP2p);
         assert_eq!(device.step(Event::Disconnected), effects);
         assert_eq!(device.state(), MigrationState::RunningP2p);
     }
@@ -457,10 +367,7 @@ fn only_the_present_coordinator_ends_the_process() {
         let effects = device.step(Event::Shutdown(Term(term)));
         assert_eq!(effects, [Effect::Dropped(Stale::Term)]);
     }
-    assert_eq!(
-        device.step(Event::Shutdown(TERM)),
-        [Effect::Exit(ExitReason::Shutdown)]
-    );
+    assert_eq!(device.step(Event::Shutdown(TERM)), [Effect::Exit(ExitReason::Shutdown)]);
 }
 
 #[test]
@@ -469,27 +376,12 @@ fn a_new_coordinator_overtakes_what_the_old_one_asked_for() {
     let mut device = device();
     device.step(Event::Command(command(5, Phase::Stop, S::Stop)));
     let (term, orphan) = (Term(3), OrphanPolicy::Keep);
-    let effects = device.step(Event::Welcome {
-        term,
-        epoch: Epoch(0),
-        orphan,
-    });
+    let effects = device.step(Event::Welcome { term, epoch: Epoch(0), orphan });
     assert_eq!(effects, [Effect::Hurry]);
-    assert_eq!(
-        device.step(Event::ArcDone),
-        [],
-        "nobody is there to be answered"
-    );
-    assert_eq!(
-        (device.state(), device.term(), device.epoch()),
-        (S::RunningP2p, term, Epoch(0))
-    );
+    assert_eq!(device.step(Event::ArcDone), [], "nobody is there to be answered");
+    assert_eq!((device.state(), device.term(), device.epoch()), (S::RunningP2p, term, Epoch(0)));
     let old = Event::Command(command(6, Phase::Stop, S::Stop));
     assert_eq!(device.step(old), [Effect::Dropped(Stale::Term)]);
-    let again = Event::Welcome {
-        term,
-        epoch: Epoch(0),
-        orphan,
-    };
+    let again = Event::Welcome { term, epoch: Epoch(0), orphan };
     assert_eq!(device.step(again), [Effect::Dropped(Stale::Term)]);
 }

@@ -29,10 +29,7 @@ const TABLES: [Table; 4] = [
         columns: "STOP RUNNING STOP_COPY RESUMING RUNNING_P2P",
         rows: &[
             ("STOP", ". RUNNING_P2P STOP_COPY RESUMING RUNNING_P2P"),
-            (
-                "RUNNING",
-                "RUNNING_P2P . RUNNING_P2P RUNNING_P2P RUNNING_P2P",
-            ),
+            ("RUNNING", "RUNNING_P2P . RUNNING_P2P RUNNING_P2P RUNNING_P2P"),
             ("STOP_COPY", "STOP STOP . STOP STOP"),
             ("RESUMING", "STOP STOP STOP . STOP"),
             ("RUNNING_P2P", "STOP RUNNING STOP STOP ."),
@@ -53,24 +50,12 @@ const TABLES: [Table; 4] = [
         flags: 7,
         columns: "STOP RUNNING STOP_COPY RESUMING RUNNING_P2P PRE_COPY PRE_COPY_P2P",
         rows: &[
-            (
-                "STOP",
-                ". RUNNING_P2P STOP_COPY RESUMING RUNNING_P2P RUNNING_P2P RUNNING_P2P",
-            ),
-            (
-                "RUNNING",
-                "RUNNING_P2P . RUNNING_P2P RUNNING_P2P RUNNING_P2P PRE_COPY RUNNING_P2P",
-            ),
+            ("STOP", ". RUNNING_P2P STOP_COPY RESUMING RUNNING_P2P RUNNING_P2P RUNNING_P2P"),
+            ("RUNNING", "RUNNING_P2P . RUNNING_P2P RUNNING_P2P RUNNING_P2P PRE_COPY RUNNING_P2P"),
             ("STOP_COPY", "STOP STOP . STOP STOP X X"),
             ("RESUMING", "STOP STOP STOP . STOP STOP STOP"),
-            (
-                "RUNNING_P2P",
-                "STOP RUNNING STOP STOP . RUNNING PRE_COPY_P2P",
-            ),
-            (
-                "PRE_COPY",
-                "RUNNING RUNNING PRE_COPY_P2P RUNNING RUNNING . PRE_COPY_P2P",
-            ),
+            ("RUNNING_P2P", "STOP RUNNING STOP STOP . RUNNING PRE_COPY_P2P"),
+            ("PRE_COPY", "RUNNING RUNNING PRE_COPY_P2P RUNNING RUNNING . PRE_COPY_P2P"),
             (
                 "PRE_COPY_P2P",
                 "RUNNING_P2P RUNNING_P2P STOP_COPY RUNNING_P2P RUNNING_P2P PRE_COPY .",
@@ -93,11 +78,8 @@ const WITH_P2P: [(S, S); 4] = [
     (S::RunningP2p, S::Stop),
     (S::Stop, S::RunningP2p),
 ];
-const PRE_COPY_WITHOUT_P2P: [(S, S); 3] = [
-    (S::Running, S::PreCopy),
-    (S::PreCopy, S::Running),
-    (S::PreCopy, S::StopCopy),
-];
+const PRE_COPY_WITHOUT_P2P: [(S, S); 3] =
+    [(S::Running, S::PreCopy), (S::PreCopy, S::Running), (S::PreCopy, S::StopCopy)];
 const PRE_COPY_WITH_P2P: [(S, S); 7] = [
     (S::Running, S::PreCopy),
     (S::PreCopy, S::Running),
@@ -120,10 +102,7 @@ fn direct_arcs(flags: MigrationFlags) -> Vec<(S, S)> {
 }
 
 fn named(name: &str) -> S {
-    S::ALL
-        .into_iter()
-        .find(|state| state.name() == name)
-        .expect("the tables name states")
+    S::ALL.into_iter().find(|state| state.name() == name).expect("the tables name states")
 }
 
 impl Table {
@@ -136,12 +115,7 @@ impl Table {
         let row = self.rows.iter().find(|(name, _)| named(name) == from)?.1;
         let column = self.columns.split(' ').position(|name| named(name) == to)?;
         let cells: Vec<&str> = row.split(' ').collect();
-        assert_eq!(
-            cells.len(),
-            self.columns.split(' ').count(),
-            "row {from} of {}",
-            self.flags
-        );
+        assert_eq!(cells.len(), self.columns.split(' ').count(), "row {from} of {}", self.flags);
         match cells[column] {
             "X" => None,
             "." => Some(Next::Already),
@@ -154,9 +128,7 @@ impl Table {
 fn every_pair() -> impl Iterator<Item = (&'static Table, S, S)> {
     const ALL_TABLES: &[Table; 4] = &TABLES;
     ALL_TABLES.iter().flat_map(|table| {
-        S::ALL
-            .into_iter()
-            .flat_map(move |from| S::ALL.map(|to| (table, from, to)))
+        S::ALL.into_iter().flat_map(move |from| S::ALL.map(|to| (table, from, to)))
     })
 }
 
@@ -166,12 +138,7 @@ fn the_next_state_is_the_tables_for_every_pair_and_flag_set() {
     for (table, from, to) in every_pair() {
         let flags = table.flags();
         let expected = table.next(from, to).ok_or(NoWay { from, to, flags });
-        assert_eq!(
-            next_state(flags, from, to),
-            expected,
-            "{from} to {to}, flags {}",
-            table.flags
-        );
+        assert_eq!(next_state(flags, from, to), expected, "{from} to {to}, flags {}", table.flags);
         pairs += 1;
     }
     assert_eq!(pairs, 4 * 64);
@@ -190,10 +157,7 @@ fn a_path_is_a_chain_of_direct_arcs_that_ends_at_its_target() {
         let arcs = direct_arcs(flags);
         let mut at = from;
         for &step in way.as_slice() {
-            assert!(
-                arcs.contains(&(at, step)),
-                "{case}: {at} to {step} is no direct arc"
-            );
+            assert!(arcs.contains(&(at, step)), "{case}: {at} to {step} is no direct arc");
             at = step;
         }
         assert_eq!(at, to, "{case}");
@@ -205,12 +169,7 @@ fn every_direct_arc_is_taken_in_one_step() {
     for table in &TABLES {
         for (from, to) in direct_arcs(table.flags()) {
             let way = path(table.flags(), from, to).unwrap();
-            assert_eq!(
-                way.as_slice(),
-                [to],
-                "{from} to {to}, flags {}",
-                table.flags
-            );
+            assert_eq!(way.as_slice(), [to], "{from} to {to}, flags {}", table.flags);
         }
     }
 }
@@ -241,10 +200,7 @@ fn only_four_sets_of_flags_are_legal() {
         }
     }
     // The low byte alone would be legal.
-    assert_eq!(
-        MigrationFlags::new(0x1_0000_0001),
-        Err(IllegalFlags(0x1_0000_0001))
-    );
+    assert_eq!(MigrationFlags::new(0x1_0000_0001), Err(IllegalFlags(0x1_0000_0001)));
 }
 
 #[test]
@@ -254,12 +210,7 @@ fn a_device_has_the_states_that_its_flags_name() {
             let listed = table.columns.split(' ').any(|name| named(name) == state);
             let has = table.flags().has(state);
             // ERROR is in no table, and every device has it.
-            assert_eq!(
-                has,
-                listed || state == S::Error,
-                "{state}, flags {}",
-                table.flags
-            );
+            assert_eq!(has, listed || state == S::Error, "{state}, flags {}", table.flags);
         }
     }
 }

@@ -85,9 +85,7 @@ pub fn row(operation: Operation, state: MigrationState) -> Row {
         (O::Resume, S::PreCopyP2p) => take(S::PreCopyP2p, S::PreCopy),
         (O::Resume, S::Resuming) => Row::Refuse("its state is only half loaded"),
 
-        (O::Load, S::Stop | S::Running | S::RunningP2p | S::Resuming) => {
-            take(S::Resuming, S::Stop)
-        }
+        (O::Load, S::Stop | S::Running | S::RunningP2p | S::Resuming) => take(S::Resuming, S::Stop),
         (O::Load, S::PreCopy | S::PreCopyP2p | S::StopCopy) => {
             Row::Refuse("its state is being saved")
         }

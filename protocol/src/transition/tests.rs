@@ -43,17 +43,11 @@ fn member(number: u32, state: MigrationState) -> Member {
 }
 
 fn optional(member: Member) -> Member {
-    Member {
-        on_loss: OnLoss::ContinueWithout,
-        ..member
-    }
+    Member { on_loss: OnLoss::ContinueWithout, ..member }
 }
 
 fn local(member: Member) -> Member {
-    Member {
-        kind: MemberKind::Local,
-        ..member
-    }
+    Member { kind: MemberKind::Local, ..member }
 }
 
 fn plan(operation: Operation, members: Vec<Member>) -> Plan {
@@ -72,10 +66,7 @@ fn plan(operation: Operation, members: Vec<Member>) -> Plan {
 
 /// Participants 0, 1, … in these states.
 fn machine(operation: Operation, states: &[MigrationState]) -> Plan {
-    let members = states
-        .iter()
-        .zip(0..)
-        .map(|(state, number)| member(number, *state));
+    let members = states.iter().zip(0..).map(|(state, number)| member(number, *state));
     plan(operation, members.collect())
 }
 
@@ -95,11 +86,7 @@ impl Script {
 
     fn prepare(plan: Plan) -> Self {
         let transition = Transition::new(plan).expect("a sound plan");
-        Self {
-            transition,
-            asked: BTreeMap::new(),
-            effects: Vec::new(),
-        }
+        Self { transition, asked: BTreeMap::new(), effects: Vec::new() }
     }
 
     fn step(&mut self, event: Event) -> &[Effect] {
@@ -113,17 +100,8 @@ impl Script {
     }
 
     fn answer(&mut self, number: u32, state: MigrationState, answer: Answer) -> &[Effect] {
-        let Command {
-            term, epoch, phase, ..
-        } = self.asked[&id(number)];
-        self.step(Event::Answer {
-            from: id(number),
-            term,
-            epoch,
-            phase,
-            state,
-            answer,
-        })
+        let Command { term, epoch, phase, .. } = self.asked[&id(number)];
+        self.step(Event::Answer { from: id(number), term, epoch, phase, state, answer })
     }
 
     /// The participant has done what it was told.
@@ -196,8 +174,5 @@ impl Script {
 }
 
 fn held(reasons: &[HeldReason]) -> Outcome {
-    Outcome::Held {
-        reasons: reasons.to_vec(),
-        fenced: Vec::new(),
-    }
+    Outcome::Held { reasons: reasons.to_vec(), fenced: Vec::new() }
 }

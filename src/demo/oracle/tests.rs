@@ -199,12 +199,8 @@ fn a_missing_value_never_equals_another_missing_value() {
 #[test]
 fn a_late_write_is_told_in_words_with_names_and_numbers() {
     let pair = Pair { writer: 3, receiver: 4, descriptor: 0, mailbox: 1 };
-    let late = LateWrite::Mailbox {
-        pair,
-        place: Place::ReceiverLeaving,
-        written: Some(81),
-        found: None,
-    };
+    let late =
+        LateWrite::Mailbox { pair, place: Place::ReceiverLeaving, written: Some(81), found: None };
     assert_eq!(
         late.to_string(),
         "engine3 had written 81 to engine4 when it said that it is quiet, engine4 has nothing in \

@@ -384,13 +384,13 @@ fn late_writes(timeline: &Timeline, plan: &Plan) -> Group {
         let begin = plan.pause_x(to.began_ns).min(end - 3.0);
         let y = plan.lane_y(receiver);
         let height = (plan.band() * 0.16).max(1.5);
-        marks = marks
-            .add(rectangle(begin, y + plan.band() - height, end - begin, height, LATE));
+        marks = marks.add(rectangle(begin, y + plan.band() - height, end - begin, height, LATE));
         if number < 64 {
             let middle = |device| plan.lane_y(device) + plan.band() / 2.0;
             let (y1, y2) = (middle(writer), middle(receiver));
             let bend = end + 8.0 + (number % 8) as f64 * 3.0;
-            let curve = format!("M{end:.1},{y1:.1} C{bend:.1},{y1:.1} {bend:.1},{y2:.1} {end:.1},{y2:.1}");
+            let curve =
+                format!("M{end:.1},{y1:.1} C{bend:.1},{y1:.1} {bend:.1},{y2:.1} {end:.1},{y2:.1}");
             arrows = arrows.add(
                 Path::new()
                     .set("d", curve)
@@ -410,7 +410,8 @@ fn axis(timeline: &Timeline, plan: &Plan) -> Group {
     let step = tick_step(total / 9);
     let y = plan.lanes_bottom() + 8.0;
     let mut group = Group::new();
-    let halves = [(plan.pause_left, timeline.pause.end_ns), (plan.resume_left, timeline.resume.end_ns)];
+    let halves =
+        [(plan.pause_left, timeline.pause.end_ns), (plan.resume_left, timeline.resume.end_ns)];
     for (left, end) in halves {
         let x = |ns: u64| left + ns as f64 * plan.pixels_per_ns;
         group = group.add(line(x(0), y, x(end), y, "#9aa5b1"));

@@ -109,13 +109,9 @@ fn the_time_for_evidence_is_left_out_of_its_phase_and_of_those_after_it() {
             command(Phase::PrepareStop, 1_000, 11_000, 6_000),
             command(Phase::Stop, 12_000, 15_000, 0),
         ],
-        vec![
-            command(Phase::PrepareStop, 1_000, 6_000, 0),
-            command(Phase::Stop, 12_500, 14_000, 0),
-        ],
+        vec![command(Phase::PrepareStop, 1_000, 6_000, 0), command(Phase::Stop, 12_500, 14_000, 0)],
     ];
-    let transition =
-        Transition::new(&report(devices), &[Phase::PrepareStop, Phase::Stop]);
+    let transition = Transition::new(&report(devices), &[Phase::PrepareStop, Phase::Stop]);
     // The slow one took 10 µs, 6 of them for evidence: the barrier is at the other's 6 µs, and
     // what came after it was 5 µs later than it would have been.
     let span = |phase, began_ns, ended_ns| PhaseSpan { phase, began_ns, ended_ns };
@@ -133,7 +129,8 @@ fn a_step_keeps_its_order_whatever_a_device_claims() {
         *timings = Timings { hook_ns: u64::MAX, drain_ns: u64::MAX, ..Timings::default() };
     }
     let step = Step::new(&wild, 0).unwrap();
-    let order = [step.sent_ns, step.began_ns, step.hook_ended_ns, step.reached_ns, step.answered_ns];
+    let order =
+        [step.sent_ns, step.began_ns, step.hook_ended_ns, step.reached_ns, step.answered_ns];
     assert!(order.is_sorted(), "{order:?}");
 }
 
@@ -174,8 +171,7 @@ fn labels_of_phases_that_are_too_short_do_not_cover_each_other() {
             command(Phase::Stop, 20_000_100, 20_001_000, 0),
         ]
     };
-    let timeline =
-        Timeline::new(1, &report((0..2).map(lane).collect()), &resume(2), Vec::new());
+    let timeline = Timeline::new(1, &report((0..2).map(lane).collect()), &resume(2), Vec::new());
     let picture = draw(&timeline).to_string();
     let mut at: Vec<f64> = Vec::new();
     let mut x = None;

@@ -16,16 +16,10 @@ pub async fn within<F: Future>(deadline: Duration, what: &str, call: F) -> F::Ou
     let began = Instant::now();
     let limit = deadline + GRACE;
     let Ok(output) = tokio::time::timeout(limit, call).await else {
-        panic!(
-            "{what} has not ended after {:?}; its deadline is {deadline:?}",
-            began.elapsed()
-        );
+        panic!("{what} has not ended after {:?}; its deadline is {deadline:?}", began.elapsed());
     };
     // A blocked runtime sees its own timers late.
     let took = began.elapsed();
-    assert!(
-        took <= limit,
-        "{what} took {took:?}; its deadline is {deadline:?}"
-    );
+    assert!(took <= limit, "{what} took {took:?}; its deadline is {deadline:?}");
     output
 }

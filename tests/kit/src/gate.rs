@@ -30,11 +30,7 @@ impl Gate {
         let path = folder.path().join("gate");
         mknodat(CWD, &path, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0)?;
         let writer = open(&path, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
-        Ok(Self {
-            path,
-            _writer: writer,
-            _folder: folder,
-        })
+        Ok(Self { path, _writer: writer, _folder: folder })
     }
 
     /// The key by which others wait here.
@@ -71,11 +67,7 @@ impl GateKey {
     ///
     /// If the FIFO cannot be opened for another reason than that it is gone.
     pub fn watch(&self) -> io::Result<Option<GateWatch>> {
-        match open(
-            &self.0,
-            OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC,
-            Mode::empty(),
-        ) {
+        match open(&self.0, OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC, Mode::empty()) {
             Ok(fd) => Ok(Some(GateWatch(fd))),
             Err(Errno::NOENT) => Ok(None),
             Err(error) => Err(error.into()),
@@ -127,10 +119,7 @@ mod tests {
             let key = key.clone();
             std::thread::spawn(move || done.send(key.wait()))
         };
-        assert!(
-            ended.recv_timeout(Duration::from_millis(50)).is_err(),
-            "it did not hold"
-        );
+        assert!(ended.recv_timeout(Duration::from_millis(50)).is_err(), "it did not hold");
         gate.open();
         assert!(ended.recv_timeout(Duration::from_secs(10)).unwrap().is_ok());
         waiter.join().unwrap().unwrap();

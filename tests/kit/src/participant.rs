@@ -24,10 +24,7 @@ impl TracedHook {
     ///
     /// If the trace cannot be opened.
     pub fn new(name: &str, trace: &Trace) -> io::Result<Self> {
-        Ok(Self {
-            trace: trace.writer(name)?,
-            on_call: Box::new(|_| Ok(())),
-        })
+        Ok(Self { trace: trace.writer(name)?, on_call: Box::new(|_| Ok(())) })
     }
 
     /// Does this at each call; may fail, may block.
@@ -44,11 +41,7 @@ impl TracedHook {
     #[must_use]
     pub fn failing(self, when: Call) -> Self {
         self.doing(move |call| {
-            if call == when {
-                Err(format!("{when:?} fails as it was told").into())
-            } else {
-                Ok(())
-            }
+            if call == when { Err(format!("{when:?} fails as it was told").into()) } else { Ok(()) }
         })
     }
 
@@ -62,9 +55,7 @@ impl TracedHook {
 
 impl fmt::Debug for TracedHook {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("TracedHook")
-            .field("trace", &self.trace)
-            .finish_non_exhaustive()
+        f.debug_struct("TracedHook").field("trace", &self.trace).finish_non_exhaustive()
     }
 }
 
@@ -94,11 +85,7 @@ impl TracedLocal {
     /// If the trace cannot be opened.
     pub fn new(name: &str, trace: &Trace) -> io::Result<Self> {
         let on_command = Box::new(|_| Ok(()));
-        Ok(Self {
-            trace: trace.writer(name)?,
-            state: MigrationState::Running,
-            on_command,
-        })
+        Ok(Self { trace: trace.writer(name)?, state: MigrationState::Running, on_command })
     }
 
     /// Does this at each command; may block. Where it fails, the command is refused.
@@ -114,9 +101,7 @@ impl TracedLocal {
 
 impl fmt::Debug for TracedLocal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("TracedLocal")
-            .field("state", &self.state)
-            .finish_non_exhaustive()
+        f.debug_struct("TracedLocal").field("state", &self.state).finish_non_exhaustive()
     }
 }
 
@@ -131,28 +116,16 @@ impl LocalDevice for TracedLocal {
         command: &Command,
     ) -> Result<(), (LocalError, MigrationState)> {
         let Command { phase, epoch, .. } = *command;
-        self.trace.write(What::Received {
-            phase,
-            epoch,
-            target,
-        });
+        self.trace.write(What::Received { phase, epoch, target });
         let result = (self.on_command)(phase);
         match result {
             Ok(()) => {
                 self.state = target;
-                self.trace.write(What::Reached {
-                    phase,
-                    epoch,
-                    state: target,
-                });
+                self.trace.write(What::Reached { phase, epoch, state: target });
                 Ok(())
             }
             Err(error) => {
-                self.trace.write(What::Refused {
-                    phase,
-                    epoch,
-                    state: self.state,
-                });
+                self.trace.write(What::Refused { phase, epoch, state: self.state });
                 Err((error, self.state))
             }
         }

@@ -44,11 +44,7 @@ impl Processes {
     #[must_use]
     pub fn of_trace(trace: &Trace) -> Self {
         let began = |what| {
-            if let What::Began { pid } = what {
-                Some(pid)
-            } else {
-                None
-            }
+            if let What::Began { pid } = what { Some(pid) } else { None }
         };
         let entries = trace.entries().into_iter();
         Self::new(entries.filter_map(|entry| Some((entry.who, began(entry.what)?))))
@@ -57,9 +53,7 @@ impl Processes {
     fn new(processes: impl Iterator<Item = (String, u32)>) -> Self {
         let watch = |(name, pid): (String, u32)| {
             let known = i32::try_from(pid).ok().and_then(Pid::from_raw);
-            let Some(known) = known else {
-                panic!("{name} has the impossible pid {pid}")
-            };
+            let Some(known) = known else { panic!("{name} has the impossible pid {pid}") };
             let pidfd = match pidfd_open(known, PidfdFlags::empty()) {
                 Ok(pidfd) => Some(pidfd),
                 Err(Errno::SRCH) => None,
@@ -85,19 +79,14 @@ impl Processes {
     /// Only those of these names.
     #[must_use]
     pub fn only(mut self, names: &[&str]) -> Self {
-        self.0
-            .retain(|process| names.contains(&process.name.as_str()));
+        self.0.retain(|process| names.contains(&process.name.as_str()));
         self
     }
 
     /// Names of those that live or are zombies.
     #[must_use]
     pub fn left(&self) -> Vec<&str> {
-        self.0
-            .iter()
-            .filter(|p| !p.is_gone())
-            .map(|p| p.name.as_str())
-            .collect()
+        self.0.iter().filter(|p| !p.is_gone()).map(|p| p.name.as_str()).collect()
     }
 
     /// Checks that all end and are reaped within that time.
@@ -113,10 +102,7 @@ impl Processes {
             };
             let Process { name, pid, .. } = process;
             let state = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-            assert!(
-                Instant::now() < end,
-                "{name} (pid {pid}) is left after {time:?}: {state}"
-            );
+            assert!(Instant::now() < end, "{name} (pid {pid}) is left after {time:?}: {state}");
             tokio::time::sleep(INTERVAL).await;
         }
     }
@@ -130,10 +116,7 @@ impl Process {
         };
         // Looks without taking: a child, living or a zombie, can be waited for.
         let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
-        matches!(
-            waitid(WaitId::PidFd(pidfd.as_fd()), options),
-            Err(Errno::CHILD)
-        )
+        matches!(waitid(WaitId::PidFd(pidfd.as_fd()), options), Err(Errno::CHILD))
     }
 }
 
@@ -163,8 +146,6 @@ mod tests {
     async fn a_process_that_is_left_is_named() {
         let (_child, processes) = child();
         // Its pipe ends, and so does it, when this test unwinds.
-        processes
-            .assert_gone_within(Duration::from_millis(20))
-            .await;
+        processes.assert_gone_within(Duration::from_millis(20)).await;
     }
 }

@@ -207,11 +207,7 @@ impl Script {
         steps: impl IntoIterator<Item = Step>,
     ) -> Self {
         let steps = steps.into_iter().collect();
-        self.cues.push(Cue {
-            trigger: trigger.into(),
-            nth,
-            steps,
-        });
+        self.cues.push(Cue { trigger: trigger.into(), nth, steps });
         self
     }
 
@@ -268,14 +264,10 @@ impl Script {
 pub fn rogue_device() -> Result<PathBuf, RogueError> {
     let test = std::env::current_exe().map_err(RogueError::Lost)?;
     let folders = test.ancestors().skip(1).take(2);
-    let programs: Vec<_> = folders
-        .map(|folder: &Path| folder.join("rogue-device"))
-        .collect();
+    let programs: Vec<_> = folders.map(|folder: &Path| folder.join("rogue-device")).collect();
     match programs.iter().find(|program| program.is_file()) {
         Some(program) => Ok(program.clone()),
-        None => Err(RogueError::Missing(
-            programs.into_iter().next_back().unwrap_or_default(),
-        )),
+        None => Err(RogueError::Missing(programs.into_iter().next_back().unwrap_or_default())),
     }
 }
 
@@ -290,39 +282,19 @@ mod tests {
             .without_p2p()
             .versions(7, 9)
             .on(Trigger::Hello, [Step::Say("boo".into()), Step::Exit(3)])
-            .on_nth(
-                Phase::Stop,
-                2,
-                [
-                    Step::Send(Packet::Forged(Forgery::Phase)),
-                    Step::hold(&gate),
-                ],
-            )
-            .on(
-                Phase::Start,
-                [
-                    Step::Delay(Duration::from_millis(5)),
-                    Step::Refuse("no".into()),
-                ],
-            );
+            .on_nth(Phase::Stop, 2, [Step::Send(Packet::Forged(Forgery::Phase)), Step::hold(&gate)])
+            .on(Phase::Start, [Step::Delay(Duration::from_millis(5)), Step::Refuse("no".into())]);
         let argument = serde_json::to_string(&script).unwrap();
         assert_eq!(serde_json::from_str::<Script>(&argument).unwrap(), script);
     }
 
     #[test]
     fn the_nth_message_finds_its_cue() {
-        let script = Script::honest()
-            .on_nth(Phase::Stop, 2, [Step::Crash])
-            .on(Phase::Start, [Step::Freeze]);
+        let script =
+            Script::honest().on_nth(Phase::Stop, 2, [Step::Crash]).on(Phase::Start, [Step::Freeze]);
         assert_eq!(script.steps(Phase::Stop.into(), 1), None);
-        assert_eq!(
-            script.steps(Phase::Stop.into(), 2),
-            Some(&[Step::Crash][..])
-        );
+        assert_eq!(script.steps(Phase::Stop.into(), 2), Some(&[Step::Crash][..]));
         assert_eq!(script.steps(Phase::Stop.into(), 3), None);
-        assert_eq!(
-            script.steps(Phase::Start.into(), 9),
-            Some(&[Step::Freeze][..])
-        );
+        assert_eq!(script.steps(Phase::Start.into(), 9), Some(&[Step::Freeze][..]));
     }
 }

@@ -106,10 +106,7 @@ impl TraceWriter {
     /// If the file cannot be opened.
     pub fn open(path: &Path, who: impl Into<String>) -> io::Result<Self> {
         let file = File::options().create(true).append(true).open(path)?;
-        Ok(Self {
-            who: who.into(),
-            file: Arc::new(file),
-        })
+        Ok(Self { who: who.into(), file: Arc::new(file) })
     }
 
     /// Appends an entry, now.
@@ -121,20 +118,12 @@ impl TraceWriter {
         let now = clock_gettime(ClockId::Monotonic);
         let seconds = u64::try_from(now.tv_sec).unwrap_or(0);
         let at_ns = seconds * 1_000_000_000 + u64::try_from(now.tv_nsec).unwrap_or(0);
-        let entry = Entry {
-            at_ns,
-            who: self.who.clone(),
-            what,
-        };
+        let entry = Entry { at_ns, who: self.who.clone(), what };
         let line = serde_json::to_string(&entry).map(|text| text + "\n");
         // One write with O_APPEND: lines of several writers do not mix.
         let written = line.map_err(io::Error::from).and_then(|line| {
             let length = (&*self.file).write(line.as_bytes())?;
-            if length == line.len() {
-                Ok(())
-            } else {
-                Err(io::ErrorKind::WriteZero.into())
-            }
+            if length == line.len() { Ok(()) } else { Err(io::ErrorKind::WriteZero.into()) }
         });
         if let Err(error) = written {
             panic!("{} cannot write to the trace: {error}", self.who);
@@ -159,10 +148,7 @@ impl Trace {
         let folder = tempfile::tempdir()?;
         let path = folder.path().join("trace.jsonl");
         File::create(&path)?;
-        Ok(Self {
-            path,
-            _folder: folder,
-        })
+        Ok(Self { path, _folder: folder })
     }
 
     /// Where the file is.
@@ -223,11 +209,7 @@ impl Trace {
     pub async fn wait_for(&self, what: &str, wanted: impl Fn(&[Entry]) -> bool) {
         let end = Instant::now() + Duration::from_secs(20);
         while !wanted(&self.entries()) {
-            assert!(
-                Instant::now() < end,
-                "waited in vain for {what}:\n{}",
-                self.text()
-            );
+            assert!(Instant::now() < end, "waited in vain for {what}:\n{}", self.text());
             tokio::time::sleep(INTERVAL).await;
         }
     }
@@ -236,20 +218,14 @@ impl Trace {
     #[must_use]
     pub fn received(&self, phase: Phase) -> Vec<Entry> {
         let is = |what: &What| matches!(what, What::Received { phase: p, .. } if *p == phase);
-        self.entries()
-            .into_iter()
-            .filter(|entry| is(&entry.what))
-            .collect()
+        self.entries().into_iter().filter(|entry| is(&entry.what)).collect()
     }
 
     /// Who has carried out a command of that phase so far, each as often as it did.
     #[must_use]
     pub fn reached(&self, phase: Phase) -> Vec<Entry> {
         let is = |what: &What| matches!(what, What::Reached { phase: p, .. } if *p == phase);
-        self.entries()
-            .into_iter()
-            .filter(|entry| is(&entry.what))
-            .collect()
+        self.entries().into_iter().filter(|entry| is(&entry.what)).collect()
     }
 
     /// Where somebody said last that it is; `None` if it has answered nothing.
@@ -259,11 +235,7 @@ impl Trace {
             What::Reached { state, .. } | What::Refused { state, .. } => Some(state),
             _ => None,
         };
-        self.entries()
-            .iter()
-            .rev()
-            .filter(|entry| entry.who == who)
-            .find_map(state)
+        self.entries().iter().rev().filter(|entry| entry.who == who).find_map(state)
     }
 }
 
@@ -287,15 +259,9 @@ mod tests {
         let entries = trace.entries();
         assert!(entries.is_sorted_by_key(|entry| entry.at_ns));
         for who in ["one", "other"] {
-            let sequences = entries
-                .iter()
-                .filter(|entry| entry.who == who)
-                .map(|e| e.what);
+            let sequences = entries.iter().filter(|entry| entry.who == who).map(|e| e.what);
             let expected = (0..500).map(|sequence| What::Memory { sequence });
-            assert!(
-                sequences.eq(expected),
-                "lines of {who} are lost or out of order"
-            );
+            assert!(sequences.eq(expected), "lines of {who} are lost or out of order");
         }
     }
 }

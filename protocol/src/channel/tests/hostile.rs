@@ -12,13 +12,7 @@ fn send_raw(to: &impl AsFd, packet: &[u8], fds: &[BorrowedFd<'_>]) {
     if !fds.is_empty() {
         assert!(control.push(SendAncillaryMessage::ScmRights(fds)));
     }
-    sendmsg(
-        to,
-        &[IoSlice::new(packet)],
-        &mut control,
-        SendFlags::NOSIGNAL,
-    )
-    .unwrap();
+    sendmsg(to, &[IoSlice::new(packet)], &mut control, SendFlags::NOSIGNAL).unwrap();
 }
 
 fn packet<M: Message>(message: &M) -> Vec<u8> {
@@ -31,10 +25,7 @@ fn an_empty_packet_is_an_error_and_not_the_end() {
     send(&device, &[], SendFlags::empty()).unwrap();
     device.try_send(&heartbeat(1), &[]).unwrap();
     assert!(matches!(coordinator.try_recv(), Err(RecvError::Empty)));
-    assert_eq!(
-        coordinator.try_recv().unwrap().unwrap().message,
-        heartbeat(1)
-    );
+    assert_eq!(coordinator.try_recv().unwrap().unwrap().message, heartbeat(1));
 }
 
 #[test]
@@ -44,14 +35,8 @@ fn an_empty_packet_before_a_dead_peers_last_message_hides_nothing() {
     device.try_send(&heartbeat(1), &[]).unwrap();
     drop(device);
     assert!(matches!(coordinator.try_recv(), Err(RecvError::Empty)));
-    assert_eq!(
-        coordinator.try_recv().unwrap().unwrap().message,
-        heartbeat(1)
-    );
-    assert!(matches!(
-        coordinator.try_recv(),
-        Err(RecvError::Disconnected)
-    ));
+    assert_eq!(coordinator.try_recv().unwrap().unwrap().message, heartbeat(1));
+    assert!(matches!(coordinator.try_recv(), Err(RecvError::Disconnected)));
 }
 
 #[test]
@@ -70,10 +55,7 @@ fn an_oversized_packet_is_refused_with_its_length() {
         let file = Marked::new("oversized");
         send_raw(&device, &vec![0; length], &[file.file.as_fd()]);
         let error = coordinator.try_recv().unwrap_err();
-        assert!(
-            matches!(error, RecvError::Oversized { length: l } if l == length),
-            "{error}"
-        );
+        assert!(matches!(error, RecvError::Oversized { length: l } if l == length), "{error}");
         assert_eq!(file.open_fds(), 1);
     }
     // Exactly the longest is not oversized, only nonsense.
@@ -86,21 +68,14 @@ fn garbage_and_truncated_messages_are_refused_and_their_fds_closed() {
     let (coordinator, device) = connected();
     let file = Marked::new("garbage");
     let good = packet(&hello(1));
-    for bad in [
-        &b"garbage, and not even a header"[..],
-        &good[..good.len() - 1],
-        &good[..4],
-    ] {
+    for bad in [&b"garbage, and not even a header"[..], &good[..good.len() - 1], &good[..4]] {
         send_raw(&device, bad, &[file.file.as_fd()]);
         assert!(matches!(coordinator.try_recv(), Err(RecvError::Decode(_))));
         assert_eq!(file.open_fds(), 1);
     }
     // Each was refused whole: the next message is received.
     device.try_send(&heartbeat(1), &[]).unwrap();
-    assert_eq!(
-        coordinator.try_recv().unwrap().unwrap().message,
-        heartbeat(1)
-    );
+    assert_eq!(coordinator.try_recv().unwrap().unwrap().message, heartbeat(1));
 }
 
 #[test]
@@ -108,22 +83,12 @@ fn more_or_fewer_fds_than_announced_are_refused_and_closed() {
     let (coordinator, device) = connected();
     let file = Marked::new("announced");
     let fd = file.file.as_fd();
-    for (message, announced, sent) in [
-        (hello(2), 2, 1),
-        (hello(2), 2, 3),
-        (hello(0), 0, 1),
-        (heartbeat(1), 0, 16),
-    ] {
+    for (message, announced, sent) in
+        [(hello(2), 2, 1), (hello(2), 2, 3), (hello(0), 0, 1), (heartbeat(1), 0, 16)]
+    {
         send_raw(&device, &packet(&message), &vec![fd; sent]);
         let error = coordinator.try_recv().unwrap_err();
-        let RecvError::Fds {
-            announced: a,
-            received,
-            ..
-        } = error
-        else {
-            panic!("{error:?}")
-        };
+        let RecvError::Fds { announced: a, received, .. } = error else { panic!("{error:?}") };
         assert_eq!((a, received), (announced, sent));
         assert_eq!(file.open_fds(), 1);
     }
@@ -135,16 +100,9 @@ fn more_fds_than_any_message_has_are_refused_and_leave_none_open() {
     let file = Marked::new("flood");
     // 253 is what the kernel lets pass at once.
     for count in [MAX_FDS + 1, MAX_FDS + 2, 32, 253] {
-        send_raw(
-            &device,
-            &packet(&hello(16)),
-            &vec![file.file.as_fd(); count],
-        );
+        send_raw(&device, &packet(&hello(16)), &vec![file.file.as_fd(); count]);
         let error = coordinator.try_recv().unwrap_err();
-        assert!(
-            matches!(error, RecvError::FdsTruncated { .. }),
-            "{count}: {error:?}"
-        );
+        assert!(matches!(error, RecvError::FdsTruncated { .. }), "{count}: {error:?}");
         assert_eq!(file.open_fds(), 1, "after {count}");
     }
 }
@@ -155,23 +113,12 @@ fn a_dead_peers_queued_answer_is_received_before_the_end() {
     device.try_send(&heartbeat(1), &[]).unwrap();
     device.try_send(&heartbeat(2), &[]).unwrap();
     drop(device);
-    assert_eq!(
-        coordinator.try_recv().unwrap().unwrap().message,
-        heartbeat(1)
-    );
-    assert_eq!(
-        coordinator.try_recv().unwrap().unwrap().message,
-        heartbeat(2)
-    );
+    assert_eq!(coordinator.try_recv().unwrap().unwrap().message, heartbeat(1));
+    assert_eq!(coordinator.try_recv().unwrap().unwrap().message, heartbeat(2));
     for _ in 0..2 {
-        assert!(matches!(
-            coordinator.try_recv(),
-            Err(RecvError::Disconnected)
-        ));
+        assert!(matches!(coordinator.try_recv(), Err(RecvError::Disconnected)));
     }
-    let error = coordinator
-        .try_send(&command(Phase::Stop, 1), &[])
-        .unwrap_err();
+    let error = coordinator.try_send(&command(Phase::Stop, 1), &[]).unwrap_err();
     assert!(matches!(error, SendError::Disconnected));
 }
 
@@ -182,14 +129,8 @@ fn a_peer_that_dies_with_unread_messages_still_has_its_answers_received() {
     device.try_send(&heartbeat(1), &[]).unwrap();
     // The kernel now gives ECONNRESET ahead of the queued message.
     drop(device);
-    assert_eq!(
-        coordinator.try_recv().unwrap().unwrap().message,
-        heartbeat(1)
-    );
-    assert!(matches!(
-        coordinator.try_recv(),
-        Err(RecvError::Disconnected)
-    ));
+    assert_eq!(coordinator.try_recv().unwrap().unwrap().message, heartbeat(1));
+    assert!(matches!(coordinator.try_recv(), Err(RecvError::Disconnected)));
 }
 
 #[test]
@@ -207,14 +148,8 @@ fn a_peer_that_only_shuts_its_writing_down_is_gone() {
     let (coordinator, device) = connected();
     device.try_send(&heartbeat(1), &[]).unwrap();
     shutdown(&device, Shutdown::Write).unwrap();
-    assert_eq!(
-        coordinator.try_recv().unwrap().unwrap().message,
-        heartbeat(1)
-    );
-    assert!(matches!(
-        coordinator.try_recv(),
-        Err(RecvError::Disconnected)
-    ));
+    assert_eq!(coordinator.try_recv().unwrap().unwrap().message, heartbeat(1));
+    assert!(matches!(coordinator.try_recv(), Err(RecvError::Disconnected)));
 }
 
 #[test]

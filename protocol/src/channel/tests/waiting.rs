@@ -16,10 +16,7 @@ const SHORT: Duration = Duration::from_millis(20);
 
 fn fill(coordinator: &CoordinatorEnd) -> usize {
     let mut sent = 0;
-    while coordinator
-        .try_send(&command(Phase::Stop, sent), &[])
-        .is_ok()
-    {
+    while coordinator.try_send(&command(Phase::Stop, sent), &[]).is_ok() {
         sent += 1;
     }
     usize::try_from(sent).unwrap()
@@ -31,10 +28,7 @@ fn receiving_gives_up_after_its_timeout() {
     for timeout in [Duration::ZERO, SHORT] {
         let begin = Instant::now();
         let error = coordinator.recv(timeout).unwrap_err();
-        assert!(
-            matches!(error, RecvError::TimedOut { timeout: t } if t == timeout),
-            "{error}"
-        );
+        assert!(matches!(error, RecvError::TimedOut { timeout: t } if t == timeout), "{error}");
         assert!(begin.elapsed() >= timeout);
         assert!(begin.elapsed() < LONG);
     }
@@ -45,13 +39,8 @@ fn sending_gives_up_after_its_timeout() {
     let (coordinator, _device) = connected();
     fill(&coordinator);
     let begin = Instant::now();
-    let error = coordinator
-        .send(&command(Phase::Stop, 1), &[], SHORT)
-        .unwrap_err();
-    assert!(
-        matches!(error, SendError::TimedOut { timeout: SHORT }),
-        "{error}"
-    );
+    let error = coordinator.send(&command(Phase::Stop, 1), &[], SHORT).unwrap_err();
+    assert!(matches!(error, SendError::TimedOut { timeout: SHORT }), "{error}");
     assert!(begin.elapsed() >= SHORT);
 }
 
@@ -59,10 +48,7 @@ fn sending_gives_up_after_its_timeout() {
 fn what_is_there_is_received_even_without_time() {
     let (coordinator, device) = connected();
     device.try_send(&heartbeat(1), &[]).unwrap();
-    assert_eq!(
-        coordinator.recv(Duration::ZERO).unwrap().message,
-        heartbeat(1)
-    );
+    assert_eq!(coordinator.recv(Duration::ZERO).unwrap().message, heartbeat(1));
 }
 
 #[test]
@@ -73,17 +59,9 @@ fn receiving_waits_for_a_message_and_for_the_end() {
         device.recv(LONG).unwrap();
         device.send(&heartbeat(7), &[], LONG).unwrap();
     });
-    coordinator
-        .send(&command(Phase::Stop, 1), &[], LONG)
-        .unwrap();
-    assert_eq!(
-        coordinator.recv(Duration::MAX).unwrap().message,
-        heartbeat(7)
-    );
-    assert!(matches!(
-        coordinator.recv(Duration::MAX),
-        Err(RecvError::Disconnected)
-    ));
+    coordinator.send(&command(Phase::Stop, 1), &[], LONG).unwrap();
+    assert_eq!(coordinator.recv(Duration::MAX).unwrap().message, heartbeat(7));
+    assert!(matches!(coordinator.recv(Duration::MAX), Err(RecvError::Disconnected)));
     sender.join().unwrap();
 }
 
@@ -97,18 +75,13 @@ fn sending_waits_until_the_peer_reads() {
         }
         device.try_recv().unwrap().is_none()
     });
-    coordinator
-        .send(&command(Phase::Stop, 0), &[], LONG)
-        .unwrap();
+    coordinator.send(&command(Phase::Stop, 0), &[], LONG).unwrap();
     assert!(reader.join().unwrap());
 }
 
 /// Runs a future on a runtime like that of a device process, bounded.
 fn run<T>(future: impl Future<Output = T>) -> T {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime
         .block_on(async { tokio::time::timeout(LONG, future).await })
         .expect("a wake-up was lost")
@@ -139,18 +112,12 @@ fn an_async_channel_sends_receives_and_ends() {
             device.send(&heartbeat(1), &[]).await.unwrap();
         };
         let ask = async {
-            coordinator
-                .send(&command(Phase::Save, 1), &[file.file.as_fd()])
-                .await
-                .unwrap();
+            coordinator.send(&command(Phase::Save, 1), &[file.file.as_fd()]).await.unwrap();
             assert_eq!(coordinator.recv().await.unwrap().message, heartbeat(1));
         };
         tokio::join!(ask, echo);
         drop(device);
-        assert!(matches!(
-            coordinator.recv().await,
-            Err(RecvError::Disconnected)
-        ));
+        assert!(matches!(coordinator.recv().await, Err(RecvError::Disconnected)));
     });
 }
 
@@ -162,9 +129,7 @@ fn every_queued_message_is_received_after_one_wake_up() {
         // Several at once, then several more after the queue was drained to EAGAIN.
         for round in 0..3 {
             for sequence in 0..10 {
-                device
-                    .try_send(&heartbeat(round * 10 + sequence), &[])
-                    .unwrap();
+                device.try_send(&heartbeat(round * 10 + sequence), &[]).unwrap();
             }
             for sequence in 0..10 {
                 let received = coordinator.recv().await.unwrap();
@@ -235,12 +200,7 @@ fn async_sending_waits_until_the_peer_reads() {
         let message = command(Phase::Start, 0);
         let mut sending = pin!(coordinator.send(&message, &[]));
         let waker = Waker::from(Arc::new(Ignored));
-        assert!(
-            sending
-                .as_mut()
-                .poll(&mut Context::from_waker(&waker))
-                .is_pending()
-        );
+        assert!(sending.as_mut().poll(&mut Context::from_waker(&waker)).is_pending());
 
         let device = AsyncChannel::new(device).unwrap();
         let read = async {
@@ -262,10 +222,7 @@ fn a_dropped_receive_loses_no_message() {
         for sequence in 0..10 {
             assert!(is_pending(coordinator.recv()));
             device.try_send(&heartbeat(sequence), &[]).unwrap();
-            assert_eq!(
-                coordinator.recv().await.unwrap().message,
-                heartbeat(sequence)
-            );
+            assert_eq!(coordinator.recv().await.unwrap().message, heartbeat(sequence));
         }
     });
 }
@@ -279,8 +236,5 @@ impl Wake for Ignored {
 /// Polls once and drops.
 fn is_pending<T>(future: impl Future<Output = T>) -> bool {
     let waker = Waker::from(Arc::new(Ignored));
-    matches!(
-        pin!(future).poll(&mut Context::from_waker(&waker)),
-        Poll::Pending
-    )
+    matches!(pin!(future).poll(&mut Context::from_waker(&waker)), Poll::Pending)
 }

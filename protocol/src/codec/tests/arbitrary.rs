@@ -25,15 +25,7 @@ fn state() -> impl Strategy<Value = MigrationState> {
 
 fn phase() -> impl Strategy<Value = Phase> {
     use Phase::*;
-    select(vec![
-        PrepareStop,
-        Stop,
-        PrepareStart,
-        Start,
-        Save,
-        Load,
-        Reset,
-    ])
+    select(vec![PrepareStop, Stop, PrepareStart, Start, Save, Load, Reset])
 }
 
 fn term() -> impl Strategy<Value = Term> {
@@ -49,10 +41,7 @@ fn machine() -> impl Strategy<Value = Uuid> {
 }
 
 fn versions() -> impl Strategy<Value = VersionRange> {
-    (1..=u16::MAX, 1..=u16::MAX).prop_map(|(a, b)| VersionRange {
-        min: a.min(b),
-        max: a.max(b),
-    })
+    (1..=u16::MAX, 1..=u16::MAX).prop_map(|(a, b)| VersionRange { min: a.min(b), max: a.max(b) })
 }
 
 fn coordinator_message() -> impl Strategy<Value = CoordinatorMessage> {
@@ -79,33 +68,16 @@ fn coordinator_message() -> impl Strategy<Value = CoordinatorMessage> {
             ),
         (versions(), text(MAX_TEXT))
             .prop_map(|(versions, reason)| M::Reject(Reject { versions, reason })),
-        (
-            term(),
-            epoch(),
-            phase(),
-            state(),
-            any::<u64>(),
-            any::<u64>()
-        )
-            .prop_map(|(term, epoch, phase, target, budget_ns, lease)| {
+        (term(), epoch(), phase(), state(), any::<u64>(), any::<u64>()).prop_map(
+            |(term, epoch, phase, target, budget_ns, lease)| {
                 let lease_ns = if phase == Phase::Stop { lease } else { 0 };
-                M::Command(Command {
-                    term,
-                    epoch,
-                    phase,
-                    target,
-                    budget_ns,
-                    lease_ns,
-                })
-            }),
+                M::Command(Command { term, epoch, phase, target, budget_ns, lease_ns })
+            }
+        ),
         (term(), epoch()).prop_map(|(term, epoch)| M::Abort(Abort { term, epoch })),
         (term(), epoch()).prop_map(|(term, epoch)| M::Query(Query { term, epoch })),
         (term(), any::<u64>(), 1..=16_u8).prop_map(|(term, sequence, ram_fds)| M::Memory(
-            MemoryDeclaration {
-                term,
-                sequence,
-                ram_fds
-            }
+            MemoryDeclaration { term, sequence, ram_fds }
         )),
         (term(), any::<u64>())
             .prop_map(|(term, grace_ns)| M::Shutdown(Shutdown { term, grace_ns })),
@@ -114,26 +86,15 @@ fn coordinator_message() -> impl Strategy<Value = CoordinatorMessage> {
 
 fn evidence() -> impl Strategy<Value = Evidence> {
     use CounterKind::*;
-    let counter = (
-        select(vec![Written, Received, Interrupts]),
-        any::<u32>(),
-        any::<u64>(),
-    )
+    let counter = (select(vec![Written, Received, Interrupts]), any::<u32>(), any::<u64>())
         .prop_map(|(kind, index, value)| Counter { kind, index, value });
-    (option::of(any::<u64>()), vec(counter, 0..=MAX_COUNTERS)).prop_map(
-        |(memory_hash, counters)| Evidence {
-            memory_hash,
-            counters,
-        },
-    )
+    (option::of(any::<u64>()), vec(counter, 0..=MAX_COUNTERS))
+        .prop_map(|(memory_hash, counters)| Evidence { memory_hash, counters })
 }
 
 fn refusal() -> impl Strategy<Value = Refusal> {
     use RefusalKind::*;
-    (
-        select(vec![NoWay, Busy, Device, Drain, Stream, Unsupported]),
-        text(MAX_TEXT),
-    )
+    (select(vec![NoWay, Busy, Device, Drain, Stream, Unsupported]), text(MAX_TEXT))
         .prop_map(|(kind, text)| Refusal { kind, text })
 }
 
@@ -174,69 +135,28 @@ fn device_message() -> impl Strategy<Value = DeviceMessage> {
     use DeviceMessage as M;
     prop_oneof![
         any_hello().prop_map(M::Hello),
-        (
-            term(),
-            epoch(),
-            phase(),
-            state(),
-            any::<[u64; 4]>(),
-            evidence()
-        )
-            .prop_map(
-                |(
-                    term,
-                    epoch,
-                    phase,
-                    state,
-                    [total_ns, hook_ns, drain_ns, evidence_ns],
-                    evidence,
-                )| {
-                    let timings = Timings {
-                        total_ns,
-                        hook_ns,
-                        drain_ns,
-                        evidence_ns,
-                    };
-                    M::Reached(Reached {
-                        term,
-                        epoch,
-                        phase,
-                        state,
-                        timings,
-                        evidence,
-                    })
-                }
-            ),
+        (term(), epoch(), phase(), state(), any::<[u64; 4]>(), evidence()).prop_map(
+            |(term, epoch, phase, state, [total_ns, hook_ns, drain_ns, evidence_ns], evidence)| {
+                let timings = Timings { total_ns, hook_ns, drain_ns, evidence_ns };
+                M::Reached(Reached { term, epoch, phase, state, timings, evidence })
+            }
+        ),
         (term(), epoch(), phase(), state(), refusal()).prop_map(
             |(term, epoch, phase, state, refusal)| {
-                M::Refused(Refused {
-                    term,
-                    epoch,
-                    phase,
-                    state,
-                    refusal,
-                })
+                M::Refused(Refused { term, epoch, phase, state, refusal })
             }
         ),
         (term(), epoch(), state(), state(), option::of(state())).prop_map(
             |(term, epoch, state, client_state, moving_to)| {
-                M::Status(Status {
-                    term,
-                    epoch,
-                    state,
-                    client_state,
-                    moving_to,
-                })
+                M::Status(Status { term, epoch, state, client_state, moving_to })
             }
         ),
         any::<u64>().prop_map(|sequence| M::MemoryAccepted(MemoryAccepted { sequence })),
-        any::<[u64; 3]>().prop_map(
-            |[sequence, progress, dropped_logs]| M::Heartbeat(Heartbeat {
-                sequence,
-                progress,
-                dropped_logs
-            })
-        ),
+        any::<[u64; 3]>().prop_map(|[sequence, progress, dropped_logs]| M::Heartbeat(Heartbeat {
+            sequence,
+            progress,
+            dropped_logs
+        })),
         prop_oneof![
             Just(DeviceEvent::ClientConnected),
             Just(DeviceEvent::ClientDisconnected),

@@ -7,15 +7,9 @@ const LEASE: u64 = 4_000_000_000;
 /// A device that was stopped with a lease, by epoch 1.
 fn leased(target: MigrationState) -> Lifecycle {
     let mut device = device();
-    let stop = Command {
-        lease_ns: LEASE,
-        ..command(1, Phase::Stop, target)
-    };
+    let stop = Command { lease_ns: LEASE, ..command(1, Phase::Stop, target) };
     let effects = carry_out(&mut device, Event::Command(stop));
-    let end = [
-        Effect::Reached(stop, target),
-        Effect::ArmLease(LEASE, Epoch(1)),
-    ];
+    let end = [Effect::Reached(stop, target), Effect::ArmLease(LEASE, Epoch(1))];
     assert_eq!(effects[effects.len() - 2..], end);
     device
 }
@@ -62,10 +56,7 @@ fn half_a_save_hands_nothing_over() {
     device.step(save(2));
     device.step(Event::StreamFailed(refusal()));
     let effects = carry_out(&mut device, Event::LeaseExpired(Epoch(1)));
-    assert!(matches!(
-        effects.last(),
-        Some(Effect::Notify(DeviceEvent::LeaseExpired(_)))
-    ));
+    assert!(matches!(effects.last(), Some(Effect::Notify(DeviceEvent::LeaseExpired(_)))));
 }
 
 #[test]
@@ -74,10 +65,7 @@ fn a_save_that_is_under_way_is_finished_before_the_lease_counts() {
     device.step(save(2));
     assert_eq!(device.step(Event::LeaseExpired(Epoch(1))), []);
     let effects = device.step(Event::StreamDone);
-    assert!(matches!(
-        effects[..],
-        [Effect::Reached(..), Effect::Exit(ExitReason::HandedOver)]
-    ));
+    assert!(matches!(effects[..], [Effect::Reached(..), Effect::Exit(ExitReason::HandedOver)]));
 }
 
 #[test]
@@ -88,20 +76,15 @@ fn a_save_does_not_hold_up_a_lease_that_has_run_out() {
     assert_eq!(device.step(save(2)), [], "it waits");
     let effects = carry_out(&mut device, Event::ArcDone);
     assert!(effects.contains(&Effect::Notify(DeviceEvent::LeaseExpired(S::RunningP2p))));
-    assert!(
-        matches!(effects.last(), Some(Effect::Refused(_, S::RunningP2p, _))),
-        "{effects:?}"
-    );
+    assert!(matches!(effects.last(), Some(Effect::Refused(_, S::RunningP2p, _))), "{effects:?}");
 }
 
 #[test]
 fn any_other_command_ends_the_lease() {
     use MigrationState as S;
-    for (phase, target) in [
-        (Phase::PrepareStart, S::RunningP2p),
-        (Phase::Stop, S::Stop),
-        (Phase::Reset, S::Stop),
-    ] {
+    for (phase, target) in
+        [(Phase::PrepareStart, S::RunningP2p), (Phase::Stop, S::Stop), (Phase::Reset, S::Stop)]
+    {
         let mut device = leased(S::Stop);
         let effects = device.step(Event::Command(command(2, phase, target)));
         assert_eq!(effects.first(), Some(&Effect::DisarmLease), "{phase}");
@@ -117,26 +100,17 @@ fn leaving_stop_copy_makes_a_save_void() {
     bring(&mut device, 1, S::StopCopy);
     carry_out(&mut device, save(2));
     bring(&mut device, 3, S::Stop);
-    let stop = Command {
-        lease_ns: LEASE,
-        ..command(4, Phase::Stop, S::StopCopy)
-    };
+    let stop = Command { lease_ns: LEASE, ..command(4, Phase::Stop, S::StopCopy) };
     carry_out(&mut device, Event::Command(stop));
     let effects = carry_out(&mut device, Event::LeaseExpired(Epoch(4)));
-    assert!(matches!(
-        effects.last(),
-        Some(Effect::Notify(DeviceEvent::LeaseExpired(_)))
-    ));
+    assert!(matches!(effects.last(), Some(Effect::Notify(DeviceEvent::LeaseExpired(_)))));
 }
 
 #[test]
 fn a_device_without_p2p_states_goes_back_to_running() {
     use MigrationState as S;
     let mut device = device_with(MigrationFlags::STOP_COPY);
-    let stop = Command {
-        lease_ns: LEASE,
-        ..command(1, Phase::Stop, S::Stop)
-    };
+    let stop = Command { lease_ns: LEASE, ..command(1, Phase::Stop, S::Stop) };
     carry_out(&mut device, Event::Command(stop));
     carry_out(&mut device, Event::LeaseExpired(Epoch(1)));
     assert_eq!(device.state(), S::Running);

@@ -10,10 +10,7 @@ fn a_device_runs_only_if_both_masters_want_it_to() {
             let mut device = device();
             client_to(&mut device, client);
             bring(&mut device, 1, coordinator);
-            assert_eq!(
-                (device.state(), device.client_state()),
-                (coordinator, client)
-            );
+            assert_eq!((device.state(), device.client_state()), (coordinator, client));
             let cautious = coordinator.activity().min(client.activity());
             assert_eq!(device.activity(), cautious, "{coordinator} and {client}");
         }
@@ -25,24 +22,14 @@ fn an_arc_of_one_master_changes_nothing_that_the_other_holds_back() {
     use MigrationState as S;
     let mut device = device();
     client_to(&mut device, S::Stop);
-    let effects = carry_out(
-        &mut device,
-        Event::Command(command(1, Phase::Stop, S::Stop)),
-    );
+    let effects = carry_out(&mut device, Event::Command(command(1, Phase::Stop, S::Stop)));
     for effect in &effects {
         if let Effect::Arc(arc) = effect {
-            assert_eq!(
-                (arc.before, arc.after),
-                (Activity::Stopped, Activity::Stopped)
-            );
+            assert_eq!((arc.before, arc.after), (Activity::Stopped, Activity::Stopped));
         }
     }
     client_to(&mut device, S::Running);
-    assert_eq!(
-        device.activity(),
-        Activity::Stopped,
-        "the coordinator still holds it"
-    );
+    assert_eq!(device.activity(), Activity::Stopped, "the coordinator still holds it");
 }
 
 #[test]
@@ -56,15 +43,9 @@ fn one_master_at_a_time_holds_a_state_stream() {
             let effects = carry_out(&mut device, request);
             let busy = matches!(
                 effects.last(),
-                Some(Effect::ClientAnswer(Err(Refusal {
-                    kind: RefusalKind::Busy,
-                    ..
-                })))
+                Some(Effect::ClientAnswer(Err(Refusal { kind: RefusalKind::Busy, .. })))
             );
-            assert!(
-                busy,
-                "{wanted} while the coordinator holds {held}: {effects:?}"
-            );
+            assert!(busy, "{wanted} while the coordinator holds {held}: {effects:?}");
             assert!(!holds_stream(device.client_state()));
 
             let mut device = device_with(MigrationFlags::ALL);
@@ -73,14 +54,7 @@ fn one_master_at_a_time_holds_a_state_stream() {
             let effects = carry_out(&mut device, load);
             let busy = matches!(
                 effects.last(),
-                Some(Effect::Refused(
-                    _,
-                    _,
-                    Refusal {
-                        kind: RefusalKind::Busy,
-                        ..
-                    }
-                ))
+                Some(Effect::Refused(_, _, Refusal { kind: RefusalKind::Busy, .. }))
             );
             assert!(busy, "a load while the client holds {held}: {effects:?}");
         }
@@ -91,44 +65,22 @@ fn one_master_at_a_time_holds_a_state_stream() {
 fn error_belongs_to_both_and_its_way_out_to_the_one_who_went_there() {
     use MigrationState as S;
     let reset = Event::Client(ClientRequest::Reset);
-    let broken = Event::ArcFailed {
-        refusal: refusal(),
-        restored: false,
-    };
+    let broken = Event::ArcFailed { refusal: refusal(), restored: false };
     // The client went there: DEVICE_RESET leads out.
     let mut device = device();
     device.step(Event::Client(ClientRequest::SetState(S::RunningP2p)));
     device.step(broken.clone());
-    assert_eq!(
-        (device.state(), device.client_state()),
-        (S::Error, S::Error)
-    );
+    assert_eq!((device.state(), device.client_state()), (S::Error, S::Error));
     assert_eq!(device.activity(), Activity::Stopped);
     let effects = carry_out(&mut device, reset.clone());
-    assert_eq!(
-        effects,
-        [Effect::Reset, Effect::ClientAnswer(Ok(S::Running))]
-    );
-    assert_eq!(
-        (device.state(), device.activity()),
-        (S::Running, Activity::Full)
-    );
+    assert_eq!(effects, [Effect::Reset, Effect::ClientAnswer(Ok(S::Running))]);
+    assert_eq!((device.state(), device.activity()), (S::Running, Activity::Full));
     // The coordinator did: it does not.
-    device.step(Event::Command(command(
-        1,
-        Phase::PrepareStop,
-        S::RunningP2p,
-    )));
+    device.step(Event::Command(command(1, Phase::PrepareStop, S::RunningP2p)));
     device.step(broken);
-    assert_eq!(
-        (device.state(), device.client_state()),
-        (S::Error, S::Error)
-    );
+    assert_eq!((device.state(), device.client_state()), (S::Error, S::Error));
     let effects = carry_out(&mut device, reset);
-    assert!(
-        matches!(effects[..], [Effect::ClientAnswer(Err(_))]),
-        "{effects:?}"
-    );
+    assert!(matches!(effects[..], [Effect::ClientAnswer(Err(_))]), "{effects:?}");
     assert_eq!(device.state(), S::Error);
 }
 
@@ -182,11 +134,7 @@ fn a_coordinators_reset_stops_what_was_stopped_and_keeps_what_ran() {
         bring(&mut device, 1, at);
         let reset = command(2, Phase::Reset, at);
         let effects = carry_out(&mut device, Event::Command(reset));
-        let all = [
-            Effect::Begin(reset),
-            Effect::Reset,
-            Effect::Reached(reset, after),
-        ];
+        let all = [Effect::Begin(reset), Effect::Reset, Effect::Reached(reset, after)];
         assert_eq!(effects, all);
     }
 }
@@ -206,26 +154,15 @@ fn a_client_asks_one_thing_at_a_time_and_the_coordinator_goes_first() {
     let mut device = device();
     let stop = command(1, Phase::PrepareStop, S::RunningP2p);
     device.step(Event::Command(stop));
-    assert_eq!(
-        device.step(Event::Client(ClientRequest::Reset)),
-        [],
-        "it waits"
-    );
+    assert_eq!(device.step(Event::Client(ClientRequest::Reset)), [], "it waits");
     let effects = device.step(Event::Client(ClientRequest::Reset));
     assert!(matches!(
         effects[..],
-        [Effect::ClientAnswer(Err(Refusal {
-            kind: RefusalKind::Busy,
-            ..
-        }))]
+        [Effect::ClientAnswer(Err(Refusal { kind: RefusalKind::Busy, .. }))]
     ));
     let effects = carry_out(&mut device, Event::ArcDone);
     assert_eq!(
         effects,
-        [
-            Effect::Reached(stop, S::RunningP2p),
-            Effect::Reset,
-            Effect::ClientAnswer(Ok(S::Running))
-        ]
+        [Effect::Reached(stop, S::RunningP2p), Effect::Reset, Effect::ClientAnswer(Ok(S::Running))]
     );
 }

@@ -74,12 +74,8 @@ impl Dice {
     fn phase(&mut self) -> (Phase, MigrationState) {
         use MigrationState as S;
         if self.roll(5) == 0 {
-            let phase = self.pick(&[
-                Phase::PrepareStop,
-                Phase::Stop,
-                Phase::PrepareStart,
-                Phase::Start,
-            ]);
+            let phase =
+                self.pick(&[Phase::PrepareStop, Phase::Stop, Phase::PrepareStart, Phase::Start]);
             return (phase, self.state());
         }
         self.pick(&[
@@ -99,40 +95,22 @@ impl Dice {
     fn step(&mut self) -> Step {
         match self.roll(34) {
             0..12 => Step::Finish,
-            12..14 => Step::Fail {
-                restored: self.roll(2) == 0,
-            },
-            14 => Step::Welcome {
-                later: self.pick(&[-1, 0, 1, 2]),
-                epoch: self.roll(4),
-            },
+            12..14 => Step::Fail { restored: self.roll(2) == 0 },
+            14 => Step::Welcome { later: self.pick(&[-1, 0, 1, 2]), epoch: self.roll(4) },
             15..21 => {
                 let (phase, target) = self.phase();
                 let lease = self.roll(2) == 0;
-                Step::Command {
-                    term: self.around(0),
-                    epoch: self.around(1),
-                    phase,
-                    target,
-                    lease,
-                }
+                Step::Command { term: self.around(0), epoch: self.around(1), phase, target, lease }
             }
             21..25 => Step::Follow,
             25..27 => Step::Repeat(self.index(64)),
-            27 => Step::Abort {
-                term: self.around(0),
-                epoch: self.pick(&[-1, 0, 1, 2]),
-            },
-            28 => Step::Query {
-                term: self.around(0),
-            },
+            27 => Step::Abort { term: self.around(0), epoch: self.pick(&[-1, 0, 1, 2]) },
+            28 => Step::Query { term: self.around(0) },
             29..31 => Step::Client(match self.roll(4) {
                 0 => ClientRequest::Reset,
                 _ => ClientRequest::SetState(self.state()),
             }),
-            31..33 => Step::Lease {
-                own: self.roll(2) == 0,
-            },
+            31..33 => Step::Lease { own: self.roll(2) == 0 },
             _ => Step::Disconnected,
         }
     }
@@ -181,10 +159,9 @@ impl Rig {
                 None => return,
             },
             Step::Fail { restored } => match self.outstanding {
-                Some(Effect::Arc(_)) => Event::ArcFailed {
-                    refusal: refusal(),
-                    restored: *restored,
-                },
+                Some(Effect::Arc(_)) => {
+                    Event::ArcFailed { refusal: refusal(), restored: *restored }
+                }
                 Some(Effect::Reset) => Event::ResetFailed(refusal()),
                 Some(_) => Event::StreamFailed(refusal()),
                 None => return,
@@ -194,13 +171,7 @@ impl Rig {
                 epoch: Epoch(*epoch),
                 orphan: OrphanPolicy::Keep,
             },
-            Step::Command {
-                term: t,
-                epoch: e,
-                phase,
-                target,
-                lease,
-            } => Event::Command(Command {
+            Step::Command { term: t, epoch: e, phase, target, lease } => Event::Command(Command {
                 term: Term(moved(term.0, *t)),
                 epoch: Epoch(moved(epoch.0, *e)),
                 phase: *phase,
@@ -215,11 +186,7 @@ impl Rig {
                         Phase::PrepareStart => (Phase::Start, MigrationState::Running),
                         _ => return,
                     };
-                    Event::Command(Command {
-                        phase,
-                        target,
-                        ..first
-                    })
+                    Event::Command(Command { phase, target, ..first })
                 }
                 _ => return,
             },
@@ -231,10 +198,7 @@ impl Rig {
                 term: Term(moved(term.0, *t)),
                 epoch: Epoch(moved(epoch.0, *e)),
             }),
-            Step::Query { term: t } => Event::Query(Query {
-                term: Term(moved(term.0, *t)),
-                epoch,
-            }),
+            Step::Query { term: t } => Event::Query(Query { term: Term(moved(term.0, *t)), epoch }),
             Step::Client(request) => Event::Client(*request),
             Step::Lease { own } => match self.lease {
                 Some(lease) if *own => Event::LeaseExpired(lease),
@@ -258,11 +222,7 @@ impl Rig {
             assert_eq!(before, self.device, "{event:?} was dropped");
             return;
         }
-        assert!(
-            !effects
-                .iter()
-                .any(|effect| matches!(effect, Effect::Dropped(_)))
-        );
+        assert!(!effects.iter().any(|effect| matches!(effect, Effect::Dropped(_))));
         self.before_effects(event);
         for effect in &effects {
             self.note(effect);
@@ -311,9 +271,7 @@ impl Rig {
             }
             Event::Client(_) => self.client_waits = true,
             Event::ArcDone => {
-                let Some(Effect::Arc(arc)) = self.outstanding.take() else {
-                    unreachable!()
-                };
+                let Some(Effect::Arc(arc)) = self.outstanding.take() else { unreachable!() };
                 self.saved &= arc.from != MigrationState::StopCopy;
             }
             Event::ArcFailed { .. } | Event::StreamFailed(_) => self.outstanding = None,
@@ -347,11 +305,7 @@ impl Rig {
             }
             Effect::Reached(command, state) => {
                 let begun = self.begun.take();
-                assert_eq!(
-                    begun,
-                    Some((*command, false)),
-                    "one answer, and to this command"
-                );
+                assert_eq!(begun, Some((*command, false)), "one answer, and to this command");
                 self.quiet = match command.phase {
                     Phase::PrepareStop => self.quiet.min(Activity::NoPeer),
                     Phase::Stop => Activity::Stopped,
@@ -366,11 +320,7 @@ impl Rig {
             }
             Effect::Refused(command, ..) => {
                 let begun = self.begun.take();
-                assert_eq!(
-                    begun,
-                    Some((*command, false)),
-                    "one answer, and to this command"
-                );
+                assert_eq!(begun, Some((*command, false)), "one answer, and to this command");
             }
             Effect::ClientAnswer(answer) => {
                 let busy = matches!(answer, Err(refusal) if refusal.text.contains("earlier"));
@@ -393,11 +343,7 @@ impl Rig {
 
     /// A command that has ended without an answer was overtaken, given up or left behind.
     fn check_ended(&self) {
-        assert!(
-            !matches!(self.begun, Some((_, false))),
-            "no answer to {:?}",
-            self.begun
-        );
+        assert!(!matches!(self.begun, Some((_, false))), "no answer to {:?}", self.begun);
     }
 
     fn check(&mut self, event: &Event) {
@@ -408,17 +354,10 @@ impl Rig {
             return;
         }
         let device = &self.device;
-        assert_eq!(
-            device.is_busy(),
-            self.outstanding.is_some(),
-            "busy with nothing"
-        );
+        assert_eq!(device.is_busy(), self.outstanding.is_some(), "busy with nothing");
         if !device.is_busy() {
             self.check_ended();
-            assert!(
-                device.next_command.is_none() && device.next_client.is_none(),
-                "it waits"
-            );
+            assert!(device.next_command.is_none() && device.next_client.is_none(), "it waits");
             assert!(!self.client_waits && !device.lease_due);
         }
         // Two masters: never more than either wants, and one stream at most.
@@ -434,11 +373,7 @@ impl Rig {
             }
             _ => activity,
         };
-        assert!(
-            most <= self.quiet,
-            "{most} after it promised {}",
-            self.quiet
-        );
+        assert!(most <= self.quiet, "{most} after it promised {}", self.quiet);
         if self.loading && matches!(event, Event::StreamFailed(_)) {
             assert_eq!(device.state(), MigrationState::Error);
             self.loading = false;
@@ -458,20 +393,12 @@ fn steps() -> impl Strategy<Value = (u64, Vec<Step>)> {
     let bits = proptest::sample::select(vec![7u64, 7, 7, 3, 1, 5]);
     let numbers = proptest::collection::vec(any::<u64>(), 0..80);
     (bits, numbers).prop_map(|(bits, numbers)| {
-        (
-            bits,
-            numbers
-                .into_iter()
-                .map(|number| Dice(number).step())
-                .collect(),
-        )
+        (bits, numbers.into_iter().map(|number| Dice(number).step()).collect())
     })
 }
 
 fn cases(default: u32) -> ProptestConfig {
-    let cases = std::env::var("PROPTEST_CASES")
-        .ok()
-        .and_then(|cases| cases.parse().ok());
+    let cases = std::env::var("PROPTEST_CASES").ok().and_then(|cases| cases.parse().ok());
     ProptestConfig {
         cases: cases.unwrap_or(default),
         failure_persistence: None,

@@ -2,10 +2,7 @@
 
 use super::*;
 
-const PAGE: &str = include_str!(concat!(
-    env!("CARGO_MANIFEST_DIR"),
-    "/../docs/transitions.md"
-));
+const PAGE: &str = include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/transitions.md"));
 
 /// The lines between two markers of the page.
 fn between(name: &str) -> &'static str {
@@ -18,12 +15,7 @@ fn between(name: &str) -> &'static str {
 fn targets() -> String {
     use std::fmt::Write;
     let mut table = String::from("| operation | from | phase 1 | phase 2 |\n|---|---|---|---|\n");
-    for operation in [
-        Operation::Pause,
-        Operation::SwitchOver,
-        Operation::Load,
-        Operation::Resume,
-    ] {
+    for operation in [Operation::Pause, Operation::SwitchOver, Operation::Load, Operation::Resume] {
         for state in MigrationState::ALL {
             match row(operation, state) {
                 Row::Refuse(reason) => {
@@ -64,22 +56,14 @@ fn undo() -> String {
                 None => steps.push_str("; "),
             }
         }
-        table.push_str(&format!(
-            "| {} | {policy} | {failed} | {steps} |\n",
-            row.operation
-        ));
+        table.push_str(&format!("| {} | {policy} | {failed} | {steps} |\n", row.operation));
     }
     table
 }
 
 #[test]
 fn the_page_has_the_table_of_targets_of_the_code() {
-    assert_eq!(
-        between("targets"),
-        targets().trim(),
-        "the code says:\n{}",
-        targets()
-    );
+    assert_eq!(between("targets"), targets().trim(), "the code says:\n{}", targets());
 }
 
 #[test]
@@ -91,18 +75,9 @@ fn the_page_has_the_undo_table_of_the_code() {
 fn the_page_names_every_outcome() {
     let fenced = Vec::new();
     let machine = MachineState::Running;
-    let held = Outcome::Held {
-        reasons: Vec::new(),
-        fenced: Vec::new(),
-    };
+    let held = Outcome::Held { reasons: Vec::new(), fenced: Vec::new() };
     let degraded = Outcome::Degraded { machine, fenced };
-    for outcome in [
-        Outcome::Done,
-        Outcome::RolledBack,
-        Outcome::Stopped,
-        degraded,
-        held,
-    ] {
+    for outcome in [Outcome::Done, Outcome::RolledBack, Outcome::Stopped, degraded, held] {
         let name = outcome.name();
         assert!(PAGE.contains(&format!("**{name}**")), "{name} is missing");
     }

@@ -19,13 +19,7 @@ fn hook(number: u32, slot: Slot, rank: i32) -> Hook {
 }
 
 fn stopped(hooks: &[Hook]) -> Vec<Hook> {
-    hooks
-        .iter()
-        .map(|hook| Hook {
-            stopped: true,
-            ..*hook
-        })
-        .collect()
+    hooks.iter().map(|hook| Hook { stopped: true, ..*hook }).collect()
 }
 
 /// One in each slot, two of them in order before the first phase and two at the same time after.
@@ -40,10 +34,7 @@ fn hooks() -> Vec<Hook> {
 }
 
 fn with_hooks(operation: Operation, state: S, hooks: Vec<Hook>) -> Plan {
-    Plan {
-        hooks,
-        ..machine(operation, &[state])
-    }
+    Plan { hooks, ..machine(operation, &[state]) }
 }
 
 /// Lets everything go well to the end; in order, what was called and what was told.
@@ -68,27 +59,18 @@ fn follow(script: &mut Script) -> Vec<String> {
 #[test]
 fn a_stop_runs_hooks_by_slot_and_rank_and_a_start_mirrors_it() {
     let mut script = Script::begin(with_hooks(Operation::Pause, S::Running, hooks()));
-    assert_eq!(
-        follow(&mut script),
-        ["1", "0", "PrepareStop", "2", "Stop", "3+4"]
-    );
+    assert_eq!(follow(&mut script), ["1", "0", "PrepareStop", "2", "Stop", "3+4"]);
     assert_eq!(script.outcome(), Some(&Outcome::Done));
     assert!(script.transition.hooks().iter().all(|hook| hook.stopped));
 
     let mut script = Script::begin(with_hooks(Operation::Resume, S::Stop, stopped(&hooks())));
-    assert_eq!(
-        follow(&mut script),
-        ["3+4", "PrepareStart", "2", "Start", "0", "1"]
-    );
+    assert_eq!(follow(&mut script), ["3+4", "PrepareStart", "2", "Start", "0", "1"]);
     assert!(script.transition.hooks().iter().all(|hook| !hook.stopped));
 }
 
 #[test]
 fn a_hook_can_have_the_same_place_in_both_directions() {
-    let first = Hook {
-        start: Slot::Before,
-        ..hook(0, Slot::Before, 0)
-    };
+    let first = Hook { start: Slot::Before, ..hook(0, Slot::Before, 0) };
     let mut script = Script::begin(with_hooks(Operation::Resume, S::Stop, stopped(&[first])));
     assert_eq!(follow(&mut script), ["0", "PrepareStart", "Start"]);
 }
@@ -103,33 +85,13 @@ fn a_hook_is_not_called_for_what_it_was_called_for_already() {
 
 #[test]
 fn hooks_of_the_next_rank_wait_for_all_of_this_one() {
-    let both = vec![
-        hook(0, Slot::Before, 0),
-        hook(1, Slot::Before, 0),
-        hook(2, Slot::Before, 1),
-    ];
+    let both = vec![hook(0, Slot::Before, 0), hook(1, Slot::Before, 0), hook(2, Slot::Before, 1)];
     let mut script = Script::begin(with_hooks(Operation::Pause, S::Running, both));
     assert_eq!(script.hooks(), [(0, Stop), (1, Stop)]);
-    assert!(
-        script
-            .effects
-            .contains(&Effect::Arm(Timer::Hook(HookId(1)), HOOK_NS))
-    );
-    assert_eq!(
-        script.step(Event::HookDone(HookId(1), Stop)).len(),
-        1,
-        "its timer is disarmed"
-    );
-    assert_eq!(
-        script.step(Event::HookDone(HookId(1), Stop)),
-        [],
-        "a duplicate"
-    );
-    assert_eq!(
-        script.step(Event::HookDone(HookId(0), Start)),
-        [],
-        "another call"
-    );
+    assert!(script.effects.contains(&Effect::Arm(Timer::Hook(HookId(1)), HOOK_NS)));
+    assert_eq!(script.step(Event::HookDone(HookId(1), Stop)).len(), 1, "its timer is disarmed");
+    assert_eq!(script.step(Event::HookDone(HookId(1), Stop)), [], "a duplicate");
+    assert_eq!(script.step(Event::HookDone(HookId(0), Start)), [], "another call");
     script.step(Event::HookDone(HookId(0), Stop));
     assert_eq!(script.hooks(), [(2, Stop)]);
 }
@@ -145,11 +107,7 @@ fn a_hook_that_fails_is_undone_and_those_that_ran_are_run_the_other_way() {
     script.step(Event::HookFailed(HookId(2), Stop));
     assert_eq!(script.sent(), [(0, Phase::Start, S::Running)]);
     script.reach_all();
-    assert_eq!(
-        script.hooks(),
-        [(0, Start)],
-        "the last first, and 2 not at all"
-    );
+    assert_eq!(script.hooks(), [(0, Start)], "the last first, and 2 not at all");
     script.step(Event::HookDone(HookId(0), Start));
     assert_eq!(script.hooks(), [(1, Start)]);
     script.step(Event::HookDone(HookId(1), Start));
@@ -181,11 +139,7 @@ fn an_undo_leaves_hooks_as_it_found_them_that_the_operation_did_not_call() {
     let hooks = stopped(&[hook(0, Slot::Before, 0)]);
     let mut script = Script::begin(with_hooks(Operation::Pause, S::Stop, hooks));
     script.step(Event::Cancel);
-    assert_eq!(
-        script.hooks(),
-        [],
-        "the machine was paused before, vCPUs included"
-    );
+    assert_eq!(script.hooks(), [], "the machine was paused before, vCPUs included");
     assert_eq!(script.outcome(), Some(&Outcome::RolledBack));
 }
 
@@ -196,42 +150,26 @@ fn to_stay_stopped_calls_the_hooks_that_are_left() {
     let mut script = Script::begin(plan);
     script.step(Event::HookDone(HookId(1), Stop));
     script.step(Event::HookFailed(HookId(0), Stop));
-    assert_eq!(
-        follow(&mut script),
-        ["0", "PrepareStop", "2", "Stop", "3+4"]
-    );
+    assert_eq!(follow(&mut script), ["0", "PrepareStop", "2", "Stop", "3+4"]);
     assert_eq!(script.outcome(), Some(&Outcome::Stopped));
 }
 
 #[test]
 fn a_hook_that_hangs_holds_the_machine_and_counts_as_called() {
-    let plan = with_hooks(
-        Operation::Pause,
-        S::Running,
-        vec![hook(0, Slot::Between, 0)],
-    );
+    let plan = with_hooks(Operation::Pause, S::Running, vec![hook(0, Slot::Between, 0)]);
     let mut script = Script::begin(plan);
     script.reach_all();
     script.expire(Timer::Hook(HookId(0)));
     assert_eq!(follow(&mut script), ["PrepareStop", "Stop"]);
-    assert_eq!(
-        script.outcome(),
-        Some(&held(&[HeldReason::HookHung(HookId(0))]))
-    );
-    assert!(
-        script.transition.hooks()[0].stopped,
-        "a later resume is to start it"
-    );
+    assert_eq!(script.outcome(), Some(&held(&[HeldReason::HookHung(HookId(0))])));
+    assert!(script.transition.hooks()[0].stopped, "a later resume is to start it");
 }
 
 #[test]
 fn a_hung_hook_holds_the_machine_while_fencing_goes_on() {
     let hung = vec![hook(0, Slot::Before, 0)];
     let members = vec![optional(member(0, S::Running)), member(1, S::Running)];
-    let mut script = Script::begin(Plan {
-        hooks: hung,
-        ..plan(Operation::Pause, members)
-    });
+    let mut script = Script::begin(Plan { hooks: hung, ..plan(Operation::Pause, members) });
     script.lose(0);
     script.expire(Timer::Hook(HookId(0)));
     assert_eq!(script.sent(), [], "the fence comes first");
@@ -252,8 +190,5 @@ fn a_hook_that_fails_during_an_undo_holds_the_machine() {
     script.reach_all();
     script.step(Event::HookFailed(HookId(0), Start));
     assert_eq!(follow(&mut script), ["PrepareStop", "Stop"]);
-    assert_eq!(
-        script.outcome(),
-        Some(&held(&[HeldReason::HookFailed(HookId(0))]))
-    );
+    assert_eq!(script.outcome(), Some(&held(&[HeldReason::HookFailed(HookId(0))])));
 }

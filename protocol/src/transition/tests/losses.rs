@@ -4,10 +4,7 @@ use super::*;
 use MigrationState as S;
 
 fn degraded(machine: MachineState, number: u32, why: Loss) -> Outcome {
-    Outcome::Degraded {
-        machine,
-        fenced: vec![(id(number), why)],
-    }
+    Outcome::Degraded { machine, fenced: vec![(id(number), why)] }
 }
 
 #[test]
@@ -19,10 +16,7 @@ fn nothing_is_started_before_the_fence_is_proven() {
     script.fenced(1);
     assert_eq!(script.sent(), [(0, Phase::Start, S::Running)]);
     script.reach_all();
-    assert_eq!(
-        script.outcome(),
-        Some(&degraded(MachineState::Running, 1, Loss::Exited))
-    );
+    assert_eq!(script.outcome(), Some(&degraded(MachineState::Running, 1, Loss::Exited)));
 }
 
 #[test]
@@ -35,10 +29,7 @@ fn the_second_phase_waits_for_a_fence_too() {
     script.fenced(1);
     assert_eq!(script.sent(), [(0, Phase::Stop, S::Stop)]);
     script.reach_all();
-    assert_eq!(
-        script.outcome(),
-        Some(&degraded(MachineState::Stopped, 1, Loss::Exited))
-    );
+    assert_eq!(script.outcome(), Some(&degraded(MachineState::Stopped, 1, Loss::Exited)));
 }
 
 #[test]
@@ -46,18 +37,11 @@ fn an_optional_participant_that_refuses_is_gone_on_without() {
     let members = vec![member(0, S::Running), optional(member(1, S::Running))];
     let mut script = Script::begin(plan(Operation::Pause, members));
     script.refuse(1, S::Running);
-    assert!(
-        script
-            .effects
-            .contains(&Effect::Fence(id(1), Loss::Refused))
-    );
+    assert!(script.effects.contains(&Effect::Fence(id(1), Loss::Refused)));
     script.fenced(1);
     script.reach_all();
     script.reach_all();
-    assert_eq!(
-        script.outcome(),
-        Some(&degraded(MachineState::Stopped, 1, Loss::Refused))
-    );
+    assert_eq!(script.outcome(), Some(&degraded(MachineState::Stopped, 1, Loss::Refused)));
 }
 
 #[test]
@@ -69,19 +53,13 @@ fn a_loss_during_an_undo_is_fenced_and_the_undo_goes_on() {
     script.reach(2);
     assert_eq!(script.outcome(), None);
     script.fenced(1);
-    assert_eq!(
-        script.outcome(),
-        Some(&degraded(MachineState::Stopped, 1, Loss::Exited))
-    );
+    assert_eq!(script.outcome(), Some(&degraded(MachineState::Stopped, 1, Loss::Exited)));
 }
 
 #[test]
 fn who_is_lost_before_the_beginning_is_told_nothing() {
     for (kind, going_on) in [(OnLoss::Fail, false), (OnLoss::ContinueWithout, true)] {
-        let lost = Member {
-            on_loss: kind,
-            ..member(1, S::Running)
-        };
+        let lost = Member { on_loss: kind, ..member(1, S::Running) };
         let mut script = Script::prepare(plan(Operation::Pause, vec![member(0, S::Running), lost]));
         assert_eq!(script.lose(1), []);
         assert_eq!(script.lose(1), []);
@@ -93,11 +71,7 @@ fn who_is_lost_before_the_beginning_is_told_nothing() {
             assert_eq!(script.sent(), [(0, Phase::PrepareStop, S::RunningP2p)]);
         } else {
             let outcome = degraded(MachineState::Running, 1, Loss::Exited);
-            assert_eq!(
-                script.outcome(),
-                Some(&outcome),
-                "nobody had been told anything"
-            );
+            assert_eq!(script.outcome(), Some(&outcome), "nobody had been told anything");
         }
     }
 }
@@ -112,10 +86,7 @@ fn a_fence_that_is_not_proven_holds_the_machine_in_stop() {
     script.reach_all();
     assert_eq!(script.sent(), [(0, Phase::Stop, S::Stop)]);
     script.reach_all();
-    assert_eq!(
-        script.outcome(),
-        Some(&held(&[HeldReason::FenceUnproven(id(1))]))
-    );
+    assert_eq!(script.outcome(), Some(&held(&[HeldReason::FenceUnproven(id(1))])));
 }
 
 #[test]
@@ -141,19 +112,13 @@ fn a_local_device_that_hangs_cannot_be_fenced_and_holds_the_machine() {
     assert!(!script.effects.iter().any(fences));
     script.reach_all();
     script.reach_all();
-    assert_eq!(
-        script.outcome(),
-        Some(&held(&[HeldReason::LocalHung(id(1))]))
-    );
+    assert_eq!(script.outcome(), Some(&held(&[HeldReason::LocalHung(id(1))])));
     assert_eq!(script.transition.state(id(0)), Some(S::Stop));
 }
 
 #[test]
 fn a_local_device_that_refuses_is_undone_even_if_it_is_optional() {
-    let members = vec![
-        member(0, S::Running),
-        optional(local(member(1, S::Running))),
-    ];
+    let members = vec![member(0, S::Running), optional(local(member(1, S::Running)))];
     let mut script = Script::begin(plan(Operation::Pause, members));
     script.reach(0);
     script.refuse(1, S::Running);
@@ -164,10 +129,7 @@ fn a_local_device_that_refuses_is_undone_even_if_it_is_optional() {
 #[test]
 fn a_hold_does_not_put_a_local_device_back_that_is_on_its_way_to_stop() {
     let members = vec![member(0, S::Running), local(member(1, S::Running))];
-    let mut script = Script::begin(Plan {
-        hooks: Vec::new(),
-        ..plan(Operation::Pause, members)
-    });
+    let mut script = Script::begin(Plan { hooks: Vec::new(), ..plan(Operation::Pause, members) });
     script.reach_all();
     script.lose(0);
     // The undo's stop is on its way to the local device when the fence fails.
@@ -192,18 +154,11 @@ fn a_hold_leaves_a_participant_alone_that_is_as_quiet_as_can_be() {
     script.lose(0);
     script.expire(Timer::Fence(id(0)));
     assert!(script.effects.contains(&Effect::Disarm(Timer::Undo)));
-    assert_eq!(
-        script.sent(),
-        [(2, Phase::PrepareStop, S::RunningP2p)],
-        "1 is in ERROR"
-    );
+    assert_eq!(script.sent(), [(2, Phase::PrepareStop, S::RunningP2p)], "1 is in ERROR");
     script.reach_all();
     script.refuse(1, S::Error);
     script.reach(2);
-    assert_eq!(
-        script.outcome(),
-        Some(&held(&[HeldReason::FenceUnproven(id(0))]))
-    );
+    assert_eq!(script.outcome(), Some(&held(&[HeldReason::FenceUnproven(id(0))])));
     assert_eq!(script.transition.state(id(1)), Some(S::Error));
 }
 
@@ -213,11 +168,7 @@ fn a_hold_ends_at_its_deadline_whoever_is_silent() {
     script.lose(0);
     script.expire(Timer::Fence(id(0)));
     script.expire(Timer::Hold);
-    assert!(
-        script
-            .effects
-            .contains(&Effect::Fence(id(1), Loss::Timeout))
-    );
+    assert!(script.effects.contains(&Effect::Fence(id(1), Loss::Timeout)));
     let reasons = [0, 1].map(|number| HeldReason::FenceUnproven(id(number)));
     assert_eq!(script.outcome(), Some(&held(&reasons)));
 }

@@ -21,9 +21,7 @@ struct Case {
 }
 
 fn cases(default: u32) -> ProptestConfig {
-    let cases = std::env::var("PROPTEST_CASES")
-        .ok()
-        .and_then(|cases| cases.parse().ok());
+    let cases = std::env::var("PROPTEST_CASES").ok().and_then(|cases| cases.parse().ok());
     ProptestConfig {
         cases: cases.unwrap_or(default),
         failure_persistence: None,
@@ -56,44 +54,20 @@ fn found(operation: Operation) -> BoxedStrategy<MigrationState> {
 
 fn member(operation: Operation, processes: bool) -> impl Strategy<Value = Member> {
     let kind = if processes { 0u32 } else { 1 };
-    (
-        flags(),
-        found(operation),
-        0u32..8,
-        0u32..4,
-        1u64..4,
-        1u64..4,
+    (flags(), found(operation), 0u32..8, 0u32..4, 1u64..4, 1u64..4).prop_map(
+        move |(flags, state, local, optional, first, second)| Member {
+            id: ParticipantId(0),
+            kind: if local < kind { MemberKind::Local } else { MemberKind::Process },
+            state: if flags.has(state) { state } else { MigrationState::Stop },
+            flags,
+            peer_dma: if flags.p2p() { PeerDma::Possible } else { PeerDma::RamOnly },
+            one_phase_allowed: false,
+            on_loss: if optional == 0 { OnLoss::ContinueWithout } else { OnLoss::Fail },
+            first_ns: first * 100,
+            second_ns: second * 100,
+            lease_ns: 0,
+        },
     )
-        .prop_map(
-            move |(flags, state, local, optional, first, second)| Member {
-                id: ParticipantId(0),
-                kind: if local < kind {
-                    MemberKind::Local
-                } else {
-                    MemberKind::Process
-                },
-                state: if flags.has(state) {
-                    state
-                } else {
-                    MigrationState::Stop
-                },
-                flags,
-                peer_dma: if flags.p2p() {
-                    PeerDma::Possible
-                } else {
-                    PeerDma::RamOnly
-                },
-                one_phase_allowed: false,
-                on_loss: if optional == 0 {
-                    OnLoss::ContinueWithout
-                } else {
-                    OnLoss::Fail
-                },
-                first_ns: first * 100,
-                second_ns: second * 100,
-                lease_ns: 0,
-            },
-        )
 }
 
 fn hooks(stopped: bool) -> impl Strategy<Value = Vec<Hook>> {
@@ -116,31 +90,19 @@ fn hooks(stopped: bool) -> impl Strategy<Value = Vec<Hook>> {
 }
 
 fn faults() -> impl Strategy<Value = Faults> {
-    let none = Just(Faults {
-        stray: 1,
-        ..Faults::default()
-    });
-    let some = (
-        0u32..3,
-        0u32..2,
-        0u32..3,
-        0u32..3,
-        0u32..2,
-        0u32..20,
-        0u32..3,
-    )
-        .prop_map(
-            |(crash, hang, fail, time, cancel, supersede, client)| Faults {
-                crash,
-                hang,
-                fail,
-                time,
-                cancel,
-                client,
-                stray: 2,
-                supersede: u32::from(supersede == 0),
-            },
-        );
+    let none = Just(Faults { stray: 1, ..Faults::default() });
+    let some = (0u32..3, 0u32..2, 0u32..3, 0u32..3, 0u32..2, 0u32..20, 0u32..3).prop_map(
+        |(crash, hang, fail, time, cancel, supersede, client)| Faults {
+            crash,
+            hang,
+            fail,
+            time,
+            cancel,
+            client,
+            stray: 2,
+            supersede: u32::from(supersede == 0),
+        },
+    );
     prop_oneof![1 => none, 3 => some]
 }
 
@@ -159,12 +121,7 @@ fn case() -> impl Strategy<Value = Case> {
     ]);
     operation.prop_flat_map(|(operation, cut)| {
         let members = proptest::collection::vec(member(operation, cut), 1..6);
-        let machine = (
-            members,
-            hooks(operation == O::Resume),
-            any::<bool>(),
-            any::<bool>(),
-        );
+        let machine = (members, hooks(operation == O::Resume), any::<bool>(), any::<bool>());
         let unprovable = proptest::collection::vec(proptest::bool::weighted(0.15), 6);
         let choices = proptest::collection::vec(any::<u32>(), 0..120);
         let rest = (unprovable, faults(), choices, 0usize..40, 0usize..60);
@@ -173,11 +130,7 @@ fn case() -> impl Strategy<Value = Case> {
             for (member, id) in members.iter_mut().zip(0..) {
                 member.id = ParticipantId(id);
             }
-            let on_failure = if stay {
-                OnFailure::StayStopped
-            } else {
-                OnFailure::Rollback
-            };
+            let on_failure = if stay { OnFailure::StayStopped } else { OnFailure::Rollback };
             let fence_ns = 300;
             let mut plan = Plan {
                 operation,
@@ -194,14 +147,7 @@ fn case() -> impl Strategy<Value = Case> {
                 plan.undo_ns = ample(&plan);
             }
             let early = (early < 5).then_some(early);
-            Case {
-                plan,
-                unprovable,
-                faults,
-                choices,
-                early,
-                cut: cut.then_some(at),
-            }
+            Case { plan, unprovable, faults, choices, early, cut: cut.then_some(at) }
         })
     })
 }
@@ -256,10 +202,7 @@ fn undone_fits(world: &World, member: &Member, state: MigrationState) -> bool {
 }
 
 fn done_fits(world: &World, member: &Member, state: MigrationState) -> bool {
-    match (
-        world.plan.operation,
-        row(world.plan.operation, member.state),
-    ) {
+    match (world.plan.operation, row(world.plan.operation, member.state)) {
         (Operation::TakeOver, _) => state.activity() == Activity::Full,
         (_, Row::Take { second, .. }) => state == second,
         (_, Row::Refuse(_)) => false,
@@ -281,10 +224,7 @@ fn ends(world: &World) {
     };
     match world.outcome.as_ref().expect("an outcome") {
         Outcome::Done => {
-            assert!(
-                everybody && !world.any_fenced() && !world.was_undone(),
-                "{left:?}"
-            );
+            assert!(everybody && !world.any_fenced() && !world.was_undone(), "{left:?}");
             at_end(done_fits);
             let stopped = match world.plan.operation {
                 Operation::Pause | Operation::SwitchOver => Some(true),
@@ -306,11 +246,7 @@ fn ends(world: &World) {
         Outcome::Degraded { machine, fenced } => {
             assert!(!fenced.is_empty() && world.any_fenced() && !everybody);
             assert_eq!(fenced.len() + left.len(), world.nodes.len());
-            at_end(if world.was_undone() {
-                undone_fits
-            } else {
-                done_fits
-            });
+            at_end(if world.was_undone() { undone_fits } else { done_fits });
             let stopped = |state: &MigrationState| state.activity() == Activity::Stopped;
             let mixed_resume = world.plan.operation == Operation::Resume && world.was_undone();
             match machine {
@@ -327,11 +263,7 @@ fn ends(world: &World) {
             let given_up = world.hold_expired() || reasons.contains(&HeldReason::Superseded);
             if !given_up {
                 for (member, state) in &left {
-                    assert_eq!(
-                        state.activity(),
-                        Activity::Stopped,
-                        "{member:?} is in {state}"
-                    );
+                    assert_eq!(state.activity(), Activity::Stopped, "{member:?} is in {state}");
                 }
             }
             if world.plan.undo_ns >= ample(&world.plan) {
@@ -394,14 +326,8 @@ fn the_random_runs_reach_every_outcome_of_every_operation() {
         "Superseded",
     ];
     expected.extend(reasons.map(str::to_owned));
-    let missing: Vec<_> = expected
-        .iter()
-        .filter(|end| !reached.contains(*end))
-        .collect();
-    assert!(
-        missing.is_empty(),
-        "never reached: {missing:?}; reached: {reached:?}"
-    );
+    let missing: Vec<_> = expected.iter().filter(|end| !reached.contains(*end)).collect();
+    assert!(missing.is_empty(), "never reached: {missing:?}; reached: {reached:?}");
 }
 
 /// An oracle that never fails proves nothing: without the first phase it must.
@@ -411,17 +337,11 @@ fn without_the_first_phase_a_peer_writes_into_a_stopped_one() {
     let members = machine(Operation::Pause, &[MigrationState::Running; 3]).members;
     let broken = |phases| {
         let runs = (0..100u32).filter(|run| {
-            let plan = Plan {
-                phases,
-                ..plan(Operation::Pause, members.clone())
-            };
+            let plan = Plan { phases, ..plan(Operation::Pause, members.clone()) };
             let mut world = World::new(plan, &[false; 3]);
             world.begin();
             for step in 0..100 {
-                world.act(
-                    (run * 100 + step).wrapping_mul(2_654_435_761),
-                    &Faults::default(),
-                );
+                world.act((run * 100 + step).wrapping_mul(2_654_435_761), &Faults::default());
             }
             world.drain();
             world.broken.is_some()

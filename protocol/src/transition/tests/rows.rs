@@ -13,59 +13,19 @@ fn the_table_of_targets_is_this_one() {
         (Operation::Pause, S::Error, REFUSED),
         (Operation::Pause, S::Stop, take(S::Stop, S::Stop)),
         (Operation::Pause, S::Running, take(S::RunningP2p, S::Stop)),
-        (
-            Operation::Pause,
-            S::StopCopy,
-            take(S::StopCopy, S::StopCopy),
-        ),
-        (
-            Operation::Pause,
-            S::Resuming,
-            take(S::Resuming, S::Resuming),
-        ),
-        (
-            Operation::Pause,
-            S::RunningP2p,
-            take(S::RunningP2p, S::Stop),
-        ),
-        (
-            Operation::Pause,
-            S::PreCopy,
-            take(S::PreCopyP2p, S::StopCopy),
-        ),
-        (
-            Operation::Pause,
-            S::PreCopyP2p,
-            take(S::PreCopyP2p, S::StopCopy),
-        ),
+        (Operation::Pause, S::StopCopy, take(S::StopCopy, S::StopCopy)),
+        (Operation::Pause, S::Resuming, take(S::Resuming, S::Resuming)),
+        (Operation::Pause, S::RunningP2p, take(S::RunningP2p, S::Stop)),
+        (Operation::Pause, S::PreCopy, take(S::PreCopyP2p, S::StopCopy)),
+        (Operation::Pause, S::PreCopyP2p, take(S::PreCopyP2p, S::StopCopy)),
         (Operation::SwitchOver, S::Error, REFUSED),
         (Operation::SwitchOver, S::Stop, take(S::Stop, S::StopCopy)),
-        (
-            Operation::SwitchOver,
-            S::Running,
-            take(S::RunningP2p, S::StopCopy),
-        ),
-        (
-            Operation::SwitchOver,
-            S::StopCopy,
-            take(S::StopCopy, S::StopCopy),
-        ),
+        (Operation::SwitchOver, S::Running, take(S::RunningP2p, S::StopCopy)),
+        (Operation::SwitchOver, S::StopCopy, take(S::StopCopy, S::StopCopy)),
         (Operation::SwitchOver, S::Resuming, REFUSED),
-        (
-            Operation::SwitchOver,
-            S::RunningP2p,
-            take(S::RunningP2p, S::StopCopy),
-        ),
-        (
-            Operation::SwitchOver,
-            S::PreCopy,
-            take(S::PreCopyP2p, S::StopCopy),
-        ),
-        (
-            Operation::SwitchOver,
-            S::PreCopyP2p,
-            take(S::PreCopyP2p, S::StopCopy),
-        ),
+        (Operation::SwitchOver, S::RunningP2p, take(S::RunningP2p, S::StopCopy)),
+        (Operation::SwitchOver, S::PreCopy, take(S::PreCopyP2p, S::StopCopy)),
+        (Operation::SwitchOver, S::PreCopyP2p, take(S::PreCopyP2p, S::StopCopy)),
         (Operation::Load, S::Error, REFUSED),
         (Operation::Load, S::Stop, take(S::Resuming, S::Stop)),
         (Operation::Load, S::Running, take(S::Resuming, S::Stop)),
@@ -77,23 +37,11 @@ fn the_table_of_targets_is_this_one() {
         (Operation::Resume, S::Error, REFUSED),
         (Operation::Resume, S::Stop, take(S::RunningP2p, S::Running)),
         (Operation::Resume, S::Running, take(S::Running, S::Running)),
-        (
-            Operation::Resume,
-            S::StopCopy,
-            take(S::RunningP2p, S::Running),
-        ),
+        (Operation::Resume, S::StopCopy, take(S::RunningP2p, S::Running)),
         (Operation::Resume, S::Resuming, REFUSED),
-        (
-            Operation::Resume,
-            S::RunningP2p,
-            take(S::RunningP2p, S::Running),
-        ),
+        (Operation::Resume, S::RunningP2p, take(S::RunningP2p, S::Running)),
         (Operation::Resume, S::PreCopy, take(S::PreCopy, S::PreCopy)),
-        (
-            Operation::Resume,
-            S::PreCopyP2p,
-            take(S::PreCopyP2p, S::PreCopy),
-        ),
+        (Operation::Resume, S::PreCopyP2p, take(S::PreCopyP2p, S::PreCopy)),
     ];
     assert_eq!(table.len(), 4 * S::ALL.len());
     for (operation, state, expected) in table {
@@ -110,23 +58,13 @@ fn the_table_of_targets_is_this_one() {
 
 #[test]
 fn every_row_is_carried_out_as_it_says() {
-    for operation in [
-        Operation::Pause,
-        Operation::SwitchOver,
-        Operation::Resume,
-        Operation::Load,
-    ] {
+    for operation in [Operation::Pause, Operation::SwitchOver, Operation::Resume, Operation::Load] {
         for state in S::ALL {
             let plan = machine(operation, &[state, state]);
             let (first, second) = match row(operation, state) {
                 Row::Take { first, second } => (first, second),
                 Row::Refuse(reason) => {
-                    let refused = PlanError::State {
-                        operation,
-                        id: id(0),
-                        state,
-                        reason,
-                    };
+                    let refused = PlanError::State { operation, id: id(0), state, reason };
                     assert_eq!(plan.check(), Err(refused));
                     assert_eq!(Transition::new(plan).map(drop), Err(refused));
                     continue;
@@ -138,10 +76,7 @@ fn every_row_is_carried_out_as_it_says() {
                 _ => (Phase::PrepareStop, Phase::Stop),
             };
             if operation == Operation::Load {
-                assert_eq!(
-                    script.sent(),
-                    [(0, Phase::Load, second), (1, Phase::Load, second)]
-                );
+                assert_eq!(script.sent(), [(0, Phase::Load, second), (1, Phase::Load, second)]);
             } else {
                 assert_eq!(script.sent(), [(0, one, first), (1, one, first)]);
                 script.reach_all();
@@ -175,98 +110,55 @@ fn every_target_can_be_reached_in_the_phases_direction() {
 
 #[test]
 fn a_participant_without_p2p_states_is_admitted_only_where_that_is_safe() {
-    let lonely = Member {
-        flags: MigrationFlags::STOP_COPY,
-        ..member(0, S::Running)
-    };
+    let lonely = Member { flags: MigrationFlags::STOP_COPY, ..member(0, S::Running) };
     let peer = member(1, S::Running);
     let refused = Err(PlanError::OnePhase { id: id(0) });
     for operation in [Operation::Pause, Operation::SwitchOver] {
         assert_eq!(plan(operation, vec![lonely, peer]).check(), refused);
-        assert_eq!(
-            plan(operation, vec![lonely]).check(),
-            Ok(()),
-            "nobody else is there"
-        );
-        let allowed = Member {
-            one_phase_allowed: true,
-            ..lonely
-        };
+        assert_eq!(plan(operation, vec![lonely]).check(), Ok(()), "nobody else is there");
+        let allowed = Member { one_phase_allowed: true, ..lonely };
         assert_eq!(plan(operation, vec![allowed, peer]).check(), Ok(()));
-        let ram_only = Member {
-            peer_dma: PeerDma::RamOnly,
-            ..lonely
-        };
+        let ram_only = Member { peer_dma: PeerDma::RamOnly, ..lonely };
         assert_eq!(plan(operation, vec![ram_only, peer]).check(), Ok(()));
     }
-    let stopped = Member {
-        state: S::Stop,
-        ..lonely
-    };
-    assert_eq!(
-        plan(Operation::Resume, vec![stopped, peer]).check(),
-        refused
-    );
+    let stopped = Member { state: S::Stop, ..lonely };
+    assert_eq!(plan(Operation::Resume, vec![stopped, peer]).check(), refused);
     // These have no barrier.
     assert_eq!(plan(Operation::Load, vec![stopped, peer]).check(), Ok(()));
-    assert_eq!(
-        plan(Operation::TakeOver, vec![lonely, peer]).check(),
-        Ok(())
-    );
+    assert_eq!(plan(Operation::TakeOver, vec![lonely, peer]).check(), Ok(()));
 }
 
 #[test]
 fn the_refusal_of_a_one_phase_participant_names_it_and_the_way_out() {
-    let lonely = Member {
-        flags: MigrationFlags::STOP_COPY,
-        ..member(7, S::Running)
-    };
+    let lonely = Member { flags: MigrationFlags::STOP_COPY, ..member(7, S::Running) };
     let error = plan(Operation::Pause, vec![lonely, member(1, S::Running)])
         .check()
         .expect_err("it is refused")
         .to_string();
-    assert!(
-        error.contains("participant 7") && error.contains("one-phase"),
-        "{error}"
-    );
+    assert!(error.contains("participant 7") && error.contains("one-phase"), "{error}");
 }
 
 #[test]
 fn a_participant_without_p2p_states_is_told_the_second_phase_only() {
     let flags = MigrationFlags::STOP_COPY;
-    let lonely = Member {
-        flags,
-        one_phase_allowed: true,
-        ..member(0, S::Running)
-    };
+    let lonely = Member { flags, one_phase_allowed: true, ..member(0, S::Running) };
     let mut script = Script::begin(plan(Operation::Pause, vec![lonely, member(1, S::Running)]));
     assert_eq!(script.sent(), [(1, Phase::PrepareStop, S::RunningP2p)]);
     script.reach_all();
-    assert_eq!(
-        script.sent(),
-        [(0, Phase::Stop, S::Stop), (1, Phase::Stop, S::Stop)]
-    );
+    assert_eq!(script.sent(), [(0, Phase::Stop, S::Stop), (1, Phase::Stop, S::Stop)]);
     script.reach_all();
     assert_eq!(script.outcome(), Some(&Outcome::Done));
 }
 
 #[test]
 fn a_number_that_is_there_twice_is_refused() {
-    let twice = plan(
-        Operation::Pause,
-        vec![member(4, S::Running), member(4, S::Running)],
-    );
+    let twice = plan(Operation::Pause, vec![member(4, S::Running), member(4, S::Running)]);
     assert_eq!(twice.check(), Err(PlanError::Twice { id: id(4) }));
 }
 
 #[test]
 fn a_machine_without_participants_is_done_at_once() {
-    for operation in [
-        Operation::Pause,
-        Operation::Resume,
-        Operation::Load,
-        Operation::TakeOver,
-    ] {
+    for operation in [Operation::Pause, Operation::Resume, Operation::Load, Operation::TakeOver] {
         let script = Script::begin(plan(operation, Vec::new()));
         assert_eq!(script.outcome(), Some(&Outcome::Done), "{operation}");
     }

@@ -52,11 +52,7 @@ fn a_machine_where_nobody_had_reached_stop_goes_back_to_running() {
 
 #[test]
 fn a_machine_where_anybody_had_reached_stop_or_was_about_to_is_held_in_stop() {
-    for (at, moving_to) in [
-        (S::Stop, None),
-        (S::StopCopy, None),
-        (S::RunningP2p, Some(S::Stop)),
-    ] {
+    for (at, moving_to) in [(S::Stop, None), (S::StopCopy, None), (S::RunningP2p, Some(S::Stop))] {
         let mut script = take_over(&[S::Running; 2]);
         status(&mut script, 0, S::RunningP2p, None);
         status(&mut script, 1, at, moving_to);
@@ -64,10 +60,7 @@ fn a_machine_where_anybody_had_reached_stop_or_was_about_to_is_held_in_stop() {
         script.reach_all();
         assert_eq!(script.sent()[0], (0, Phase::Stop, S::Stop));
         script.reach_all();
-        assert_eq!(
-            script.outcome(),
-            Some(&held(&[HeldReason::TakenOverStopped]))
-        );
+        assert_eq!(script.outcome(), Some(&held(&[HeldReason::TakenOverStopped])));
     }
 }
 
@@ -80,10 +73,7 @@ fn a_finished_switch_over_is_held_and_its_streams_stay_open() {
     let second = [(0, Phase::Stop, S::StopCopy), (1, Phase::Stop, S::StopCopy)];
     assert_eq!(script.sent(), second);
     script.reach_all();
-    assert_eq!(
-        script.outcome(),
-        Some(&held(&[HeldReason::TakenOverStopped]))
-    );
+    assert_eq!(script.outcome(), Some(&held(&[HeldReason::TakenOverStopped])));
 }
 
 #[test]
@@ -91,10 +81,7 @@ fn a_stopped_participant_that_is_starting_passes_p2p_before_it_is_stopped_again(
     let mut script = take_over(&[S::Running; 2]);
     status(&mut script, 0, S::Running, None);
     status(&mut script, 1, S::Stop, Some(S::RunningP2p));
-    let first = [
-        (0, Phase::PrepareStop, S::RunningP2p),
-        (1, Phase::PrepareStop, S::RunningP2p),
-    ];
+    let first = [(0, Phase::PrepareStop, S::RunningP2p), (1, Phase::PrepareStop, S::RunningP2p)];
     assert_eq!(script.sent(), first);
 }
 
@@ -103,20 +90,13 @@ fn who_does_not_answer_is_fenced_before_anything_is_decided() {
     let mut script = take_over(&[S::Running; 2]);
     status(&mut script, 0, S::RunningP2p, None);
     script.expire(Timer::Query(EPOCH));
-    assert!(
-        script
-            .effects
-            .contains(&Effect::Fence(id(1), Loss::Timeout))
-    );
+    assert!(script.effects.contains(&Effect::Fence(id(1), Loss::Timeout)));
     assert_eq!(script.sent(), []);
     script.fenced(1);
     assert_eq!(script.sent(), [(0, Phase::Start, S::Running)]);
     script.reach_all();
     let fenced = vec![(id(1), Loss::Timeout)];
-    let outcome = Outcome::Degraded {
-        machine: MachineState::Running,
-        fenced,
-    };
+    let outcome = Outcome::Degraded { machine: MachineState::Running, fenced };
     assert_eq!(script.outcome(), Some(&outcome));
 }
 

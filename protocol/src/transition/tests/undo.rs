@@ -20,10 +20,7 @@ fn undoes(plan: Plan, second_phase: bool, steps: &[Step<'_>], outcome: &Outcome)
         assert_eq!(script.transition.epoch(), Epoch(EPOCH.0 + epoch));
         for (number, ..) in *expected {
             let command = script.asked[&id(*number)];
-            assert_eq!(
-                (command.term, command.epoch),
-                (TERM, Epoch(EPOCH.0 + epoch))
-            );
+            assert_eq!((command.term, command.epoch), (TERM, Epoch(EPOCH.0 + epoch)));
         }
         script.reach_all();
     }
@@ -31,10 +28,7 @@ fn undoes(plan: Plan, second_phase: bool, steps: &[Step<'_>], outcome: &Outcome)
 }
 
 fn stay(plan: Plan) -> Plan {
-    Plan {
-        on_failure: OnFailure::StayStopped,
-        ..plan
-    }
+    Plan { on_failure: OnFailure::StayStopped, ..plan }
 }
 
 #[test]
@@ -42,10 +36,7 @@ fn a_pause_that_fails_in_its_first_phase_goes_back() {
     undoes(
         machine(Operation::Pause, &[S::Running, S::PreCopy, S::Stop]),
         false,
-        &[(
-            1,
-            &[(0, Phase::Start, S::Running), (1, Phase::Start, S::PreCopy)],
-        )],
+        &[(1, &[(0, Phase::Start, S::Running), (1, Phase::Start, S::PreCopy)])],
         &Outcome::RolledBack,
     );
 }
@@ -56,26 +47,13 @@ fn a_pause_that_fails_in_its_second_phase_stops_and_starts_in_two_phases() {
         machine(Operation::Pause, &[S::Running, S::PreCopy, S::Stop]),
         true,
         &[
-            (
-                1,
-                &[
-                    (0, Phase::Stop, S::Stop),
-                    (1, Phase::Stop, S::Stop),
-                    (2, Phase::Stop, S::Stop),
-                ],
-            ),
+            (1, &[(0, Phase::Stop, S::Stop), (1, Phase::Stop, S::Stop), (2, Phase::Stop, S::Stop)]),
             (
                 2,
-                &[
-                    (0, Phase::PrepareStart, S::RunningP2p),
-                    (1, Phase::PrepareStart, S::RunningP2p),
-                ],
+                &[(0, Phase::PrepareStart, S::RunningP2p), (1, Phase::PrepareStart, S::RunningP2p)],
             ),
             // Never back to PRE_COPY: its stream is void.
-            (
-                2,
-                &[(0, Phase::Start, S::Running), (1, Phase::Start, S::Running)],
-            ),
+            (2, &[(0, Phase::Start, S::Running), (1, Phase::Start, S::Running)]),
         ],
         &Outcome::RolledBack,
     );
@@ -87,13 +65,7 @@ fn a_pause_that_is_to_stay_stopped_goes_on_from_its_first_phase() {
         stay(machine(Operation::Pause, &[S::Running, S::PreCopy])),
         false,
         &[
-            (
-                1,
-                &[
-                    (0, Phase::PrepareStop, S::RunningP2p),
-                    (1, Phase::PrepareStop, S::PreCopyP2p),
-                ],
-            ),
+            (1, &[(0, Phase::PrepareStop, S::RunningP2p), (1, Phase::PrepareStop, S::PreCopyP2p)]),
             (1, &[(0, Phase::Stop, S::Stop), (1, Phase::Stop, S::Stop)]),
         ],
         &Outcome::Stopped,
@@ -115,10 +87,7 @@ fn a_switch_over_that_fails_in_its_first_phase_goes_back_and_keeps_the_stream() 
     undoes(
         machine(Operation::SwitchOver, &[S::PreCopy, S::Running]),
         false,
-        &[(
-            1,
-            &[(0, Phase::Start, S::PreCopy), (1, Phase::Start, S::Running)],
-        )],
+        &[(1, &[(0, Phase::Start, S::PreCopy), (1, Phase::Start, S::Running)])],
         &Outcome::RolledBack,
     );
 }
@@ -132,15 +101,9 @@ fn a_switch_over_that_fails_in_its_second_phase_gives_the_stream_up() {
             (1, &[(0, Phase::Stop, S::Stop), (1, Phase::Stop, S::Stop)]),
             (
                 2,
-                &[
-                    (0, Phase::PrepareStart, S::RunningP2p),
-                    (1, Phase::PrepareStart, S::RunningP2p),
-                ],
+                &[(0, Phase::PrepareStart, S::RunningP2p), (1, Phase::PrepareStart, S::RunningP2p)],
             ),
-            (
-                2,
-                &[(0, Phase::Start, S::Running), (1, Phase::Start, S::Running)],
-            ),
+            (2, &[(0, Phase::Start, S::Running), (1, Phase::Start, S::Running)]),
         ],
         &Outcome::RolledBack,
     );
@@ -153,27 +116,15 @@ fn a_switch_over_that_is_to_stay_stopped_goes_to_stop() {
         plan(),
         false,
         &[
-            (
-                1,
-                &[
-                    (0, Phase::PrepareStop, S::PreCopyP2p),
-                    (1, Phase::PrepareStop, S::StopCopy),
-                ],
-            ),
-            (
-                1,
-                &[(0, Phase::Stop, S::Stop), (1, Phase::Stop, S::StopCopy)],
-            ),
+            (1, &[(0, Phase::PrepareStop, S::PreCopyP2p), (1, Phase::PrepareStop, S::StopCopy)]),
+            (1, &[(0, Phase::Stop, S::Stop), (1, Phase::Stop, S::StopCopy)]),
         ],
         &Outcome::Stopped,
     );
     undoes(
         plan(),
         true,
-        &[(
-            1,
-            &[(0, Phase::Stop, S::Stop), (1, Phase::Stop, S::StopCopy)],
-        )],
+        &[(1, &[(0, Phase::Stop, S::Stop), (1, Phase::Stop, S::StopCopy)])],
         &Outcome::Stopped,
     );
 }
@@ -181,16 +132,10 @@ fn a_switch_over_that_is_to_stay_stopped_goes_to_stop() {
 #[test]
 fn a_resume_that_fails_in_its_first_phase_goes_back_to_stop() {
     undoes(
-        machine(
-            Operation::Resume,
-            &[S::Stop, S::StopCopy, S::Running, S::RunningP2p],
-        ),
+        machine(Operation::Resume, &[S::Stop, S::StopCopy, S::Running, S::RunningP2p]),
         false,
         // Nobody has moved as far as is known. What ran before is left as it was.
-        &[(
-            1,
-            &[(0, Phase::Stop, S::Stop), (1, Phase::Stop, S::StopCopy)],
-        )],
+        &[(1, &[(0, Phase::Stop, S::Stop), (1, Phase::Stop, S::StopCopy)])],
         &Outcome::RolledBack,
     );
 }
@@ -198,10 +143,7 @@ fn a_resume_that_fails_in_its_first_phase_goes_back_to_stop() {
 #[test]
 fn a_resume_that_fails_in_its_second_phase_is_a_whole_stop() {
     undoes(
-        machine(
-            Operation::Resume,
-            &[S::Stop, S::StopCopy, S::Running, S::RunningP2p],
-        ),
+        machine(Operation::Resume, &[S::Stop, S::StopCopy, S::Running, S::RunningP2p]),
         true,
         &[
             (
@@ -223,10 +165,7 @@ fn a_resume_goes_back_to_stop_under_either_policy() {
     undoes(
         stay(machine(Operation::Resume, &[S::Stop])),
         true,
-        &[
-            (1, &[(0, Phase::PrepareStop, S::RunningP2p)]),
-            (1, &[(0, Phase::Stop, S::Stop)]),
-        ],
+        &[(1, &[(0, Phase::PrepareStop, S::RunningP2p)]), (1, &[(0, Phase::Stop, S::Stop)])],
         &Outcome::Stopped,
     );
 }
@@ -241,10 +180,7 @@ fn a_load_that_fails_is_reset_under_either_policy() {
             plan,
             false,
             &[
-                (
-                    1,
-                    &[(0, Phase::Reset, S::Stop), (1, Phase::Reset, S::Running)],
-                ),
+                (1, &[(0, Phase::Reset, S::Stop), (1, Phase::Reset, S::Running)]),
                 (2, &[(0, Phase::Stop, S::Stop), (1, Phase::Stop, S::Stop)]),
             ],
             &Outcome::Stopped,
@@ -254,12 +190,7 @@ fn a_load_that_fails_is_reset_under_either_policy() {
 
 #[test]
 fn the_table_has_one_row_for_each_case_and_no_other() {
-    for operation in [
-        Operation::Pause,
-        Operation::SwitchOver,
-        Operation::Resume,
-        Operation::Load,
-    ] {
+    for operation in [Operation::Pause, Operation::SwitchOver, Operation::Resume, Operation::Load] {
         for on_failure in [OnFailure::Rollback, OnFailure::StayStopped] {
             for second_phase in [false, true] {
                 let rows = UNDO.iter().filter(|row| {
@@ -271,11 +202,7 @@ fn the_table_has_one_row_for_each_case_and_no_other() {
                     Operation::Load => usize::from(!second_phase),
                     _ => 1,
                 };
-                assert_eq!(
-                    rows.count(),
-                    expected,
-                    "{operation} {on_failure:?} {second_phase}"
-                );
+                assert_eq!(rows.count(), expected, "{operation} {on_failure:?} {second_phase}");
             }
         }
     }
@@ -301,15 +228,7 @@ fn a_cancel_is_undone_like_a_failure_and_only_once() {
     script.reach_all();
     assert_eq!(script.outcome(), Some(&Outcome::RolledBack));
     let cancelled = |failure: &Failure| failure.kind == FailureKind::Cancelled;
-    assert_eq!(
-        script
-            .transition
-            .failures()
-            .iter()
-            .filter(|f| cancelled(f))
-            .count(),
-        1
-    );
+    assert_eq!(script.transition.failures().iter().filter(|f| cancelled(f)).count(), 1);
 }
 
 #[test]
@@ -320,10 +239,7 @@ fn one_that_refuses_the_undos_stop_in_p2p_is_taken_along_by_the_start() {
     assert_eq!(script.sent().len(), 2, "the undo's stop");
     script.reach(1);
     script.refuse(0, S::RunningP2p);
-    let both = [
-        (0, Phase::PrepareStart, S::RunningP2p),
-        (1, Phase::PrepareStart, S::RunningP2p),
-    ];
+    let both = [(0, Phase::PrepareStart, S::RunningP2p), (1, Phase::PrepareStart, S::RunningP2p)];
     assert_eq!(script.sent(), both);
     script.reach_all();
     script.reach_all();
@@ -333,20 +249,16 @@ fn one_that_refuses_the_undos_stop_in_p2p_is_taken_along_by_the_start() {
 #[test]
 fn one_that_refuses_the_undos_stop_otherwise_is_fenced() {
     // Where no start follows, and where it writes to its peers.
-    for (on_failure, at) in [
-        (OnFailure::StayStopped, S::RunningP2p),
-        (OnFailure::Rollback, S::Running),
-    ] {
+    for (on_failure, at) in
+        [(OnFailure::StayStopped, S::RunningP2p), (OnFailure::Rollback, S::Running)]
+    {
         let mut plan = machine(Operation::Pause, &[S::Running, S::Running]);
         plan.on_failure = on_failure;
         let mut script = Script::begin(plan);
         script.reach_all();
         script.refuse(0, at);
         let effects = script.refuse(0, at);
-        assert!(
-            effects.contains(&Effect::Fence(id(0), Loss::Refused)),
-            "{at}: {effects:?}"
-        );
+        assert!(effects.contains(&Effect::Fence(id(0), Loss::Refused)), "{at}: {effects:?}");
     }
 }
 
@@ -359,16 +271,10 @@ fn an_undo_that_does_not_end_in_its_budget_becomes_a_hold() {
     script.expire(Timer::Undo);
     assert!(script.effects.contains(&Effect::Arm(Timer::Hold, UNDO_NS)));
     assert_eq!(script.aborted(), [(1, undo)]);
-    let first = [
-        (0, Phase::PrepareStop, S::RunningP2p),
-        (1, Phase::PrepareStop, S::RunningP2p),
-    ];
+    let first = [(0, Phase::PrepareStop, S::RunningP2p), (1, Phase::PrepareStop, S::RunningP2p)];
     assert_eq!(script.sent(), first);
     script.reach_all();
-    assert_eq!(
-        script.sent(),
-        [(0, Phase::Stop, S::Stop), (1, Phase::Stop, S::Stop)]
-    );
+    assert_eq!(script.sent(), [(0, Phase::Stop, S::Stop), (1, Phase::Stop, S::Stop)]);
     script.reach_all();
     assert_eq!(script.outcome(), Some(&held(&[HeldReason::UndoExpired])));
 }
@@ -380,9 +286,6 @@ fn a_machine_that_was_stopped_already_stays_stopped_when_a_pause_of_it_fails() {
     script.fenced(0);
     assert_eq!(script.sent(), [], "there is nothing to start");
     let fenced = vec![(id(0), Loss::Exited)];
-    let outcome = Outcome::Degraded {
-        machine: MachineState::Stopped,
-        fenced,
-    };
+    let outcome = Outcome::Degraded { machine: MachineState::Stopped, fenced };
     assert_eq!(script.outcome(), Some(&outcome));
 }

@@ -118,15 +118,10 @@ impl World {
             node.member.on_loss = OnLoss::Fail;
             let orphan = OrphanPolicy::Keep;
             node.down.push_back(lifecycle::Event::Disconnected);
-            node.down.push_back(lifecycle::Event::Welcome {
-                term,
-                epoch: Epoch(0),
-                orphan,
-            });
+            node.down.push_back(lifecycle::Event::Welcome { term, epoch: Epoch(0), orphan });
             if node.life == Life::Dead {
                 node.fence = Fence::None;
-                node.up
-                    .push_back(Event::Lost(node.member.id, Loss::Disconnected));
+                node.up.push_back(Event::Lost(node.member.id, Loss::Disconnected));
             }
         }
         self.plan.operation = Operation::TakeOver;
@@ -194,18 +189,10 @@ impl World {
             if self.outcome.is_some() {
                 return;
             }
-            let actions = self.actions(&Faults {
-                time: 1,
-                ..Faults::default()
-            });
-            let next = actions
-                .iter()
-                .find(|(_, action)| !matches!(action, Action::Tick));
+            let actions = self.actions(&Faults { time: 1, ..Faults::default() });
+            let next = actions.iter().find(|(_, action)| !matches!(action, Action::Tick));
             let Some(&(_, action)) = next.or_else(|| actions.last()) else {
-                panic!(
-                    "stuck: nothing moves and no timer is armed: {:?}",
-                    self.transition
-                );
+                panic!("stuck: nothing moves and no timer is armed: {:?}", self.transition);
             };
             self.take(action, 0);
             self.check();
@@ -313,10 +300,7 @@ impl World {
                 };
                 let before = lifecycle.clone();
                 let effects = lifecycle.step(lifecycle::Event::Command(again));
-                assert!(
-                    matches!(effects[..], [Work::Dropped(_)]),
-                    "{again:?}: {effects:?}"
-                );
+                assert!(matches!(effects[..], [Work::Dropped(_)]), "{again:?}: {effects:?}");
                 assert_eq!(before, *lifecycle);
             }
             Action::Cancel => self.feed(Event::Cancel),
@@ -339,15 +323,7 @@ impl World {
     }
 
     fn hear(&mut self, event: Event) {
-        if let Event::Answer {
-            from,
-            epoch,
-            phase,
-            state,
-            answer,
-            ..
-        } = event
-        {
+        if let Event::Answer { from, epoch, phase, state, answer, .. } = event {
             match answer {
                 Answer::Reached => drop(self.acks.insert((from, epoch, phase))),
                 Answer::Refused if state.activity() == Activity::Stopped => {
@@ -377,14 +353,9 @@ impl World {
                     Answer::Reached,
                 ),
                 _ => match self.heard.get(pick % self.heard.len().max(1)) {
-                    Some(&Event::Answer {
-                        from,
-                        term,
-                        epoch,
-                        phase,
-                        state,
-                        answer,
-                    }) => (from, term, epoch, phase, state, answer),
+                    Some(&Event::Answer { from, term, epoch, phase, state, answer }) => {
+                        (from, term, epoch, phase, state, answer)
+                    }
                     _ => return,
                 },
             };
@@ -398,25 +369,11 @@ impl World {
             _ => {}
         }
         let mut before = self.transition.clone();
-        self.feed(Event::Answer {
-            from,
-            term,
-            epoch,
-            phase,
-            state,
-            answer,
-        });
+        self.feed(Event::Answer { from, term, epoch, phase, state, answer });
         if self.outcome.is_none() {
             // Another answer from nobody, so that both have counted one more.
             let from = ParticipantId(99);
-            before.step(Event::Answer {
-                from,
-                term,
-                epoch,
-                phase,
-                state,
-                answer,
-            });
+            before.step(Event::Answer { from, term, epoch, phase, state, answer });
             assert_eq!(before, self.transition, "a stray answer changed something");
         }
     }
@@ -472,10 +429,7 @@ impl World {
                     assert_eq!(twice, None, "{timer:?} is armed twice");
                 }
                 Effect::Disarm(timer) => {
-                    assert!(
-                        self.timers.remove(&timer).is_some(),
-                        "{timer:?} was not armed"
-                    );
+                    assert!(self.timers.remove(&timer).is_some(), "{timer:?} was not armed");
                 }
                 Effect::Finish(outcome) => {
                     assert_eq!(at, last, "something after the end");
@@ -487,10 +441,7 @@ impl World {
     }
 
     fn node(&mut self, id: ParticipantId) -> &mut Node {
-        self.nodes
-            .iter_mut()
-            .find(|node| node.member.id == id)
-            .expect("a participant")
+        self.nodes.iter_mut().find(|node| node.member.id == id).expect("a participant")
     }
 
     fn send(&mut self, id: ParticipantId, command: Command) {
@@ -503,11 +454,7 @@ impl World {
             told.push(id);
         }
         let node = self.node(id);
-        assert_eq!(
-            node.fence,
-            Fence::None,
-            "a fenced participant is told something"
-        );
+        assert_eq!(node.fence, Fence::None, "a fenced participant is told something");
         match &mut node.device {
             Device::Process { .. } => node.down.push_back(lifecycle::Event::Command(command)),
             Device::Local { calls, .. } => calls.push_back(command),

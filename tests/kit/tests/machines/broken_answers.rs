@@ -52,11 +52,7 @@ async fn breaks_protocol(steps: Vec<Step>, says: &str) {
 
 #[tokio::test]
 async fn garbage_instead_of_an_answer() {
-    breaks_protocol(
-        vec![Step::Send(Packet::Garbage)],
-        "packet begins with [a5, a5, a5, a5]",
-    )
-    .await;
+    breaks_protocol(vec![Step::Send(Packet::Garbage)], "packet begins with [a5, a5, a5, a5]").await;
 }
 
 #[tokio::test]
@@ -76,11 +72,7 @@ async fn a_truncated_answer() {
 
 #[tokio::test]
 async fn an_answer_that_tells_another_state() {
-    breaks_protocol(
-        vec![Step::Send(Packet::Forged(Forgery::State))],
-        "instead of",
-    )
-    .await;
+    breaks_protocol(vec![Step::Send(Packet::Forged(Forgery::State))], "instead of").await;
 }
 
 #[tokio::test]
@@ -90,11 +82,7 @@ async fn too_many_file_descriptors() {
 
 #[tokio::test]
 async fn a_flood_of_signs_of_life() {
-    breaks_protocol(
-        vec![Step::Flood(3000), Step::Ack],
-        "1000 messages in a second",
-    )
-    .await;
+    breaks_protocol(vec![Step::Flood(3000), Step::Ack], "1000 messages in a second").await;
 }
 
 #[tokio::test]
@@ -107,12 +95,7 @@ async fn an_end_of_the_process_before_the_answer() {
 
 #[tokio::test]
 async fn a_closed_channel_of_a_living_process() {
-    breaks(
-        vec![Step::Disconnect],
-        &[Loss::Disconnected],
-        &["channel was closed"],
-    )
-    .await;
+    breaks(vec![Step::Disconnect], &[Loss::Disconnected], &["channel was closed"]).await;
 }
 
 /// How the process ended is in the report, whichever of its ends was seen first.
@@ -148,12 +131,9 @@ async fn an_end_after_the_answer_is_a_loss_all_the_same() {
 async fn an_end_after_the_last_answer_is_found_by_the_next_call_at_the_latest() {
     let trace = Trace::new().unwrap();
     let script = Script::honest().on(Phase::Stop, [Step::Ack, Step::Exit(0)]);
-    let machine = start(
-        builder()
-            .device(honest("d0", &trace))
-            .device(script.device("d1", &trace).unwrap()),
-    )
-    .await;
+    let machine =
+        start(builder().device(honest("d0", &trace)).device(script.device("d1", &trace).unwrap()))
+            .await;
     match within(LONG, "pause", machine.pause()).await {
         Ok(stopped) => {
             stopped.leave_stopped();
@@ -174,13 +154,7 @@ async fn floods_of_several_devices_delay_nobody() {
     let flood = Script::honest().on(Phase::PrepareStop, [Step::Flood(100_000), Step::Ack]);
     let floods = ["f0", "f1", "f2"].map(|name| flood.clone().device(name, &trace).unwrap());
     let honest = ["d0", "d1"].map(|name| honest(name, &trace));
-    let machine = start(
-        builder()
-            .deadlines(deadlines())
-            .devices(floods)
-            .devices(honest),
-    )
-    .await;
+    let machine = start(builder().deadlines(deadlines()).devices(floods).devices(honest)).await;
     let error = within(SHORT, "pause", machine.pause()).await.unwrap_err();
     assert_eq!(fenced(report_of(&error)), ["f0", "f1", "f2"], "{error}");
     let running = standstill_protocol::migration::MigrationState::Running;

@@ -16,27 +16,14 @@ fn alone(test: &str) -> Option<Output> {
     }
     let program = std::env::current_exe().unwrap();
     let arguments = [test, "--exact", "--nocapture"];
-    Some(
-        Command::new(program)
-            .args(arguments)
-            .env(MARK, "1")
-            .output()
-            .unwrap(),
-    )
+    Some(Command::new(program).args(arguments).env(MARK, "1").output().unwrap())
 }
 
 fn succeeded(output: &Output) {
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     let (stdout, stderr) = (text(&output.stdout), text(&output.stderr));
-    assert!(
-        output.status.success(),
-        "{}:\n{stdout}\n{stderr}",
-        output.status
-    );
-    assert!(
-        stdout.contains("1 passed"),
-        "the test was not found:\n{stdout}"
-    );
+    assert!(output.status.success(), "{}:\n{stdout}\n{stderr}", output.status);
+    assert!(stdout.contains("1 passed"), "the test was not found:\n{stdout}");
 }
 
 fn open_fds() -> usize {
@@ -44,11 +31,7 @@ fn open_fds() -> usize {
 }
 
 fn block_on(future: impl Future<Output = ()>) {
-    tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .unwrap()
-        .block_on(future);
+    tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(future);
 }
 
 /// Waits until there are as many open fds as before: actors end on their own time.
@@ -58,10 +41,7 @@ async fn as_before(before: usize) {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     };
-    if tokio::time::timeout(Duration::from_secs(10), settled)
-        .await
-        .is_err()
-    {
+    if tokio::time::timeout(Duration::from_secs(10), settled).await.is_err() {
         let fds = std::fs::read_dir("/proc/self/fd").unwrap();
         let names = fds.filter_map(|fd| std::fs::read_link(fd.unwrap().path()).ok());
         panic!("{before} fds before, now {:#?}", names.collect::<Vec<_>>());
@@ -126,9 +106,7 @@ fn machines_that_end_leak_no_file_descriptor() {
                     within(LONG, "shutdown", machine.shutdown()).await.unwrap();
                 }
             }
-            Processes::of_trace(&trace)
-                .assert_gone_within(Duration::from_secs(3))
-                .await;
+            Processes::of_trace(&trace).assert_gone_within(Duration::from_secs(3)).await;
             drop(trace);
             match before {
                 // The first of each kind may make what stays.

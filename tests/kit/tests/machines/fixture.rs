@@ -15,12 +15,8 @@ pub(crate) const SHORT: Duration = Duration::from_millis(600);
 /// A deadline that never runs out: everybody keeps it also on a machine with ten times the load.
 pub(crate) const LONG: Duration = Duration::from_secs(30);
 
-pub(crate) const PHASES: [Phase; 4] = [
-    Phase::PrepareStop,
-    Phase::Stop,
-    Phase::PrepareStart,
-    Phase::Start,
-];
+pub(crate) const PHASES: [Phase; 4] =
+    [Phase::PrepareStop, Phase::Stop, Phase::PrepareStart, Phase::Start];
 
 pub(crate) fn deadlines() -> Deadlines {
     Deadlines {
@@ -101,10 +97,9 @@ pub(crate) fn undone(phase: Phase) -> (MachineState, MigrationState) {
 /// The names of those who were fenced, `[]` where the outcome says nothing of it.
 pub(crate) fn fenced(report: &TransitionReport) -> Vec<String> {
     match &report.outcome {
-        Outcome::Degraded { fenced, .. } | Outcome::Held { fenced, .. } => fenced
-            .iter()
-            .map(|(id, _)| report.names.participant(*id))
-            .collect(),
+        Outcome::Degraded { fenced, .. } | Outcome::Held { fenced, .. } => {
+            fenced.iter().map(|(id, _)| report.names.participant(*id)).collect()
+        }
         _ => Vec::new(),
     }
 }
@@ -119,17 +114,8 @@ pub(crate) async fn assert_all_in(
 ) {
     let status = machine.status().await.unwrap();
     for name in names {
-        let device = status
-            .devices
-            .iter()
-            .find(|device| device.name == *name)
-            .unwrap();
-        assert_eq!(
-            device.state,
-            Some(state),
-            "status of {name}:\n{}",
-            trace.text()
-        );
+        let device = status.devices.iter().find(|device| device.name == *name).unwrap();
+        assert_eq!(device.state, Some(state), "status of {name}:\n{}", trace.text());
         let last = trace.last_state(name).unwrap_or(MigrationState::Running);
         assert_eq!(last, state, "last words of {name}:\n{}", trace.text());
     }
@@ -145,11 +131,6 @@ pub(crate) async fn assert_usable(machine: &Machine) {
     let report = within(LONG, "resume", machine.resume()).await.unwrap();
     assert_eq!(report.outcome, Outcome::Done, "{report}");
     let stopped = within(LONG, "pause", machine.pause()).await.unwrap();
-    assert_eq!(
-        stopped.report().outcome,
-        Outcome::Done,
-        "{}",
-        stopped.report()
-    );
+    assert_eq!(stopped.report().outcome, Outcome::Done, "{}", stopped.report());
     within(LONG, "resume", stopped.resume()).await.unwrap();
 }

@@ -36,10 +36,7 @@ async fn start_fails(script: Script, hello: Duration) -> (GreetingError, String)
 async fn a_device_that_never_says_hello() {
     let hello = Duration::from_secs(2);
     let (error, text) = start_fails(Script::honest().on(Trigger::Hello, []), hello).await;
-    assert!(
-        matches!(error, GreetingError::Silent(time) if time == hello),
-        "{text}"
-    );
+    assert!(matches!(error, GreetingError::Silent(time) if time == hello), "{text}");
 }
 
 #[tokio::test]
@@ -61,11 +58,7 @@ async fn a_device_that_exits_at_once_says_why() {
     );
     let (error, text) = start_fails(script, LONG).await;
     assert!(matches!(error, GreetingError::Exited(_)), "{text}");
-    for what in [
-        "exited with status 3",
-        "no such disk: /dev/nothing",
-        "giving up",
-    ] {
+    for what in ["exited with status 3", "no such disk: /dev/nothing", "giving up"] {
         assert!(text.contains(what), "{text}");
     }
 }
@@ -88,10 +81,7 @@ async fn a_device_that_closes_its_channel_and_lives_on() {
 async fn a_device_of_another_version() {
     let (error, text) = start_fails(Script::honest().versions(7, 9), LONG).await;
     assert!(matches!(error, GreetingError::Version { .. }), "{text}");
-    assert!(
-        text.contains("speaks protocol version 7 to 9, this coordinator speaks 1"),
-        "{text}"
-    );
+    assert!(text.contains("speaks protocol version 7 to 9, this coordinator speaks 1"), "{text}");
 }
 
 #[tokio::test]
@@ -130,13 +120,8 @@ async fn a_device_that_says_hello_twice() {
         .device(late.device("late", &trace).unwrap());
     let error = within(SHORT, "start", machine.start()).await.unwrap_err();
     let text = chain(&error);
-    assert!(
-        text.contains("\"bad\"") && text.contains("a second Hello"),
-        "{text}"
-    );
-    Processes::of_trace(&trace)
-        .assert_gone_within(Duration::ZERO)
-        .await;
+    assert!(text.contains("\"bad\"") && text.contains("a second Hello"), "{text}");
+    Processes::of_trace(&trace).assert_gone_within(Duration::ZERO).await;
 }
 
 /// It has greeted, but is gone before the last one has.
@@ -152,9 +137,7 @@ async fn a_device_that_ends_while_others_still_greet() {
     let error = within(SHORT, "start", machine.start()).await.unwrap_err();
     let text = chain(&error);
     assert!(text.contains("\"bad\"") && text.contains("bye"), "{text}");
-    Processes::of_trace(&trace)
-        .assert_gone_within(Duration::ZERO)
-        .await;
+    Processes::of_trace(&trace).assert_gone_within(Duration::ZERO).await;
 }
 
 #[tokio::test]
@@ -164,23 +147,15 @@ async fn a_program_that_is_not_there() {
     let machine = builder().device(honest("d0", &trace)).device(missing);
     let error = within(LONG, "start", machine.start()).await.unwrap_err();
     let text = chain(&error);
-    assert!(
-        text.contains("\"bad\"") && text.contains("/nowhere/at/all"),
-        "{text}"
-    );
-    Processes::of_trace(&trace)
-        .assert_gone_within(Duration::from_secs(2))
-        .await;
+    assert!(text.contains("\"bad\"") && text.contains("/nowhere/at/all"), "{text}");
+    Processes::of_trace(&trace).assert_gone_within(Duration::from_secs(2)).await;
 }
 
 #[tokio::test]
 async fn names_that_cannot_be() {
     let trace = Trace::new().unwrap();
     for (names, says) in [
-        (
-            vec!["twin".to_owned(), "twin".to_owned()],
-            "two devices are named \"twin\"",
-        ),
+        (vec!["twin".to_owned(), "twin".to_owned()], "two devices are named \"twin\""),
         (vec![String::new()], "1 to 64 bytes"),
         (vec!["x".repeat(65)], "1 to 64 bytes"),
     ] {
@@ -189,11 +164,7 @@ async fn names_that_cannot_be() {
         assert!(matches!(error, StartError::Description(_)), "{error:?}");
         assert!(error.to_string().contains(says), "{error}");
     }
-    assert!(
-        trace.entries().is_empty(),
-        "something was started:\n{}",
-        trace.text()
-    );
+    assert!(trace.entries().is_empty(), "something was started:\n{}", trace.text());
 }
 
 /// Two that are wrong: one error, nothing left.
@@ -208,9 +179,7 @@ async fn several_devices_that_do_not_greet() {
         .device(honest("d0", &trace));
     let error = within(SHORT, "start", machine.start()).await.unwrap_err();
     assert!(chain(&error).contains("\"garbage\""), "{}", chain(&error));
-    Processes::of_trace(&trace)
-        .assert_gone_within(Duration::ZERO)
-        .await;
+    Processes::of_trace(&trace).assert_gone_within(Duration::ZERO).await;
     assert!(trace.received(Phase::PrepareStop).is_empty());
 }
 
@@ -230,7 +199,5 @@ async fn a_start_that_is_given_up_leaves_nothing_behind() {
         _ = machine.start() => panic!("it cannot start"),
         () = trace.wait_for("both processes to begin", began) => {}
     }
-    Processes::of_trace(&trace)
-        .assert_gone_within(Duration::from_secs(4))
-        .await;
+    Processes::of_trace(&trace).assert_gone_within(Duration::from_secs(4)).await;
 }

@@ -27,15 +27,11 @@ async fn a_second_pause_and_a_second_resume_change_nothing() {
     let trace = Trace::new().unwrap();
     let machine = start(builder().devices(["d0", "d1"].map(|name| honest(name, &trace)))).await;
     machine.pause().await.unwrap().leave_stopped();
-    let stopped = within(LONG, "the second pause", machine.pause())
-        .await
-        .unwrap();
+    let stopped = within(LONG, "the second pause", machine.pause()).await.unwrap();
     assert_eq!(stopped.report().outcome, Outcome::Done);
     assert_all_in(&machine, &trace, &["d0", "d1"], MigrationState::Stop).await;
     stopped.resume().await.unwrap();
-    let report = within(LONG, "the second resume", machine.resume())
-        .await
-        .unwrap();
+    let report = within(LONG, "the second resume", machine.resume()).await.unwrap();
     assert_eq!(report.outcome, Outcome::Done);
     assert_all_in(&machine, &trace, &["d0", "d1"], MigrationState::Running).await;
 }
@@ -45,35 +41,22 @@ async fn one_operation_at_a_time_while_status_answers() {
     let trace = Trace::new().unwrap();
     let gate = Gate::closed().unwrap();
     let slow = Script::honest().on(Phase::PrepareStop, [Step::hold(&gate), Step::Ack]);
-    let machine = start(
-        builder()
-            .device(honest("d0", &trace))
-            .device(slow.device("slow", &trace).unwrap()),
-    )
-    .await;
+    let machine =
+        start(builder().device(honest("d0", &trace)).device(slow.device("slow", &trace).unwrap()))
+            .await;
     let pause = {
         let machine = machine.clone();
         tokio::spawn(async move { machine.pause().await.map(Stopped::leave_stopped) })
     };
-    trace
-        .wait_for("both to be told", |_| {
-            trace.received(Phase::PrepareStop).len() == 2
-        })
-        .await;
+    trace.wait_for("both to be told", |_| trace.received(Phase::PrepareStop).len() == 2).await;
     let refused = |error: MachineError, asked: Operation| match error {
-        MachineError::State {
-            operation,
-            under_way: Some(Operation::Pause),
-            ..
-        } => {
+        MachineError::State { operation, under_way: Some(Operation::Pause), .. } => {
             assert_eq!(operation, asked);
         }
         other => panic!("{other}"),
     };
     let now = Duration::ZERO;
-    let error = within(now, "a second pause", machine.pause())
-        .await
-        .unwrap_err();
+    let error = within(now, "a second pause", machine.pause()).await.unwrap_err();
     assert_eq!(
         error.to_string(),
         "pause is not possible: the machine is running, and a pause is under way"
@@ -98,27 +81,20 @@ async fn a_slow_pause_that_is_cancelled_is_rolled_back() {
         // Slow once; the undo may use the same phase.
         let slow = Script::honest().on_nth(phase, 1, [Step::hold(&gate), Step::Ack]);
         let machine = start(
-            builder()
-                .device(honest("d0", &trace))
-                .device(slow.device("slow", &trace).unwrap()),
+            builder().device(honest("d0", &trace)).device(slow.device("slow", &trace).unwrap()),
         )
         .await;
         let pause = {
             let machine = machine.clone();
             tokio::spawn(async move { machine.pause().await })
         };
-        trace
-            .wait_for("both to be told", |_| trace.received(phase).len() == 2)
-            .await;
+        trace.wait_for("both to be told", |_| trace.received(phase).len() == 2).await;
         machine.cancel().await.unwrap();
         // The gate stays closed: an abort is heard in the middle of a command.
         let error = within(LONG, "pause", pause).await.unwrap().unwrap_err();
         let report = report_of(&error);
         assert_eq!(report.outcome, Outcome::RolledBack, "{phase}: {report}");
-        assert!(
-            error.to_string().contains("the owner gave it up"),
-            "{error}"
-        );
+        assert!(error.to_string().contains("the owner gave it up"), "{error}");
         assert_machine(&machine, MachineState::Running).await;
         assert_all_in(&machine, &trace, &["d0", "slow"], MigrationState::Running).await;
         drop(gate);
@@ -140,12 +116,9 @@ async fn a_pause_that_nobody_waits_for_goes_on() {
     let trace = Trace::new().unwrap();
     let gate = Gate::closed().unwrap();
     let slow = Script::honest().on(Phase::PrepareStop, [Step::hold(&gate), Step::Ack]);
-    let machine = start(
-        builder()
-            .device(honest("d0", &trace))
-            .device(slow.device("slow", &trace).unwrap()),
-    )
-    .await;
+    let machine =
+        start(builder().device(honest("d0", &trace)).device(slow.device("slow", &trace).unwrap()))
+            .await;
     tokio::select! {
         _ = machine.pause() => panic!("it cannot be done"),
         () = trace.wait_for("both to be told", |_| {
@@ -154,9 +127,7 @@ async fn a_pause_that_nobody_waits_for_goes_on() {
     }
     let mut events = machine.events();
     gate.open();
-    within(LONG, "the end of the pause", events.recv())
-        .await
-        .unwrap();
+    within(LONG, "the end of the pause", events.recv()).await.unwrap();
     assert_machine(&machine, MachineState::Stopped).await;
     assert_all_in(&machine, &trace, &["d0", "slow"], MigrationState::Stop).await;
 }
@@ -179,10 +150,7 @@ async fn when_the_last_handle_is_dropped_the_processes_end() {
         tokio::spawn(async move { machine.declare_ram(&ram).await })
     };
     let told = |entries: &[standstill_testkit::Entry]| {
-        entries
-            .iter()
-            .filter(|e| matches!(e.what, standstill_testkit::What::Memory { .. }))
-            .count()
+        entries.iter().filter(|e| matches!(e.what, standstill_testkit::What::Memory { .. })).count()
             == 2
     };
     trace.wait_for("both to be told", told).await;
@@ -220,9 +188,7 @@ async fn a_shutdown_tells_how_everybody_ended() {
     )
     .await;
     let processes = Processes::of(&machine.status().await.unwrap());
-    let exits = within(Duration::from_secs(2), "shutdown", machine.shutdown())
-        .await
-        .unwrap();
+    let exits = within(Duration::from_secs(2), "shutdown", machine.shutdown()).await.unwrap();
     let names: Vec<_> = exits.iter().map(|(name, _)| name.as_str()).collect();
     assert_eq!(names, ["good", "bad", "deaf"]);
     let exits: Vec<_> = exits.iter().map(|(_, exit)| exit.unwrap()).collect();
@@ -250,14 +216,8 @@ async fn a_shutdown_ends_a_pause_that_is_under_way() {
         let machine = machine.clone();
         tokio::spawn(async move { machine.pause().await.map(Stopped::leave_stopped) })
     };
-    trace
-        .wait_for("it to be told", |_| {
-            trace.received(Phase::PrepareStop).len() == 1
-        })
-        .await;
-    within(Duration::from_secs(2), "shutdown", machine.shutdown())
-        .await
-        .unwrap();
+    trace.wait_for("it to be told", |_| trace.received(Phase::PrepareStop).len() == 1).await;
+    within(Duration::from_secs(2), "shutdown", machine.shutdown()).await.unwrap();
     let error = within(LONG, "pause", pause).await.unwrap().unwrap_err();
     assert!(matches!(error, MachineError::Gone), "{error}");
     processes.assert_gone_within(Duration::ZERO).await;
@@ -269,10 +229,5 @@ async fn a_machine_without_devices_stops_and_starts() {
     let stopped = within(LONG, "pause", machine.pause()).await.unwrap();
     assert_eq!(stopped.report().outcome, Outcome::Done);
     within(LONG, "resume", stopped.resume()).await.unwrap();
-    assert!(
-        within(LONG, "shutdown", machine.shutdown())
-            .await
-            .unwrap()
-            .is_empty()
-    );
+    assert!(within(LONG, "shutdown", machine.shutdown()).await.unwrap().is_empty());
 }

@@ -20,10 +20,7 @@ fn name(slot: Slot, rank: i32) -> String {
 /// Two hooks for each slot, added in the wrong order.
 fn with_hooks(trace: &Trace, make: impl Fn(&str, TracedHook) -> TracedHook) -> MachineBuilder {
     let devices = ["d0", "d1"].map(|name| honest(name, trace));
-    let places = SLOTS
-        .iter()
-        .rev()
-        .flat_map(|&slot| [2, 1].map(|rank| (slot, rank)));
+    let places = SLOTS.iter().rev().flat_map(|&slot| [2, 1].map(|rank| (slot, rank)));
     places.fold(builder().devices(devices), |builder, (slot, rank)| {
         let name = name(slot, rank);
         let hook = make(&name, TracedHook::new(&name, trace).unwrap());
@@ -64,16 +61,8 @@ fn order(trace: &Trace) -> Vec<String> {
     words
 }
 
-const STOP: [&str; 8] = [
-    "-Before1",
-    "-Before2",
-    "PrepareStop",
-    "-Between1",
-    "-Between2",
-    "Stop",
-    "-After1",
-    "-After2",
-];
+const STOP: [&str; 8] =
+    ["-Before1", "-Before2", "PrepareStop", "-Between1", "-Between2", "Stop", "-After1", "-After2"];
 const START: [&str; 8] = [
     "+After2",
     "+After1",
@@ -102,18 +91,9 @@ async fn the_start_may_have_an_order_of_its_own() {
     let machine = start(
         builder()
             .devices(["d0", "d1"].map(|name| honest(name, &trace)))
-            .hook(
-                HookSpec::new("one", Slot::Before).rank(1).start_rank(1),
-                hook("one"),
-            )
-            .hook(
-                HookSpec::new("two", Slot::Before).rank(2).start_rank(2),
-                hook("two"),
-            )
-            .hook(
-                HookSpec::new("late", Slot::After).start_slot(Slot::After),
-                hook("late"),
-            ),
+            .hook(HookSpec::new("one", Slot::Before).rank(1).start_rank(1), hook("one"))
+            .hook(HookSpec::new("two", Slot::Before).rank(2).start_rank(2), hook("two"))
+            .hook(HookSpec::new("late", Slot::After).start_slot(Slot::After), hook("late")),
     )
     .await;
     machine.pause().await.unwrap().resume().await.unwrap();
@@ -139,9 +119,7 @@ async fn hooks_of_equal_rank_run_at_the_same_time() {
     let gate = Gate::closed().unwrap();
     let hook = |name| {
         let key = gate.key();
-        TracedHook::new(name, &trace)
-            .unwrap()
-            .doing(move |_| Ok(key.wait()?))
+        TracedHook::new(name, &trace).unwrap().doing(move |_| Ok(key.wait()?))
     };
     let machine = start(
         builder()
@@ -155,18 +133,10 @@ async fn hooks_of_equal_rank_run_at_the_same_time() {
         tokio::spawn(async move { machine.pause().await.map(Stopped::leave_stopped) })
     };
     let called = |entries: &[standstill_testkit::Entry]| {
-        entries
-            .iter()
-            .filter(|entry| matches!(entry.what, What::Called(_)))
-            .count()
-            == 2
+        entries.iter().filter(|entry| matches!(entry.what, What::Called(_))).count() == 2
     };
     trace.wait_for("both hooks to be called", called).await;
-    assert!(
-        trace.received(Phase::PrepareStop).is_empty(),
-        "{}",
-        trace.text()
-    );
+    assert!(trace.received(Phase::PrepareStop).is_empty(), "{}", trace.text());
     gate.open();
     within(LONG, "pause", pause).await.unwrap().unwrap();
 }
@@ -176,14 +146,14 @@ async fn a_hook_that_fails_on_stop_is_undone_and_only_what_had_stopped_is_starte
     for slot in SLOTS {
         let trace = Trace::new().unwrap();
         let bad = name(slot, 2);
-        let machine = start(with_hooks(&trace, |name, hook| {
-            if name == bad {
-                hook.failing(Call::Stop)
-            } else {
-                hook
-            }
-        }))
-        .await;
+        let machine =
+            start(with_hooks(
+                &trace,
+                |name, hook| {
+                    if name == bad { hook.failing(Call::Stop) } else { hook }
+                },
+            ))
+            .await;
         let error = within(LONG, "pause", machine.pause()).await.unwrap_err();
         let report = report_of(&error);
         assert_eq!(report.outcome, Outcome::RolledBack, "{slot:?}: {report}");
@@ -202,16 +172,8 @@ async fn a_hook_that_fails_on_stop_is_undone_and_only_what_had_stopped_is_starte
             words.map(|word| word[1..].to_owned()).collect()
         };
         let stopped: Vec<_> = STOP[..=at].iter().filter(|w| w.starts_with('-')).collect();
-        assert_eq!(
-            hooks('-'),
-            stopped.iter().map(|w| &w[1..]).collect::<Vec<_>>()
-        );
-        let mirrored: Vec<_> = stopped
-            .iter()
-            .rev()
-            .skip(1)
-            .map(|word| &word[1..])
-            .collect();
+        assert_eq!(hooks('-'), stopped.iter().map(|w| &w[1..]).collect::<Vec<_>>());
+        let mirrored: Vec<_> = stopped.iter().rev().skip(1).map(|word| &word[1..]).collect();
         assert_eq!(hooks('+'), mirrored, "{slot:?}:\n{}", trace.text());
     }
 }
@@ -221,29 +183,23 @@ async fn a_hook_that_fails_on_start_leaves_the_machine_stopped() {
     for slot in SLOTS {
         let trace = Trace::new().unwrap();
         let bad = name(slot, 1);
-        let machine = start(with_hooks(&trace, |name, hook| {
-            if name == bad {
-                hook.failing(Call::Start)
-            } else {
-                hook
-            }
-        }))
-        .await;
+        let machine =
+            start(with_hooks(
+                &trace,
+                |name, hook| {
+                    if name == bad { hook.failing(Call::Start) } else { hook }
+                },
+            ))
+            .await;
         machine.pause().await.unwrap().leave_stopped();
         let error = within(LONG, "resume", machine.resume()).await.unwrap_err();
         let report = report_of(&error);
         assert_eq!(report.outcome, Outcome::RolledBack, "{slot:?}: {report}");
-        assert!(
-            error.to_string().contains(&format!("hook {bad:?} refused")),
-            "{error}"
-        );
+        assert!(error.to_string().contains(&format!("hook {bad:?} refused")), "{error}");
         assert_machine(&machine, MachineState::Stopped).await;
         assert_all_in(&machine, &trace, &["d0", "d1"], MigrationState::Stop).await;
         // Whatever was started was stopped again: every hook was stopped last.
-        for hook in SLOTS
-            .iter()
-            .flat_map(|&slot| [1, 2].map(|rank| name(slot, rank)))
-        {
+        for hook in SLOTS.iter().flat_map(|&slot| [1, 2].map(|rank| name(slot, rank))) {
             let calls: Vec<_> = trace
                 .entries()
                 .into_iter()
@@ -299,38 +255,26 @@ async fn a_device_that_refuses_undoes_the_hooks_too() {
 async fn a_local_device_takes_part_in_both_phases_beside_the_processes() {
     let trace = Trace::new().unwrap();
     let gates = PHASES.map(|phase| (phase, Gate::closed().unwrap()));
-    let script = gates
-        .iter()
-        .fold(Script::honest(), |script, (phase, gate)| {
-            script.on(*phase, [Step::hold(gate), Step::Ack])
-        });
-    let keys: Vec<_> = gates
-        .iter()
-        .map(|(phase, gate)| (*phase, gate.key()))
-        .collect();
-    let local = TracedLocal::new("local", &trace)
-        .unwrap()
-        .doing(
-            move |phase| match keys.iter().find(|(of, _)| *of == phase) {
-                Some((_, key)) => Ok(key.wait()?),
-                None => Err("not a phase".into()),
-            },
-        );
-    let machine = start(
-        builder()
-            .device(script.device("d0", &trace).unwrap())
-            .local_device("local", local),
-    )
-    .await;
+    let script = gates.iter().fold(Script::honest(), |script, (phase, gate)| {
+        script.on(*phase, [Step::hold(gate), Step::Ack])
+    });
+    let keys: Vec<_> = gates.iter().map(|(phase, gate)| (*phase, gate.key())).collect();
+    let local = TracedLocal::new("local", &trace).unwrap().doing(move |phase| {
+        match keys.iter().find(|(of, _)| *of == phase) {
+            Some((_, key)) => Ok(key.wait()?),
+            None => Err("not a phase".into()),
+        }
+    });
+    let machine =
+        start(builder().device(script.device("d0", &trace).unwrap()).local_device("local", local))
+            .await;
     let round = {
         let machine = machine.clone();
         tokio::spawn(async move { machine.pause().await?.resume().await })
     };
     for (phase, gate) in gates {
         let told = |_: &[_]| trace.received(phase).len() == 2;
-        trace
-            .wait_for(&format!("both to be told {phase}"), told)
-            .await;
+        trace.wait_for(&format!("both to be told {phase}"), told).await;
         assert!(trace.reached(phase).is_empty(), "{}", trace.text());
         gate.open();
     }
@@ -344,33 +288,16 @@ async fn a_local_device_that_refuses_is_rolled_back() {
     for refused in PHASES {
         let trace = Trace::new().unwrap();
         let mut times = 0;
-        let local = TracedLocal::new("local", &trace)
-            .unwrap()
-            .doing(move |phase| {
-                times += usize::from(phase == refused);
-                if phase == refused && times == 1 {
-                    Err("kernel says EBUSY".into())
-                } else {
-                    Ok(())
-                }
-            });
-        let machine = start(
-            builder()
-                .device(honest("d0", &trace))
-                .local_device("local", local),
-        )
-        .await;
+        let local = TracedLocal::new("local", &trace).unwrap().doing(move |phase| {
+            times += usize::from(phase == refused);
+            if phase == refused && times == 1 { Err("kernel says EBUSY".into()) } else { Ok(()) }
+        });
+        let machine =
+            start(builder().device(honest("d0", &trace)).local_device("local", local)).await;
         let error = crate::fixture::until(&machine, refused).await.unwrap_err();
-        assert_eq!(
-            report_of(&error).outcome,
-            Outcome::RolledBack,
-            "{refused}: {error}"
-        );
+        assert_eq!(report_of(&error).outcome, Outcome::RolledBack, "{refused}: {error}");
         let text = error.to_string();
-        assert!(
-            text.contains("\"local\" refused") && text.contains("EBUSY"),
-            "{text}"
-        );
+        assert!(text.contains("\"local\" refused") && text.contains("EBUSY"), "{text}");
         let (expected, state) = crate::fixture::undone(refused);
         assert_machine(&machine, expected).await;
         assert_all_in(&machine, &trace, &["d0", "local"], state).await;

@@ -41,29 +41,16 @@ async fn barrier_holds(first: Phase, second: Phase) {
         })
         .await;
     tokio::time::sleep(WATCHED).await;
-    assert!(
-        trace.received(second).is_empty(),
-        "too early:\n{}",
-        trace.text()
-    );
+    assert!(trace.received(second).is_empty(), "too early:\n{}", trace.text());
     gate.open();
     within(LONG, "the call", call).await.unwrap().unwrap();
 
     let acks = trace.reached(first);
     let commands = trace.received(second);
-    assert_eq!(
-        (acks.len(), commands.len()),
-        (NAMES.len(), NAMES.len()),
-        "{}",
-        trace.text()
-    );
+    assert_eq!((acks.len(), commands.len()), (NAMES.len(), NAMES.len()), "{}", trace.text());
     let last_ack = acks.iter().map(|ack| ack.at_ns).max().unwrap();
     for command in &commands {
-        assert!(
-            command.at_ns >= last_ack,
-            "{command:?} is too early:\n{}",
-            trace.text()
-        );
+        assert!(command.at_ns >= last_ack, "{command:?} is too early:\n{}", trace.text());
     }
 }
 
@@ -82,12 +69,10 @@ async fn a_local_device_holds_the_barrier_as_a_process_does() {
     let trace = Trace::new().unwrap();
     let gate = Gate::closed().unwrap();
     let key = gate.key();
-    let local = TracedLocal::new("local", &trace)
-        .unwrap()
-        .doing(move |phase| match phase {
-            Phase::PrepareStop => Ok(key.wait()?),
-            _ => Ok(()),
-        });
+    let local = TracedLocal::new("local", &trace).unwrap().doing(move |phase| match phase {
+        Phase::PrepareStop => Ok(key.wait()?),
+        _ => Ok(()),
+    });
     let machine = start(
         builder()
             .device(honest("d0", &trace))
@@ -100,31 +85,16 @@ async fn a_local_device_holds_the_barrier_as_a_process_does() {
         tokio::spawn(async move { machine.pause().await.map(Stopped::leave_stopped) })
     };
     trace
-        .wait_for("both processes' answers", |_| {
-            trace.reached(Phase::PrepareStop).len() == 2
-        })
+        .wait_for("both processes' answers", |_| trace.reached(Phase::PrepareStop).len() == 2)
         .await;
     tokio::time::sleep(WATCHED).await;
-    assert!(
-        trace.received(Phase::Stop).is_empty(),
-        "too early:\n{}",
-        trace.text()
-    );
+    assert!(trace.received(Phase::Stop).is_empty(), "too early:\n{}", trace.text());
     gate.open();
     within(LONG, "pause", pause).await.unwrap().unwrap();
-    let last_ack = trace
-        .reached(Phase::PrepareStop)
-        .iter()
-        .map(|ack| ack.at_ns)
-        .max()
-        .unwrap();
+    let last_ack = trace.reached(Phase::PrepareStop).iter().map(|ack| ack.at_ns).max().unwrap();
     let stops = trace.received(Phase::Stop);
     assert_eq!(stops.len(), 3);
-    assert!(
-        stops.iter().all(|stop| stop.at_ns >= last_ack),
-        "{}",
-        trace.text()
-    );
+    assert!(stops.iter().all(|stop| stop.at_ns >= last_ack), "{}", trace.text());
 }
 
 #[tokio::test]
@@ -133,10 +103,6 @@ async fn without_a_first_phase_nobody_is_told_one() {
     let devices = ["d0", "d1"].map(|name| honest(name, &trace));
     let machine = start(builder().without_first_phase().devices(devices)).await;
     machine.pause().await.unwrap().resume().await.unwrap();
-    assert!(
-        trace.received(Phase::PrepareStop).is_empty(),
-        "{}",
-        trace.text()
-    );
+    assert!(trace.received(Phase::PrepareStop).is_empty(), "{}", trace.text());
     assert_eq!(trace.received(Phase::Stop).len(), 2, "{}", trace.text());
 }

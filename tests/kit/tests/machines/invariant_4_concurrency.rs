@@ -11,11 +11,9 @@ const DEVICES: usize = 8;
 async fn in_every_phase_all_are_told_before_anybody_has_answered() {
     let trace = Trace::new().unwrap();
     let gates = PHASES.map(|phase| (phase, Gate::closed().unwrap()));
-    let script = gates
-        .iter()
-        .fold(Script::honest(), |script, (phase, gate)| {
-            script.on(*phase, [Step::hold(gate), Step::Ack])
-        });
+    let script = gates.iter().fold(Script::honest(), |script, (phase, gate)| {
+        script.on(*phase, [Step::hold(gate), Step::Ack])
+    });
     let devices = (0..DEVICES).map(|n| script.clone().device(&format!("d{n}"), &trace).unwrap());
     let machine = start(builder().devices(devices)).await;
     let round = {
@@ -24,30 +22,14 @@ async fn in_every_phase_all_are_told_before_anybody_has_answered() {
     };
     for (phase, gate) in gates {
         let told = |_: &[_]| trace.received(phase).len() == DEVICES;
-        trace
-            .wait_for(&format!("all to be told {phase}"), told)
-            .await;
-        assert!(
-            trace.reached(phase).is_empty(),
-            "who has answered?\n{}",
-            trace.text()
-        );
+        trace.wait_for(&format!("all to be told {phase}"), told).await;
+        assert!(trace.reached(phase).is_empty(), "who has answered?\n{}", trace.text());
         gate.open();
     }
     within(LONG, "the round", round).await.unwrap().unwrap();
     for phase in PHASES {
-        let last_told = trace
-            .received(phase)
-            .iter()
-            .map(|entry| entry.at_ns)
-            .max()
-            .unwrap();
-        let first_ack = trace
-            .reached(phase)
-            .iter()
-            .map(|entry| entry.at_ns)
-            .min()
-            .unwrap();
+        let last_told = trace.received(phase).iter().map(|entry| entry.at_ns).max().unwrap();
+        let first_ack = trace.reached(phase).iter().map(|entry| entry.at_ns).min().unwrap();
         assert!(last_told <= first_ack, "{phase}:\n{}", trace.text());
     }
 }

@@ -29,37 +29,22 @@ async fn answers_that_do_not_count_are_strays_around_the_one_that_does() {
     let steps = || {
         let foreign = FORGERIES.map(forged);
         // The last one repeats what was said: a duplicate.
-        foreign
-            .into_iter()
-            .chain([Step::Ack, forged(Forgery::Nothing)])
+        foreign.into_iter().chain([Step::Ack, forged(Forgery::Nothing)])
     };
-    let script = PHASES
-        .iter()
-        .fold(Script::honest(), |script, &phase| script.on(phase, steps()));
-    let machine = start(
-        builder()
-            .device(honest("d0", &trace))
-            .device(script.device("d1", &trace).unwrap()),
-    )
-    .await;
+    let script = PHASES.iter().fold(Script::honest(), |script, &phase| script.on(phase, steps()));
+    let machine =
+        start(builder().device(honest("d0", &trace)).device(script.device("d1", &trace).unwrap()))
+            .await;
     for round in 0..3 {
         let stopped = within(LONG, "pause", machine.pause()).await.unwrap();
         let report = stopped.report();
         assert_eq!(report.outcome, Outcome::Done, "{report}");
         // Both phases have five before the answer. The duplicate of the last phase comes when the
         // pause may be over.
-        assert!(
-            report.strays >= 10,
-            "{} strays in round {round}",
-            report.strays
-        );
+        assert!(report.strays >= 10, "{} strays in round {round}", report.strays);
         let report = within(LONG, "resume", stopped.resume()).await.unwrap();
         assert_eq!(report.outcome, Outcome::Done, "{report}");
-        assert!(
-            report.strays >= 10,
-            "{} strays in round {round}",
-            report.strays
-        );
+        assert!(report.strays >= 10, "{} strays in round {round}", report.strays);
     }
     assert_machine(&machine, MachineState::Running).await;
 }
@@ -75,21 +60,14 @@ async fn answers_that_do_not_count_do_not_open_the_barrier() {
         Step::Ack,
     ]);
     let forger = Script::honest().on(Phase::PrepareStop, steps);
-    let machine = start(
-        builder()
-            .device(honest("d0", &trace))
-            .device(forger.device("d1", &trace).unwrap()),
-    )
-    .await;
+    let machine =
+        start(builder().device(honest("d0", &trace)).device(forger.device("d1", &trace).unwrap()))
+            .await;
     let pause = {
         let machine = machine.clone();
         tokio::spawn(async move { machine.pause().await })
     };
-    trace
-        .wait_for("both to be told", |_| {
-            trace.received(Phase::PrepareStop).len() == 2
-        })
-        .await;
+    trace.wait_for("both to be told", |_| trace.received(Phase::PrepareStop).len() == 2).await;
     tokio::time::sleep(Duration::from_millis(150)).await;
     assert!(trace.received(Phase::Stop).is_empty(), "{}", trace.text());
     gate.open();
@@ -117,10 +95,7 @@ async fn only_an_ack_that_does_not_count_is_no_ack() {
             }
             assert_eq!(fenced(report), ["d1"], "{case}");
             assert!(report.strays > 0, "{case}");
-            assert!(
-                report.total_ns >= u64::try_from(SHORT.as_nanos()).unwrap(),
-                "{case}"
-            );
+            assert!(report.total_ns >= u64::try_from(SHORT.as_nanos()).unwrap(), "{case}");
             assert!(error.to_string().contains("\"d1\""), "{error}");
             assert_all_in(&machine, &trace, &["d0", "d2"], state).await;
             assert_usable(&machine).await;
@@ -133,12 +108,9 @@ async fn only_an_ack_that_does_not_count_is_no_ack() {
 async fn every_transition_has_an_epoch_of_its_own() {
     let trace = Trace::new().unwrap();
     let script = Script::honest().on_nth(Phase::Stop, 2, [Step::Refuse("once".into())]);
-    let machine = start(
-        builder()
-            .device(honest("d0", &trace))
-            .device(script.device("d1", &trace).unwrap()),
-    )
-    .await;
+    let machine =
+        start(builder().device(honest("d0", &trace)).device(script.device("d1", &trace).unwrap()))
+            .await;
     let stopped = machine.pause().await.unwrap();
     let mut last = stopped.report().last_epoch;
     assert_eq!(stopped.report().first_epoch, last);
@@ -148,10 +120,7 @@ async fn every_transition_has_an_epoch_of_its_own() {
     let error = machine.pause().await.unwrap_err();
     let report = report_of(&error);
     assert!(report.first_epoch > last);
-    assert!(
-        report.last_epoch > report.first_epoch,
-        "the undo has no epoch of its own"
-    );
+    assert!(report.last_epoch > report.first_epoch, "the undo has no epoch of its own");
     last = report.last_epoch;
     let stopped = machine.pause().await.unwrap();
     assert!(stopped.report().first_epoch > last);

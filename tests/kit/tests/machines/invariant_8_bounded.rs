@@ -25,20 +25,13 @@ async fn times_out(phase: Phase, steps: Vec<Step>) {
     let report = report_of(&error);
     match &report.outcome {
         Outcome::Degraded { machine, fenced } => {
-            assert_eq!(
-                (*machine, fenced[0].1),
-                (expected, Loss::Timeout),
-                "{report}"
-            );
+            assert_eq!((*machine, fenced[0].1), (expected, Loss::Timeout), "{report}");
         }
         _ => panic!("{phase}: {report}"),
     }
     assert_eq!(fenced(report), ["d1"], "{report}");
     let text = error.to_string();
-    assert!(
-        text.contains("\"d1\" is lost: no answer within the deadline"),
-        "{text}"
-    );
+    assert!(text.contains("\"d1\" is lost: no answer within the deadline"), "{text}");
     assert!(text.contains(&format!("in {phase} ")), "{text}");
     assert_machine(&machine, expected).await;
     assert_all_in(&machine, &trace, &["d0", "d2"], state).await;
@@ -77,11 +70,7 @@ async fn all_that_hang_at_once_cost_one_deadline_and_one_undo() {
     let processes = Processes::of(&machine.status().await.unwrap());
     let error = within(SHORT, "pause", machine.pause()).await.unwrap_err();
     let report = report_of(&error);
-    assert_eq!(
-        fenced(report),
-        ["f0", "f1", "f2", "f3", "f4", "f5"],
-        "{report}"
-    );
+    assert_eq!(fenced(report), ["f0", "f1", "f2", "f3", "f4", "f5"], "{report}");
     // The failed epoch and the two of its undo.
     assert_eq!(report.last_epoch.0 - report.first_epoch.0, 2, "{report}");
     assert_eq!(processes.left(), ["d0"]);
@@ -98,12 +87,7 @@ async fn a_device_that_hangs_in_an_undo_is_fenced_too() {
     let machine = start(
         builder()
             .device(refuses.device("refuses", &trace).unwrap())
-            .device(
-                hangs
-                    .device("hangs", &trace)
-                    .unwrap()
-                    .deadlines(LONG, SHORT),
-            )
+            .device(hangs.device("hangs", &trace).unwrap().deadlines(LONG, SHORT))
             .device(honest("d0", &trace)),
     )
     .await;
@@ -112,13 +96,7 @@ async fn a_device_that_hangs_in_an_undo_is_fenced_too() {
     assert_eq!(fenced(report), ["hangs"], "{report}");
     assert!(error.to_string().contains("not now"), "{error}");
     assert_machine(&machine, MachineState::Running).await;
-    assert_all_in(
-        &machine,
-        &trace,
-        &["refuses", "d0"],
-        MigrationState::Running,
-    )
-    .await;
+    assert_all_in(&machine, &trace, &["refuses", "d0"], MigrationState::Running).await;
 }
 
 #[tokio::test]
@@ -126,12 +104,10 @@ async fn a_hook_that_hangs_holds_the_machine_until_it_returns() {
     let trace = Trace::new().unwrap();
     let gate = Gate::closed().unwrap();
     let key = gate.key();
-    let hook = TracedHook::new("vcpus", &trace)
-        .unwrap()
-        .doing(move |call| match call {
-            Call::Stop => Ok(key.wait()?),
-            Call::Start => Ok(()),
-        });
+    let hook = TracedHook::new("vcpus", &trace).unwrap().doing(move |call| match call {
+        Call::Stop => Ok(key.wait()?),
+        Call::Start => Ok(()),
+    });
     let machine = start(
         builder()
             .device(honest("d0", &trace))
@@ -152,9 +128,7 @@ async fn a_hook_that_hangs_holds_the_machine_until_it_returns() {
     assert_machine(&machine, MachineState::Held).await;
     assert_all_in(&machine, &trace, &["d0", "d1"], MigrationState::Stop).await;
     // Nothing starts until the proof comes.
-    let refused = within(Duration::ZERO, "resume", machine.resume())
-        .await
-        .unwrap_err();
+    let refused = within(Duration::ZERO, "resume", machine.resume()).await.unwrap_err();
     assert!(refused.to_string().contains("held"), "{refused}");
 
     gate.open();
@@ -166,11 +140,7 @@ async fn a_hook_that_hangs_holds_the_machine_until_it_returns() {
     within(LONG, "the proof", stopped).await;
     assert_machine(&machine, MachineState::Stopped).await;
     within(LONG, "resume", machine.resume()).await.unwrap();
-    let calls = trace
-        .entries()
-        .into_iter()
-        .filter(|entry| entry.who == "vcpus")
-        .count();
+    let calls = trace.entries().into_iter().filter(|entry| entry.who == "vcpus").count();
     assert_eq!(calls, 4, "stopped once, started once:\n{}", trace.text());
 }
 
@@ -182,13 +152,7 @@ async fn a_local_device_that_hangs_holds_the_machine_until_the_owner_decides() {
         let key = gate.key();
         let local = TracedLocal::new("local", &trace)
             .unwrap()
-            .doing(move |phase| {
-                if phase == hung {
-                    Ok(key.wait()?)
-                } else {
-                    Ok(())
-                }
-            });
+            .doing(move |phase| if phase == hung { Ok(key.wait()?) } else { Ok(()) });
         let mut short = deadlines();
         // The deadlines of local devices are the machine's.
         (short.first_phase, short.second_phase) = match hung {
@@ -207,19 +171,14 @@ async fn a_local_device_that_hangs_holds_the_machine_until_the_owner_decides() {
         let report = report_of(&error);
         match &report.outcome {
             Outcome::Held { reasons, .. } => {
-                assert!(
-                    matches!(reasons[..], [HeldReason::LocalHung(_)]),
-                    "{hung}: {report}"
-                );
+                assert!(matches!(reasons[..], [HeldReason::LocalHung(_)]), "{hung}: {report}");
             }
             _ => panic!("{hung}: {report}"),
         }
         assert!(error.to_string().contains("\"local\""), "{error}");
         assert_machine(&machine, MachineState::Held).await;
         assert_all_in(&machine, &trace, &["d0", "d1"], MigrationState::Stop).await;
-        within(Duration::ZERO, "resume", machine.resume())
-            .await
-            .unwrap_err();
+        within(Duration::ZERO, "resume", machine.resume()).await.unwrap_err();
         machine.accept_hold().await.unwrap();
         assert_machine(&machine, MachineState::Stopped).await;
         machine.accept_hold().await.unwrap_err();
@@ -236,9 +195,7 @@ async fn a_fence_without_proof_holds_the_machine_until_the_proof_comes() {
         // Something that the dead process began still writes.
         let lock = file.reopen().unwrap();
         flock(&lock, FlockOperation::LockExclusive).unwrap();
-        let script = Script::honest()
-            .backing_file(file.path())
-            .on(phase, [Step::Exit(1)]);
+        let script = Script::honest().backing_file(file.path()).on(phase, [Step::Exit(1)]);
         let mut short = deadlines();
         short.fence = SHORT;
         let machine = start(
@@ -253,24 +210,14 @@ async fn a_fence_without_proof_holds_the_machine_until_the_proof_comes() {
         let report = report_of(&error);
         match &report.outcome {
             Outcome::Held { reasons, .. } => {
-                assert!(
-                    matches!(reasons[..], [HeldReason::FenceUnproven(_)]),
-                    "{report}"
-                );
+                assert!(matches!(reasons[..], [HeldReason::FenceUnproven(_)]), "{report}");
             }
             _ => panic!("{phase}: {report}"),
         }
-        assert!(
-            error
-                .to_string()
-                .contains("nothing proves that device \"d1\" is gone"),
-            "{error}"
-        );
+        assert!(error.to_string().contains("nothing proves that device \"d1\" is gone"), "{error}");
         assert_machine(&machine, MachineState::Held).await;
         assert_all_in(&machine, &trace, &["d0"], MigrationState::Stop).await;
-        within(Duration::ZERO, "resume", machine.resume())
-            .await
-            .unwrap_err();
+        within(Duration::ZERO, "resume", machine.resume()).await.unwrap_err();
 
         drop(lock);
         loop {
@@ -293,12 +240,7 @@ async fn under_stay_stopped_a_hang_leaves_everybody_stopped() {
     let machine = start(
         builder()
             .on_failure(OnFailure::StayStopped)
-            .device(
-                frozen
-                    .device("frozen", &trace)
-                    .unwrap()
-                    .deadlines(SHORT, LONG),
-            )
+            .device(frozen.device("frozen", &trace).unwrap().deadlines(SHORT, LONG))
             .device(honest("d0", &trace)),
     )
     .await;
@@ -308,9 +250,6 @@ async fn under_stay_stopped_a_hang_leaves_everybody_stopped() {
     assert_machine(&machine, MachineState::Stopped).await;
     assert_all_in(&machine, &trace, &["d0"], MigrationState::Stop).await;
     let first = within(LONG, "an event", events.recv()).await.unwrap();
-    assert!(
-        matches!(first, MachineEvent::DeviceFenced { .. }),
-        "{first:?}"
-    );
+    assert!(matches!(first, MachineEvent::DeviceFenced { .. }), "{first:?}");
     within(LONG, "resume", stopped.resume()).await.unwrap();
 }

@@ -13,11 +13,7 @@ use standstill_testkit::{Packet, Processes, Script, Step, Trace, Trigger, within
 #[tokio::test]
 async fn a_machine_goes_on_without_an_optional_device() {
     for phase in PHASES {
-        for steps in [
-            vec![Step::Freeze],
-            vec![Step::Exit(1)],
-            vec![Step::Refuse("no".into())],
-        ] {
+        for steps in [vec![Step::Freeze], vec![Step::Exit(1)], vec![Step::Refuse("no".into())]] {
             let trace = Trace::new().unwrap();
             let case = format!("{steps:?} in {phase}");
             let script = Script::honest().on(phase, steps);
@@ -86,12 +82,7 @@ async fn a_device_that_is_killed_between_transitions_is_lost_and_fenced() {
     assert!(status.devices[1].lost.is_some());
     // The others go on, and nobody is missed.
     let stopped = within(LONG, "pause", machine.pause()).await.unwrap();
-    assert_eq!(
-        stopped.report().outcome,
-        Outcome::Done,
-        "{}",
-        stopped.report()
-    );
+    assert_eq!(stopped.report().outcome, Outcome::Done, "{}", stopped.report());
     assert_eq!(stopped.report().participants.len(), 2);
     assert_all_in(&machine, &trace, &["d0", "d2"], MigrationState::Stop).await;
     within(LONG, "resume", stopped.resume()).await.unwrap();
@@ -110,9 +101,7 @@ async fn a_device_that_breaks_the_protocol_between_transitions_is_lost_with_the_
         // A memory declaration is what it is told to begin with.
         let script = Script::honest().on(Trigger::Memory, [Step::Ack, step]);
         let machine = start(
-            builder()
-                .device(honest("d0", &trace))
-                .device(script.device("d1", &trace).unwrap()),
+            builder().device(honest("d0", &trace)).device(script.device("d1", &trace).unwrap()),
         )
         .await;
         let mut events = machine.events();
@@ -123,10 +112,7 @@ async fn a_device_that_breaks_the_protocol_between_transitions_is_lost_with_the_
         assert_eq!(device, "d1");
         assert!(why.contains(says), "{why}");
         let status = machine.status().await.unwrap();
-        assert!(
-            status.devices[1].lost.as_deref().unwrap().contains(says),
-            "{status:?}"
-        );
+        assert!(status.devices[1].lost.as_deref().unwrap().contains(says), "{status:?}");
     }
 }
 

@@ -11,15 +11,9 @@ async fn a_declaration_is_in_force_everywhere_when_the_call_returns() {
         start(builder().devices(["d0", "d1", "d2"].map(|name| honest(name, &trace)))).await;
     let ram = tempfile::tempfile().unwrap();
     for sequence in 1..=3 {
-        within(LONG, "declare_ram", machine.declare_ram(&ram))
-            .await
-            .unwrap();
+        within(LONG, "declare_ram", machine.declare_ram(&ram)).await.unwrap();
         let is = |what| matches!(what, What::Memory { sequence: s } if s == sequence);
-        let told = trace
-            .entries()
-            .into_iter()
-            .filter(|entry| is(entry.what))
-            .count();
+        let told = trace.entries().into_iter().filter(|entry| is(entry.what)).count();
         assert_eq!(told, 3, "{}", trace.text());
     }
 }
@@ -38,9 +32,7 @@ async fn a_device_that_never_answers_is_named_within_the_deadline() {
     )
     .await;
     let ram = tempfile::tempfile().unwrap();
-    let error = within(SHORT, "declare_ram", machine.declare_ram(&ram))
-        .await
-        .unwrap_err();
+    let error = within(SHORT, "declare_ram", machine.declare_ram(&ram)).await.unwrap_err();
     match &error {
         MachineError::Memory { device, why } => {
             assert_eq!(device, "deaf");
@@ -49,9 +41,7 @@ async fn a_device_that_never_answers_is_named_within_the_deadline() {
         other => panic!("{other}"),
     }
     // It is no reason to fence: it may be asked again.
-    within(LONG, "declare_ram", machine.declare_ram(&ram))
-        .await
-        .unwrap();
+    within(LONG, "declare_ram", machine.declare_ram(&ram)).await.unwrap();
     assert_usable(&machine).await;
 }
 
@@ -61,17 +51,13 @@ async fn a_device_that_ends_instead_is_named_at_once() {
         let trace = Trace::new().unwrap();
         let dies = Script::honest().on(Trigger::Memory, [step]);
         let machine = start(
-            builder()
-                .device(honest("d0", &trace))
-                .device(dies.device("dies", &trace).unwrap()),
+            builder().device(honest("d0", &trace)).device(dies.device("dies", &trace).unwrap()),
         )
         .await;
         let processes = Processes::of(&machine.status().await.unwrap()).only(&["dies"]);
         let ram = tempfile::tempfile().unwrap();
         // Long before its deadline.
-        let error = within(SHORT, "declare_ram", machine.declare_ram(&ram))
-            .await
-            .unwrap_err();
+        let error = within(SHORT, "declare_ram", machine.declare_ram(&ram)).await.unwrap_err();
         assert!(matches!(&error, MachineError::Memory { device, .. } if device == "dies"));
         processes.assert_gone_within(LONG).await;
     }
@@ -85,12 +71,9 @@ async fn declarations_may_overlap() {
         1,
         [Step::Delay(std::time::Duration::from_millis(50)), Step::Ack],
     );
-    let machine = start(
-        builder()
-            .device(honest("d0", &trace))
-            .device(slow.device("slow", &trace).unwrap()),
-    )
-    .await;
+    let machine =
+        start(builder().device(honest("d0", &trace)).device(slow.device("slow", &trace).unwrap()))
+            .await;
     let ram = tempfile::tempfile().unwrap();
     let (one, other) = tokio::join!(machine.declare_ram(&ram), machine.declare_ram(&ram));
     one.unwrap();

@@ -40,11 +40,7 @@ async fn a_refusal_in_any_phase_is_rolled_back_with_its_reason() {
         let refusal = answers.filter(|command| {
             matches!(&command.answer, CommandAnswer::Refused { why, .. } if why.contains(WHY))
         });
-        assert_eq!(
-            refusal.map(|c| c.phase).collect::<Vec<_>>(),
-            [phase],
-            "{report}"
-        );
+        assert_eq!(refusal.map(|c| c.phase).collect::<Vec<_>>(), [phase], "{report}");
 
         let (expected, state) = undone(phase);
         assert_machine(&machine, expected).await;
@@ -72,17 +68,8 @@ async fn a_refused_stop_is_undone_by_a_full_start_in_two_phases() {
     let restarted = trace.received(Phase::PrepareStart);
     let started = trace.received(Phase::Start);
     assert_eq!((restarted.len(), started.len()), (2, 2), "{}", trace.text());
-    let last_ack = trace
-        .reached(Phase::PrepareStart)
-        .iter()
-        .map(|e| e.at_ns)
-        .max()
-        .unwrap();
-    assert!(
-        started.iter().all(|start| start.at_ns >= last_ack),
-        "{}",
-        trace.text()
-    );
+    let last_ack = trace.reached(Phase::PrepareStart).iter().map(|e| e.at_ns).max().unwrap();
+    assert!(started.iter().all(|start| start.at_ns >= last_ack), "{}", trace.text());
     assert_all_in(&machine, &trace, &["d0", "d1"], MigrationState::Running).await;
 }
 

@@ -25,14 +25,8 @@ pub(in super::super) struct Node {
 #[derive(Clone, Debug)]
 #[expect(clippy::large_enum_variant, reason = "there are a handful of them")]
 pub(super) enum Device {
-    Process {
-        lifecycle: Lifecycle,
-        work: Option<Work>,
-    },
-    Local {
-        state: MigrationState,
-        calls: VecDeque<Command>,
-    },
+    Process { lifecycle: Lifecycle, work: Option<Work> },
+    Local { state: MigrationState, calls: VecDeque<Command> },
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,40 +46,24 @@ pub(super) enum Fence {
 /// A device that was brought to a state by an earlier transition of `term`.
 fn device_in(member: &Member, term: Term) -> Device {
     if member.kind == MemberKind::Local {
-        return Device::Local {
-            state: member.state,
-            calls: VecDeque::new(),
-        };
+        return Device::Local { state: member.state, calls: VecDeque::new() };
     }
     let mut lifecycle = Lifecycle::new(member.flags);
     let orphan = OrphanPolicy::Keep;
-    lifecycle.step(lifecycle::Event::Welcome {
-        term,
-        epoch: Epoch(0),
-        orphan,
-    });
+    lifecycle.step(lifecycle::Event::Welcome { term, epoch: Epoch(0), orphan });
     let phase = match member.state.activity() {
         Activity::Full => Phase::Start,
         Activity::NoPeer => Phase::PrepareStop,
         Activity::Stopped => Phase::Stop,
     };
-    let command = Command {
-        term,
-        epoch: Epoch(1),
-        phase,
-        target: member.state,
-        budget_ns: 0,
-        lease_ns: 0,
-    };
+    let command =
+        Command { term, epoch: Epoch(1), phase, target: member.state, budget_ns: 0, lease_ns: 0 };
     let mut effects = lifecycle.step(lifecycle::Event::Command(command));
     while effects.iter().any(|effect| matches!(effect, Work::Arc(_))) {
         effects = lifecycle.step(lifecycle::Event::ArcDone);
     }
     assert_eq!(lifecycle.state(), member.state);
-    Device::Process {
-        lifecycle,
-        work: None,
-    }
+    Device::Process { lifecycle, work: None }
 }
 
 impl Node {
@@ -112,10 +90,9 @@ impl Node {
     /// The most that it may be doing; an arc that is being taken counts with both its ends.
     pub(super) fn activity(&self) -> Activity {
         match &self.device {
-            Device::Process {
-                lifecycle,
-                work: Some(Work::Arc(arc)),
-            } => lifecycle.activity().max(arc.after),
+            Device::Process { lifecycle, work: Some(Work::Arc(arc)) } => {
+                lifecycle.activity().max(arc.after)
+            }
             Device::Process { lifecycle, .. } => lifecycle.activity(),
             Device::Local { state, .. } => state.activity(),
         }
@@ -141,10 +118,7 @@ impl Node {
         for effect in lifecycle.step(event) {
             let (command, state, answer) = match effect {
                 Work::Arc(_) | Work::ReadStream | Work::WriteStream | Work::Reset => {
-                    assert!(
-                        work.is_none(),
-                        "a second thing to do before the first has ended"
-                    );
+                    assert!(work.is_none(), "a second thing to do before the first has ended");
                     *work = Some(effect);
                     continue;
                 }
@@ -157,33 +131,19 @@ impl Node {
                         epoch: status.epoch,
                         phase: Phase::Stop,
                         state: status.state,
-                        answer: Answer::Status {
-                            moving_to: status.moving_to,
-                        },
+                        answer: Answer::Status { moving_to: status.moving_to },
                     });
                     continue;
                 }
                 _ => continue,
             };
-            let Command {
-                term, epoch, phase, ..
-            } = command;
-            self.up.push_back(Event::Answer {
-                from,
-                term,
-                epoch,
-                phase,
-                state,
-                answer,
-            });
+            let Command { term, epoch, phase, .. } = command;
+            self.up.push_back(Event::Answer { from, term, epoch, phase, state, answer });
         }
     }
 
     pub(super) fn work(&mut self, failure: Option<bool>) {
-        let refusal = Refusal {
-            kind: RefusalKind::Device,
-            text: String::new(),
-        };
+        let refusal = Refusal { kind: RefusalKind::Device, text: String::new() };
         let done = match &mut self.device {
             Device::Local { .. } => return self.call(failure),
             Device::Process { work, .. } => match (work.take(), failure) {
@@ -240,9 +200,7 @@ impl Node {
                 break;
             }
         }
-        let Command {
-            term, epoch, phase, ..
-        } = command;
+        let Command { term, epoch, phase, .. } = command;
         let state = *state;
         self.up.push_back(Event::Answer {
             from: self.member.id,

@@ -17,24 +17,15 @@ impl World {
             _ => phase,
         };
         for &id in self.told.get(&(epoch, first)).into_iter().flatten() {
-            let fenced = self
-                .nodes
-                .iter()
-                .any(|n| n.member.id == id && n.fence == Fence::Proven);
+            let fenced = self.nodes.iter().any(|n| n.member.id == id && n.fence == Fence::Proven);
             let given_up = self.unproven.contains(&id) || self.local_hung(id);
             let quiet = self.refused_stopped.contains(&(id, epoch, first));
             let acked = self.acks.contains(&(id, epoch, first));
-            assert!(
-                acked || fenced || given_up || quiet,
-                "{id:?} has not reached {first}"
-            );
+            assert!(acked || fenced || given_up || quiet, "{id:?} has not reached {first}");
         }
         if matches!(phase, Phase::PrepareStart | Phase::Start) {
             let pending = self.nodes.iter().find(|node| node.fence == Fence::Asked);
-            assert!(
-                pending.is_none(),
-                "{phase} while a fence is not proven: {pending:?}"
-            );
+            assert!(pending.is_none(), "{phase} while a fence is not proven: {pending:?}");
             assert!(self.unproven.is_empty());
         }
     }
@@ -76,15 +67,9 @@ impl World {
     /// What must hold after every step; at the end, `properties::ends` has more to say.
     pub(super) fn check(&mut self) {
         if !self.no_barrier && self.broken.is_none() {
-            let broken = self
-                .mixed()
-                .into_iter()
-                .find(|pair| !self.found.contains(pair));
+            let broken = self.mixed().into_iter().find(|pair| !self.found.contains(pair));
             if let Some(pair) = broken {
-                self.broken = Some(format!(
-                    "{pair:?} is (stopped, may write): {:#?}",
-                    self.nodes
-                ));
+                self.broken = Some(format!("{pair:?} is (stopped, may write): {:#?}", self.nodes));
             }
         }
         if self.outcome.is_some() {
@@ -101,11 +86,7 @@ impl World {
     /// Where everybody is who still counts, and where it was at the beginning.
     pub(in super::super) fn left(&self) -> Vec<(Member, MigrationState)> {
         let live = |node: &&Node| self.transition.state(node.member.id).is_some();
-        self.nodes
-            .iter()
-            .filter(live)
-            .map(|node| (node.member, node.state()))
-            .collect()
+        self.nodes.iter().filter(live).map(|node| (node.member, node.state())).collect()
     }
 
     /// True if anybody was fenced, or was to be.

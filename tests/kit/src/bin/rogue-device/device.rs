@@ -89,9 +89,7 @@ impl RogueDevice {
 
     /// Runs until the end; the exit status.
     pub(crate) fn run(mut self) -> Result<u8, Error> {
-        self.trace(What::Began {
-            pid: std::process::id(),
-        });
+        self.trace(What::Began { pid: std::process::id() });
         self.perform(Cause::Hello);
         loop {
             self.go_on()?;
@@ -119,17 +117,12 @@ impl RogueDevice {
             Some(steps) => steps.iter().cloned().collect(),
             None => VecDeque::from([Step::Ack]),
         };
-        self.performances.push_back(Performance {
-            cause,
-            steps,
-            wait: None,
-        });
+        self.performances.push_back(Performance { cause, steps, wait: None });
     }
 
     /// A newer command or an abort: what was to be answered is answered no more.
     fn overtaken(&mut self) {
-        self.performances
-            .retain(|performance| !matches!(performance.cause, Cause::Command(_)));
+        self.performances.retain(|performance| !matches!(performance.cause, Cause::Command(_)));
     }
 
     /// Does every step that waits for nothing.
@@ -185,9 +178,7 @@ impl RogueDevice {
     }
 
     fn send(&self, message: &DeviceMessage) -> Result<(), Error> {
-        self.channel
-            .as_ref()
-            .map_or(Ok(()), |channel| send_message(channel, message))
+        self.channel.as_ref().map_or(Ok(()), |channel| send_message(channel, message))
     }
 
     /// The honest answer, or a refusal in its place.
@@ -207,12 +198,7 @@ impl RogueDevice {
     }
 
     fn hello(&self) -> Result<(), Error> {
-        let file = self
-            .script
-            .backing_file
-            .as_deref()
-            .map(File::open)
-            .transpose()?;
+        let file = self.script.backing_file.as_deref().map(File::open).transpose()?;
         let hello = Hello {
             versions: self.script.versions,
             kind: "rogue".into(),
@@ -245,67 +231,26 @@ impl RogueDevice {
                 Effect::Arc(_) => Some(match refusal.take() {
                     None => Event::ArcDone,
                     Some(text) => {
-                        let refusal = Refusal {
-                            kind: RefusalKind::Device,
-                            text,
-                        };
-                        Event::ArcFailed {
-                            refusal,
-                            restored: true,
-                        }
+                        let refusal = Refusal { kind: RefusalKind::Device, text };
+                        Event::ArcFailed { refusal, restored: true }
                     }
                 }),
                 Effect::WriteStream | Effect::ReadStream => {
                     let text = "a rogue device has no state".into();
-                    let refusal = Refusal {
-                        kind: RefusalKind::Unsupported,
-                        text,
-                    };
+                    let refusal = Refusal { kind: RefusalKind::Unsupported, text };
                     Some(Event::StreamFailed(refusal))
                 }
                 Effect::Reset => Some(Event::ResetDone),
-                Effect::Reached(
-                    Command {
-                        term, epoch, phase, ..
-                    },
-                    state,
-                ) => {
-                    self.trace(What::Reached {
-                        phase,
-                        epoch,
-                        state,
-                    });
+                Effect::Reached(Command { term, epoch, phase, .. }, state) => {
+                    self.trace(What::Reached { phase, epoch, state });
                     let (timings, evidence) = (Timings::default(), Evidence::default());
-                    let reached = Reached {
-                        term,
-                        epoch,
-                        phase,
-                        state,
-                        timings,
-                        evidence,
-                    };
+                    let reached = Reached { term, epoch, phase, state, timings, evidence };
                     self.send(&DeviceMessage::Reached(reached))?;
                     None
                 }
-                Effect::Refused(
-                    Command {
-                        term, epoch, phase, ..
-                    },
-                    state,
-                    refusal,
-                ) => {
-                    self.trace(What::Refused {
-                        phase,
-                        epoch,
-                        state,
-                    });
-                    let refused = Refused {
-                        term,
-                        epoch,
-                        phase,
-                        state,
-                        refusal,
-                    };
+                Effect::Refused(Command { term, epoch, phase, .. }, state, refusal) => {
+                    self.trace(What::Refused { phase, epoch, state });
+                    let refused = Refused { term, epoch, phase, state, refusal };
                     self.send(&DeviceMessage::Refused(refused))?;
                     None
                 }
@@ -329,40 +274,27 @@ impl RogueDevice {
 
     /// Waits for the channel, the gate or the time of the next step, or of the next sign of life.
     fn wait(&mut self) -> Result<(), Error> {
-        let wait = self
-            .performances
-            .front()
-            .and_then(|performance| performance.wait.as_ref());
+        let wait = self.performances.front().and_then(|performance| performance.wait.as_ref());
         let due = match wait {
             Some(Wait::Until(end)) => Some(*end),
             _ => None,
         };
-        let due = due
-            .into_iter()
-            .chain(self.heartbeat.map(|(_, next)| next))
-            .min();
+        let due = due.into_iter().chain(self.heartbeat.map(|(_, next)| next)).min();
         let left = due.map(|due| due.saturating_duration_since(Instant::now()));
         let timeout = left.and_then(|left| Timespec::try_from(left).ok());
-        let channel = self
-            .channel
-            .iter()
-            .map(|channel| (channel.as_fd(), PollFlags::IN));
+        let channel = self.channel.iter().map(|channel| (channel.as_fd(), PollFlags::IN));
         let gate = match wait {
             Some(Wait::Gate(gate)) => Some((gate.as_fd(), PollFlags::empty())),
             _ => None,
         };
-        let mut fds: Vec<_> = channel
-            .chain(gate)
-            .map(|(fd, flags)| PollFd::from_borrowed_fd(fd, flags))
-            .collect();
+        let mut fds: Vec<_> =
+            channel.chain(gate).map(|(fd, flags)| PollFd::from_borrowed_fd(fd, flags)).collect();
         match poll(&mut fds, timeout.as_ref()) {
             Ok(_) | Err(Errno::INTR) => {}
             Err(error) => return Err(error.into()),
         }
-        let opened = gate.is_some()
-            && fds
-                .last()
-                .is_some_and(|fd| fd.revents().contains(PollFlags::HUP));
+        let opened =
+            gate.is_some() && fds.last().is_some_and(|fd| fd.revents().contains(PollFlags::HUP));
         if opened && let Some(performance) = self.performances.front_mut() {
             performance.wait = None;
         }
@@ -390,29 +322,13 @@ impl RogueDevice {
                     self.heartbeat = Some((interval, Instant::now() + interval));
                 }
                 let (term, epoch, orphan) = (welcome.term, welcome.epoch, welcome.orphan);
-                self.feed(
-                    Event::Welcome {
-                        term,
-                        epoch,
-                        orphan,
-                    },
-                    None,
-                )?;
+                self.feed(Event::Welcome { term, epoch, orphan }, None)?;
                 self.perform(Cause::Welcome);
             }
             CoordinatorMessage::Reject(reject) => return Err(reject.reason.into()),
             CoordinatorMessage::Command(command) => {
-                let Command {
-                    phase,
-                    epoch,
-                    target,
-                    ..
-                } = command;
-                self.trace(What::Received {
-                    phase,
-                    epoch,
-                    target,
-                });
+                let Command { phase, epoch, target, .. } = command;
+                self.trace(What::Received { phase, epoch, target });
                 self.overtaken();
                 self.perform(Cause::Command(command));
             }
@@ -423,9 +339,7 @@ impl RogueDevice {
             }
             CoordinatorMessage::Query(query) => self.feed(Event::Query(query), None)?,
             CoordinatorMessage::Memory(memory) => {
-                self.trace(What::Memory {
-                    sequence: memory.sequence,
-                });
+                self.trace(What::Memory { sequence: memory.sequence });
                 self.perform(Cause::Memory(memory.sequence));
             }
             CoordinatorMessage::Shutdown(_) => self.perform(Cause::Shutdown),

@@ -16,10 +16,7 @@ use std::process::ExitCode;
 
 type Error = Box<dyn std::error::Error>;
 
-#[expect(
-    clippy::print_stderr,
-    reason = "standard error is how a device process says why it ends"
-)]
+#[expect(clippy::print_stderr, reason = "standard error is how a device process says why it ends")]
 fn main() -> ExitCode {
     match run() {
         Ok(status) => ExitCode::from(status),
@@ -31,9 +28,7 @@ fn main() -> ExitCode {
 }
 
 fn run() -> Result<u8, Error> {
-    let argument = std::env::args()
-        .nth(1)
-        .ok_or("usage: rogue-device SCRIPT (JSON)")?;
+    let argument = std::env::args().nth(1).ok_or("usage: rogue-device SCRIPT (JSON)")?;
     let script: Script = serde_json::from_str(&argument)?;
     let channel = DeviceEnd::from_fd(io::stdin().as_fd().try_clone_to_owned()?)?;
     // The control channel must end with the one fd that is used from here on.
