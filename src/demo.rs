@@ -117,6 +117,7 @@ impl DemoError {
                  process and some file descriptors (ulimit -u, ulimit -n)",
             ),
             Self::Round { .. } => Some("RUST_LOG=info shows what the devices say"),
+            Self::Vmm(VmmError::Folder(_)) => Some("set TMPDIR to a folder that can be written"),
             Self::Vmm(_) | Self::Connect | Self::NoTraffic { .. } => {
                 Some("try fewer --devices; RUST_LOG=info shows what the devices say")
             }
@@ -140,7 +141,7 @@ impl Drop for Background {
 }
 
 /// Runs the demonstration; returns the command's exit code.
-pub(crate) fn run(args: DemoArgs) -> ExitCode {
+pub(crate) fn run(args: &DemoArgs) -> ExitCode {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("warn"));
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).init();
     raise_file_limit();
@@ -154,7 +155,7 @@ pub(crate) fn run(args: DemoArgs) -> ExitCode {
         .map_err(|error| DemoError::System("start the tokio runtime", error))
         .and_then(|runtime| {
             let background = Background(Some(runtime));
-            background.0.as_ref().map_or(Ok(false), |runtime| runtime.block_on(supervise(&args)))
+            background.0.as_ref().map_or(Ok(false), |runtime| runtime.block_on(supervise(args)))
         });
     match ended {
         Ok(true) => ExitCode::SUCCESS,
@@ -232,7 +233,7 @@ async fn demonstrate(
     slot: &OnceCell<Machine>,
 ) -> Result<(Summary, Option<Timeline>), DemoError> {
     let slowness = args.slowness()?;
-    let progress = Progress::new(args);
+    let progress = Progress::new();
     let blueprint = Blueprint::new(args.engines())?;
     let builder = blueprint.machine(&slowness, args.single_phase)?;
     progress.say("starting device processes", args.engines());
@@ -261,7 +262,7 @@ struct Progress {
 }
 
 impl Progress {
-    fn new(_args: &DemoArgs) -> Self {
+    fn new() -> Self {
         let bar = if io::stderr().is_terminal() {
             indicatif::ProgressBar::new(0)
         } else {

@@ -53,9 +53,7 @@ pub(crate) fn run(args: DeviceArgs) -> ExitCode {
         serve(ServeOptions::new(args.socket), |handles| CopyEngine::build(config, handles));
     match served {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            crate::print_error(&error);
-            ExitCode::from(error.exit_code())
-        }
+        // It was told already, in the form that a coordinator reads.
+        Err(error) => ExitCode::from(error.exit_code()),
     }
 }

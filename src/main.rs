@@ -36,13 +36,13 @@ enum Command {
 
 fn main() -> ExitCode {
     match Cli::parse().command {
-        Command::Demo(args) => demo::run(args),
+        Command::Demo(args) => demo::run(&args),
         Command::Device(args) => device::run(args),
     }
 }
 
 /// Tells a person what went wrong: the error and all that caused it.
-pub(crate) fn print_error(error: &dyn Error) {
+fn print_error(error: &dyn Error) {
     let mut text = format!("standstill: {error}");
     let mut last = error.to_string();
     let mut source = error.source();

@@ -1,6 +1,8 @@
 //! The demonstration as a user runs it: it keeps its promise, and without the first phase it
 //! notices.
 
+#![expect(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
+
 use serde_json::Value;
 use std::process::{Command, Output};
 

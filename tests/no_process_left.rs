@@ -3,6 +3,8 @@
 //! Each test takes a pidfd of every device process while the machine is at work, ends the
 //! demonstration in its way, and waits on the pidfds.
 
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open, pidfd_send_signal};
 use std::fs::read_to_string;

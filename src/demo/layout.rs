@@ -155,8 +155,7 @@ mod tests {
         let pairs = pairs(16);
         let layout = Layout::new(16, &pairs);
         let all: Vec<_> = (0..16).flat_map(|engine| layout.descriptors(engine, &pairs)).collect();
-        let blocks: HashSet<_> =
-            all.iter().map(|d| d.destination / u64::from(PAGE as u32)).collect();
+        let blocks: HashSet<_> = all.iter().map(|d| d.destination / PAGE).collect();
         let numbers: HashSet<_> = all.iter().map(|d| d.sequence_iova).collect();
         assert_eq!((blocks.len(), numbers.len()), (all.len(), all.len()));
     }

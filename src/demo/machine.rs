@@ -9,6 +9,7 @@ use super::pairs::{Pair, pairs};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use standstill::coordinator::{Deadlines, DeviceSpec, MachineBuilder};
+use standstill::device_proc::devices::copy_engine::Descriptor;
 use standstill::device_proc::memory::{SharedAccessError, SharedMemory, SharedMemoryError};
 use std::io;
 use std::path::PathBuf;
@@ -173,7 +174,7 @@ impl Vmm {
             .layout
             .descriptors(number, &self.pairs)
             .iter()
-            .flat_map(|descriptor| descriptor.to_bytes())
+            .flat_map(Descriptor::to_bytes)
             .collect();
         self.ram.write(self.layout.ring_offset(number), &ring)?;
         Ok(())

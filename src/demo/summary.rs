@@ -9,7 +9,7 @@ use super::pairs::Pair;
 use super::statistics::Spread;
 use serde::Serialize;
 use standstill::coordinator::Status;
-use standstill::coordinator::report::{Nanos, TransitionReport};
+use standstill::coordinator::report::{CommandReport, Nanos, TransitionReport};
 use standstill::protocol::message::Phase;
 use std::collections::BTreeMap;
 use std::fmt;
@@ -62,7 +62,7 @@ impl Measurements {
                 }
                 for (device, participant) in self.devices.iter_mut().zip(&report.participants) {
                     let command = participant.command(phase);
-                    if let Some(ns) = command.and_then(|command| command.net_ns()) {
+                    if let Some(ns) = command.and_then(CommandReport::net_ns) {
                         device.entry(phase).or_default().push(ns);
                     }
                 }

@@ -63,6 +63,9 @@ impl Parts {
     }
 }
 
+/// Makes one thing of a round wrong.
+type Spoil = fn(&mut Parts, Pair);
+
 fn late_after(spoil: impl FnOnce(&mut Parts)) -> Vec<LateWrite> {
     let mut parts = Parts::honest();
     spoil(&mut parts);
@@ -108,7 +111,7 @@ fn a_writer_that_wrote_after_it_was_quiet_is_seen_at_every_place() {
 #[test]
 fn a_mailbox_that_differs_is_seen_at_each_place_by_itself() {
     let pair = pairs(ENGINES)[0];
-    let cases: [(Place, fn(&mut Parts, Pair)); 4] = [
+    let cases: [(Place, Spoil); 4] = [
         (Place::ReceiverStopping, |parts, pair| {
             let evidence = &mut parts.proofs[pair.receiver].stopped;
             add_one(evidence, CounterKind::Received, pair.mailbox);

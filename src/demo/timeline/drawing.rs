@@ -191,7 +191,8 @@ fn definitions() -> Definitions {
 fn lanes(timeline: &Timeline, plan: &Plan) -> Group {
     let mut group = Group::new();
     // Names only as close together as they can be read.
-    let every = (11.0 / plan.lane_height).ceil().max(1.0) as usize;
+    let every =
+        (1..=plan.lanes).find(|every| *every as f64 * plan.lane_height >= 11.0).unwrap_or(1);
     for (number, pause) in timeline.pause.lanes.iter().enumerate() {
         if number % every == 0 {
             let size = (plan.lane_height * 0.62).clamp(9.0, 13.0);

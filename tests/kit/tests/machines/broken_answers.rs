@@ -126,6 +126,19 @@ async fn an_end_after_the_answer_is_a_loss_all_the_same() {
     }
 }
 
+/// Whichever is seen first, the end of the process or the answer in the socket.
+#[tokio::test]
+async fn an_answer_that_was_sent_before_the_end_counts() {
+    for _ in 0..20 {
+        let trace = Trace::new().unwrap();
+        let script = Script::honest().on(Phase::Stop, [Step::Ack, Step::Exit(0)]);
+        let machine = start(builder().device(script.device("d0", &trace).unwrap())).await;
+        let stopped = within(LONG, "pause", machine.pause()).await.unwrap();
+        assert_eq!(stopped.report().outcome, Outcome::Done, "{}", stopped.report());
+        stopped.leave_stopped();
+    }
+}
+
 /// What was acked was acked: the pause is done, or the loss came in time to undo it.
 #[tokio::test]
 async fn an_end_after_the_last_answer_is_found_by_the_next_call_at_the_latest() {

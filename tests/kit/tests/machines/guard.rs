@@ -6,7 +6,9 @@ use standstill_coordinator::{Operation, Outcome, Stopped};
 use standstill_protocol::message::Phase;
 use standstill_protocol::migration::MigrationState;
 use standstill_protocol::transition::MachineState;
-use standstill_testkit::{Gate, Processes, Script, Step, Trace, TracedLocal, Trigger, within};
+use standstill_testkit::{
+    Entry, Gate, Processes, Script, Step, Trace, TracedLocal, Trigger, What, within,
+};
 use std::time::Duration;
 
 #[tokio::test]
@@ -95,6 +97,9 @@ async fn a_slow_pause_that_is_cancelled_is_rolled_back() {
         let report = report_of(&error);
         assert_eq!(report.outcome, Outcome::RolledBack, "{phase}: {report}");
         assert!(error.to_string().contains("the owner gave it up"), "{error}");
+        let aborted = What::Aborted { epoch: report.first_epoch };
+        let heard = |entry: &Entry| entry.who == "slow" && entry.what == aborted;
+        assert!(trace.entries().iter().any(heard), "{}", trace.text());
         assert_machine(&machine, MachineState::Running).await;
         assert_all_in(&machine, &trace, &["d0", "slow"], MigrationState::Running).await;
         drop(gate);
@@ -149,9 +154,8 @@ async fn when_the_last_handle_is_dropped_the_processes_end() {
         let machine = machine.clone();
         tokio::spawn(async move { machine.declare_ram(&ram).await })
     };
-    let told = |entries: &[standstill_testkit::Entry]| {
-        entries.iter().filter(|e| matches!(e.what, standstill_testkit::What::Memory { .. })).count()
-            == 2
+    let told = |entries: &[Entry]| {
+        entries.iter().filter(|e| matches!(e.what, What::Memory { .. })).count() == 2
     };
     trace.wait_for("both to be told", told).await;
     declare.abort();

@@ -39,7 +39,7 @@ async fn with_peers_it_is_refused_by_name() {
     assert!(text.contains("\"old\"") && text.contains("one-phase"), "{text}");
     match error {
         StartError::Plan { device, source: PlanError::OnePhase { .. } } => {
-            assert_eq!(device, "old")
+            assert_eq!(device, "old");
         }
         other => panic!("{other:?}"),
     }
