@@ -14,10 +14,10 @@ mod transition;
 
 use crate::device::ProcessEvent;
 use crate::error::MachineError;
+use crate::machine::Status;
 use crate::participant::LocalAnswer;
 use crate::process::Exit;
 use crate::report::TransitionReport;
-use crate::machine::Status;
 use ractor::{Actor, ActorProcessingErr, ActorRef, SupervisionEvent};
 use standstill_protocol::transition::{MachineState, Operation, ParticipantId, Timer};
 use std::os::fd::OwnedFd;

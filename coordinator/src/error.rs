@@ -108,6 +108,9 @@ pub enum ProtocolError {
     /// A backing file of its Hello is not acceptable.
     #[error("declared a backing file that cannot be used")]
     BackingFile(#[source] crate::process::BackingFileError),
+    /// It has not locked a backing file of its Hello.
+    #[error("declared a backing file that it has not locked")]
+    BackingFileUnlocked,
     /// It cannot be answered.
     #[error("cannot be answered")]
     Send(#[from] SendError),

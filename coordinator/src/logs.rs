@@ -66,26 +66,15 @@ impl LogTail {
     /// lines as `LEVEL target: message key=value`.
     #[must_use]
     pub fn lines(&self) -> Vec<String> {
-        let lines = self
-            .lines
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone();
-        lines
-            .iter()
-            .map(|line| Rendered::new(line).to_string())
-            .collect()
+        let lines = self.lines.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        lines.iter().map(|line| Rendered::new(line).to_string()).collect()
     }
 
     fn push(&self, line: &[u8]) {
         let mut lines = self.lines.lock().unwrap_or_else(PoisonError::into_inner);
         // The oldest line's memory serves the newest.
-        let mut slot = if lines.len() >= TAIL_LINES {
-            lines.pop_front()
-        } else {
-            None
-        }
-        .unwrap_or_default();
+        let mut slot =
+            if lines.len() >= TAIL_LINES { lines.pop_front() } else { None }.unwrap_or_default();
         slot.clear();
         slot.extend_from_slice(line);
         lines.push_back(slot);
@@ -171,20 +160,11 @@ impl Forwarder {
     fn new(mut origin: Origin, tail: LogTail) -> Self {
         origin.device = line::clean(&origin.device);
         let summary = LogSummary::default();
-        Self {
-            origin,
-            tail,
-            summary,
-            before: summary,
-            second: None,
-        }
+        Self { origin, tail, summary, before: summary, second: None }
     }
 
     fn line(&mut self, line: &[u8], cut: bool, now: Instant) {
-        if self
-            .second
-            .is_none_or(|began| now.duration_since(began) >= REPORT_INTERVAL)
-        {
+        if self.second.is_none_or(|began| now.duration_since(began) >= REPORT_INTERVAL) {
             self.report();
             self.second = Some(now);
         }
@@ -224,18 +204,13 @@ impl Forwarder {
     /// When the next report is due; `None` while there is nothing to report.
     fn report_due(&self) -> Option<Instant> {
         let news = self.summary.since(self.before);
-        self.second
-            .filter(|_| news.dropped + news.cut > 0)
-            .map(|began| began + REPORT_INTERVAL)
+        self.second.filter(|_| news.dropped + news.cut > 0).map(|began| began + REPORT_INTERVAL)
     }
 
     /// Says what was dropped or cut since the second began, and ends it.
     fn report(&mut self) {
         let LogSummary { dropped, cut, .. } = self.summary.since(self.before);
-        let Origin {
-            device,
-            incarnation,
-        } = &self.origin;
+        let Origin { device, incarnation } = &self.origin;
         if dropped > 0 {
             tracing::warn!(target: "standstill::device", device, incarnation,
                 "dropped {dropped} lines, more than {MAX_LINES_PER_SECOND} in a second");

@@ -24,7 +24,9 @@ use crate::report::TransitionReport;
 use ractor::ActorRef;
 use standstill_protocol::message::OrphanPolicy;
 use standstill_protocol::migration::MigrationState;
-use standstill_protocol::transition::{MachineState, OnFailure, OnLoss, Operation, Outcome, Phases, Slot};
+use standstill_protocol::transition::{
+    MachineState, OnFailure, OnLoss, Operation, Outcome, Phases, Slot,
+};
 use std::ffi::OsString;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
@@ -387,7 +389,10 @@ impl Machine {
         Self { inner: Arc::new(Inner { actor, events }) }
     }
 
-    async fn ask<T>(&self, request: impl FnOnce(oneshot::Sender<T>) -> Request) -> Result<T, MachineError> {
+    async fn ask<T>(
+        &self,
+        request: impl FnOnce(oneshot::Sender<T>) -> Request,
+    ) -> Result<T, MachineError> {
         let (reply, answer) = oneshot::channel();
         self.inner
             .actor

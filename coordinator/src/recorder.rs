@@ -4,7 +4,9 @@ use crate::report::{
     CommandAnswer, CommandReport, FenceReport, HookReport, Names, ParticipantReport,
     TransitionReport, nanos,
 };
-use standstill_protocol::message::{Command, Epoch, Evidence, Phase, Reached, Refused, Term, Timings};
+use standstill_protocol::message::{
+    Command, Epoch, Evidence, Phase, Reached, Refused, Term, Timings,
+};
 use standstill_protocol::migration::MigrationState;
 use standstill_protocol::transition::{
     HookId, HookMoment, Loss, MachineState, Operation, Outcome, ParticipantId, Transition,
@@ -77,9 +79,10 @@ impl Recorder {
     fn answered(&mut self, id: ParticipantId, key: (Epoch, Phase), answer: CommandAnswer) {
         let now = self.now();
         let Some(participant) = self.participant(id) else { return };
-        let command = participant.commands.iter_mut().rev().find(|command| {
-            (command.epoch, command.phase) == key && command.answered_ns.is_none()
-        });
+        let command =
+            participant.commands.iter_mut().rev().find(|command| {
+                (command.epoch, command.phase) == key && command.answered_ns.is_none()
+            });
         if let Some(command) = command {
             command.answered_ns = Some(now);
             command.answer = answer;
@@ -204,5 +207,3 @@ impl Recorder {
         }
     }
 }
-
-

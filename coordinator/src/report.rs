@@ -285,26 +285,24 @@ impl TransitionReport {
                 let participant = self.participants.iter().find(|p| p.id == id)?;
                 participant.commands.iter().find_map(|command| match &command.answer {
                     CommandAnswer::Refused { why, .. }
-                        if command.epoch == failure.epoch && Some(command.phase) == failure.phase =>
+                        if command.epoch == failure.epoch
+                            && Some(command.phase) == failure.phase =>
                     {
                         Some(why.clone())
                     }
                     _ => None,
                 })
             }
-            Subject::Hook(id) => {
-                self.hooks.iter().rev().find(|hook| hook.id == id)?.error.clone()
-            }
+            Subject::Hook(id) => self.hooks.iter().rev().find(|hook| hook.id == id)?.error.clone(),
             Subject::Owner => None,
         }
     }
 
     fn held_line(&self, reason: HeldReason) -> String {
         match reason {
-            HeldReason::FenceUnproven(id) => format!(
-                "held: nothing proves that device {:?} is gone",
-                self.names.participant(id)
-            ),
+            HeldReason::FenceUnproven(id) => {
+                format!("held: nothing proves that device {:?} is gone", self.names.participant(id))
+            }
             HeldReason::LocalHung(id) => format!(
                 "held: {:?} hangs and cannot be fenced, it lives in the VMM",
                 self.names.participant(id)
@@ -312,10 +310,9 @@ impl TransitionReport {
             HeldReason::HookHung(id) => {
                 format!("held: hook {:?} has not returned", self.names.hook(id))
             }
-            HeldReason::HookFailed(id) => format!(
-                "held: hook {:?} failed where there was no way back",
-                self.names.hook(id)
-            ),
+            HeldReason::HookFailed(id) => {
+                format!("held: hook {:?} failed where there was no way back", self.names.hook(id))
+            }
             HeldReason::UndoExpired => "held: the undo did not end within its budget".to_owned(),
             HeldReason::TakenOverStopped => {
                 "held: a device had reached STOP when the machine was taken over; it may run \

@@ -180,12 +180,7 @@ impl<D: Device> Actor for DeviceActor<D> {
         myself: ActorRef<Message>,
         arguments: Arguments<D>,
     ) -> Result<State<D>, ActorProcessingErr> {
-        let Arguments {
-            parts,
-            migration,
-            control,
-            ended,
-        } = arguments;
+        let Arguments { parts, migration, control, ended } = arguments;
         let mut state = State {
             myself,
             parts,
@@ -229,23 +224,9 @@ impl<D: Device> State<D> {
             Err(error) => return self.end(Err(ActorError::Watch(error))),
         };
         let outbox = Outbox::new(Arc::clone(&channel));
-        self.control = Some(Control {
-            channel,
-            outbox,
-            watch,
-        });
-        let Welcome {
-            term,
-            epoch,
-            orphan,
-            ..
-        } = *welcome;
-        self.feed(Event::Welcome {
-            term,
-            epoch,
-            orphan,
-        })
-        .await;
+        self.control = Some(Control { channel, outbox, watch });
+        let Welcome { term, epoch, orphan, .. } = *welcome;
+        self.feed(Event::Welcome { term, epoch, orphan }).await;
         if welcome.heartbeat_ns > 0 {
             self.heartbeat = Some(Duration::from_nanos(welcome.heartbeat_ns));
             self.heartbeat_due();
@@ -265,8 +246,7 @@ impl<D: Device> State<D> {
             }
             Message::StreamFinished(result) => {
                 self.forget_overtaken_job();
-                self.feed(result.map_or_else(Event::StreamFailed, |()| Event::StreamDone))
-                    .await;
+                self.feed(result.map_or_else(Event::StreamFailed, |()| Event::StreamDone)).await;
             }
             Message::SendFailed(error) => self.end(Err(error.into())),
             Message::LeaseExpired(epoch) => self.feed(Event::LeaseExpired(epoch)).await,
@@ -289,10 +269,7 @@ impl<D: Device> State<D> {
     async fn client(&mut self, request: ClientRequest, reply: ClientReply) {
         if self.client_reply.is_some() {
             let text = "an earlier request of the client is not answered yet".into();
-            let _ = reply.try_send(Err(Refusal {
-                kind: RefusalKind::Busy,
-                text,
-            }));
+            let _ = reply.try_send(Err(Refusal { kind: RefusalKind::Busy, text }));
             return;
         }
         self.client_reply = Some(reply);
@@ -327,11 +304,7 @@ impl<D: Device> State<D> {
         let Received { message, fds } = received;
         match message {
             CoordinatorMessage::Command(command) => {
-                let arrival = Arrival {
-                    command,
-                    at: Instant::now(),
-                    fd: fds.into_iter().next(),
-                };
+                let arrival = Arrival { command, at: Instant::now(), fd: fds.into_iter().next() };
                 let effects = self.lifecycle.step(Event::Command(command));
                 if !matches!(effects.as_slice(), [Effect::Dropped(_)]) {
                     self.arrival = Some(arrival);
@@ -356,10 +329,7 @@ impl<D: Device> State<D> {
 
     fn declare(&mut self, declaration: MemoryDeclaration, fds: Vec<OwnedFd>) {
         if declaration.term != self.lifecycle.term() {
-            tracing::debug!(
-                term = declaration.term.0,
-                "memory declaration of another term"
-            );
+            tracing::debug!(term = declaration.term.0, "memory declaration of another term");
             return;
         }
         for fd in fds {
@@ -370,9 +340,7 @@ impl<D: Device> State<D> {
                 return;
             }
         }
-        let accepted = MemoryAccepted {
-            sequence: declaration.sequence,
-        };
+        let accepted = MemoryAccepted { sequence: declaration.sequence };
         self.send(DeviceMessage::MemoryAccepted(accepted));
     }
 

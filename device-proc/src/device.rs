@@ -175,7 +175,10 @@ pub trait Device: Send + Sync + 'static {
     /// # Errors
     ///
     /// The device stays RUNNING and the coordinator is told.
-    fn prepare_stop(&self, _budget: Duration) -> impl Future<Output = Result<(), DeviceError>> + Send {
+    fn prepare_stop(
+        &self,
+        _budget: Duration,
+    ) -> impl Future<Output = Result<(), DeviceError>> + Send {
         async { Ok(()) }
     }
 
@@ -194,7 +197,10 @@ pub trait Device: Send + Sync + 'static {
     /// # Errors
     ///
     /// The device stays in STOP and the coordinator is told.
-    fn prepare_start(&self, _budget: Duration) -> impl Future<Output = Result<(), DeviceError>> + Send {
+    fn prepare_start(
+        &self,
+        _budget: Duration,
+    ) -> impl Future<Output = Result<(), DeviceError>> + Send {
         async { Ok(()) }
     }
 

@@ -86,10 +86,7 @@ impl InFlight {
     pub fn wait_open(&self) {
         let mut guard = self.lock();
         while self.is_closed() {
-            guard = self
-                .opened
-                .wait(guard)
-                .unwrap_or_else(PoisonError::into_inner);
+            guard = self.opened.wait(guard).unwrap_or_else(PoisonError::into_inner);
         }
     }
 
@@ -150,17 +147,11 @@ impl InFlight {
         let begin = Instant::now();
         let mut guard = self.lock();
         while !self.is_settled() {
-            let Some(rest) = timeout
-                .checked_sub(begin.elapsed())
-                .filter(|rest| !rest.is_zero())
+            let Some(rest) = timeout.checked_sub(begin.elapsed()).filter(|rest| !rest.is_zero())
             else {
                 break;
             };
-            guard = self
-                .empty
-                .wait_timeout(guard, rest)
-                .unwrap_or_else(PoisonError::into_inner)
-                .0;
+            guard = self.empty.wait_timeout(guard, rest).unwrap_or_else(PoisonError::into_inner).0;
         }
         drop(guard);
         self.in_flight() == 0
@@ -306,11 +297,7 @@ impl Gate {
         };
         if tokio::time::timeout(budget, drained).await.is_err() {
             let in_flight = self.in_flight(scope);
-            return Err(DrainTimeout {
-                scope,
-                in_flight,
-                budget,
-            });
+            return Err(DrainTimeout { scope, in_flight, budget });
         }
         reopen.disarm();
         Ok(())

@@ -148,10 +148,7 @@ impl Interrupts {
     /// How many of them by that MSI-X vector.
     #[must_use]
     pub fn raised_by(&self, vector: u16) -> u64 {
-        self.lines()
-            .msix
-            .get(usize::from(vector))
-            .map_or(0, |line| line.raised)
+        self.lines().msix.get(usize::from(vector)).map_or(0, |line| line.raised)
     }
 
     /// Carries out a request of the client, with `data` for `DATA_BOOL` and the fds that came
@@ -167,24 +164,15 @@ impl Interrupts {
         fds: Vec<OwnedFd>,
     ) -> Result<(), IrqError> {
         let vectors = u16::try_from(self.lines().msix.len()).unwrap_or(MAX_MSIX_VECTORS);
-        let IrqRequest {
-            index,
-            range,
-            operation,
-        } = validate(request, data.len(), fds.len(), vectors)?;
+        let IrqRequest { index, range, operation } =
+            validate(request, data.len(), fds.len(), vectors)?;
         // Looked at outside the lock, and all of them before any is installed.
-        let eventfds = fds
-            .into_iter()
-            .map(EventFd::new)
-            .collect::<Result<Vec<_>, _>>()?;
+        let eventfds = fds.into_iter().map(EventFd::new).collect::<Result<Vec<_>, _>>()?;
         let selected = |selection: Selection| {
-            range
-                .clone()
-                .enumerate()
-                .filter(move |(at, _)| match selection {
-                    Selection::All => true,
-                    Selection::ByData => data.get(*at).is_some_and(|byte| *byte != 0),
-                })
+            range.clone().enumerate().filter(move |(at, _)| match selection {
+                Selection::All => true,
+                Selection::ByData => data.get(*at).is_some_and(|byte| *byte != 0),
+            })
         };
         match operation {
             IrqOperation::Disable => {
@@ -247,10 +235,7 @@ impl Interrupts {
         let msix = (0..MAX_MSIX_VECTORS).zip(&lines.msix);
         Latched {
             intx: lines.intx_asserted,
-            msix: msix
-                .filter(|(_, line)| line.latched)
-                .map(|(vector, _)| vector)
-                .collect(),
+            msix: msix.filter(|(_, line)| line.latched).map(|(vector, _)| vector).collect(),
         }
     }
 
@@ -263,15 +248,8 @@ impl Interrupts {
     pub fn restore(&self, latched: &Latched) -> Result<(), NoVector> {
         let mut lines = self.lines();
         let vectors = lines.msix.len();
-        if let Some(bad) = latched
-            .msix
-            .iter()
-            .find(|vector| usize::from(**vector) >= vectors)
-        {
-            return Err(NoVector {
-                vector: u32::from(*bad),
-                vectors,
-            });
+        if let Some(bad) = latched.msix.iter().find(|vector| usize::from(**vector) >= vectors) {
+            return Err(NoVector { vector: u32::from(*bad), vectors });
         }
         lines.clear();
         lines.intx_asserted = latched.intx;
@@ -397,10 +375,7 @@ impl Interrupts {
     }
 
     fn lines(&self) -> MutexGuard<'_, Lines> {
-        self.shared
-            .lines
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+        self.shared.lines.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -410,22 +385,15 @@ impl Lines {
         match index {
             IrqIndex::Intx => Some(&mut self.intx),
             IrqIndex::Msi => None,
-            IrqIndex::Msix => usize::try_from(at)
-                .ok()
-                .and_then(|at| self.msix.get_mut(at)),
+            IrqIndex::Msix => usize::try_from(at).ok().and_then(|at| self.msix.get_mut(at)),
             IrqIndex::Error => Some(&mut self.error),
             IrqIndex::Request => Some(&mut self.request),
         }
-        .ok_or(NoVector {
-            vector: at,
-            vectors,
-        })
+        .ok_or(NoVector { vector: at, vectors })
     }
 
     fn all(&mut self) -> impl Iterator<Item = &mut Line> {
-        [&mut self.intx, &mut self.error, &mut self.request]
-            .into_iter()
-            .chain(&mut self.msix)
+        [&mut self.intx, &mut self.error, &mut self.request].into_iter().chain(&mut self.msix)
     }
 
     fn clear(&mut self) {

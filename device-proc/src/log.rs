@@ -60,10 +60,9 @@ pub enum LogFormat {
 /// Sends this process's log lines to standard error from now on. Does nothing if the process has
 /// a subscriber already.
 pub fn start(format: LogFormat) {
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(DEFAULT_FILTER));
-    let lines = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(Lines(io::stderr()));
+    let filter =
+        EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(DEFAULT_FILTER));
+    let lines = tracing_subscriber::fmt().with_env_filter(filter).with_writer(Lines(io::stderr()));
     let started = match format {
         LogFormat::Json => lines.json().with_ansi(false).try_init(),
         LogFormat::Text => lines.with_ansi(false).try_init(),
@@ -92,14 +91,9 @@ fn try_write(to: BorrowedFd<'_>, line: &[u8]) -> bool {
     }
     // Never waits for long: whoever holds it does not wait either. A thread that panicked inside
     // has left nothing half done.
-    let _turn = ONE_AT_A_TIME
-        .lock()
-        .unwrap_or_else(std::sync::PoisonError::into_inner);
+    let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     let mut fds = [PollFd::from_borrowed_fd(to, PollFlags::OUT)];
-    let now = Timespec {
-        tv_sec: 0,
-        tv_nsec: 0,
-    };
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
     let writable = poll(&mut fds, Some(&now)).is_ok_and(|ready| ready == 1)
         && fds[0].revents().contains(PollFlags::OUT);
     writable && rustix::io::write(to, line).is_ok_and(|written| written == line.len())
@@ -157,10 +151,7 @@ mod tests {
         let (mut reader, writer) = io::pipe().unwrap();
         let lines = Lines(writer);
         let before = dropped();
-        lines
-            .make_writer()
-            .write_all(&[b'x'; LONGEST_LINE + 1])
-            .unwrap();
+        lines.make_writer().write_all(&[b'x'; LONGEST_LINE + 1]).unwrap();
         assert!(dropped() > before);
         lines.make_writer().write_all(b"short\n").unwrap();
         drop(lines);

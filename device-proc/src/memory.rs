@@ -25,10 +25,7 @@
 
 #![deny(unsafe_code)]
 
-#[expect(
-    unsafe_code,
-    reason = "madvise is unsafe; this module does nothing else"
-)]
+#[expect(unsafe_code, reason = "madvise is unsafe; this module does nothing else")]
 mod advise;
 mod dma;
 mod shared;
@@ -218,13 +215,7 @@ impl MemoryMap {
     #[must_use]
     pub fn new(gate: Arc<Gate>) -> Self {
         let windows = RwLock::default();
-        Self {
-            shared: Arc::new(Shared {
-                gate,
-                windows,
-                changes: Mutex::default(),
-            }),
-        }
+        Self { shared: Arc::new(Shared { gate, windows, changes: Mutex::default() }) }
     }
 
     /// What a device gets.
@@ -271,10 +262,7 @@ impl MemoryMap {
                 return if same {
                     Ok(Mapped::Repeated)
                 } else {
-                    Err(MapError::Overlap {
-                        spec,
-                        present: present.spec,
-                    })
+                    Err(MapError::Overlap { spec, present: present.spec })
                 };
             }
         };
@@ -318,11 +306,7 @@ impl MemoryMap {
         if !window.users.drained_within(timeout) {
             let accesses = window.users.in_flight();
             window.users.open();
-            return Err(UnmapError::Busy {
-                iova,
-                accesses,
-                waited: timeout,
-            });
+            return Err(UnmapError::Busy { iova, accesses, waited: timeout });
         }
         self.remove(&[window]);
         Ok(())
@@ -346,11 +330,7 @@ impl MemoryMap {
             let rest = timeout.saturating_sub(begin.elapsed());
             if !window.users.drained_within(rest) && result.is_ok() {
                 let (iova, accesses) = (window.spec.iova, window.users.in_flight());
-                result = Err(UnmapError::Busy {
-                    iova,
-                    accesses,
-                    waited: timeout,
-                });
+                result = Err(UnmapError::Busy { iova, accesses, waited: timeout });
             }
         }
         self.remove(&all);
@@ -373,12 +353,7 @@ impl MemoryMap {
             return Err(DeclareError::TooMany);
         }
         changes.ram.push((id, file));
-        for window in self
-            .shared
-            .windows()
-            .iter()
-            .filter(|window| window.file == Some(id))
-        {
+        for window in self.shared.windows().iter().filter(|window| window.file == Some(id)) {
             window.declare_ram();
         }
         Ok(())
@@ -437,10 +412,7 @@ impl Shared {
     fn window_at(&self, iova: u64) -> Option<Arc<Window>> {
         let windows = self.windows();
         let place = windows.partition_point(|window| window.spec.last() < iova);
-        windows
-            .get(place)
-            .filter(|window| window.spec.iova <= iova)
-            .cloned()
+        windows.get(place).filter(|window| window.spec.iova <= iova).cloned()
     }
 }
 
@@ -461,15 +433,9 @@ impl Changes {
 }
 
 fn check_range(spec: &WindowSpec) -> Result<(), MapError> {
-    let aligned = [spec.iova, spec.size, spec.offset]
-        .iter()
-        .all(|at| at.is_multiple_of(PAGE));
+    let aligned = [spec.iova, spec.size, spec.offset].iter().all(|at| at.is_multiple_of(PAGE));
     let has_end = spec.size != 0 && spec.iova.checked_add(spec.size - 1).is_some();
-    if aligned && has_end {
-        Ok(())
-    } else {
-        Err(MapError::BadRange { spec: *spec })
-    }
+    if aligned && has_end { Ok(()) } else { Err(MapError::BadRange { spec: *spec }) }
 }
 
 fn check_file(spec: &WindowSpec, facts: &FileFacts) -> Result<(), MapError> {
@@ -478,10 +444,7 @@ fn check_file(spec: &WindowSpec, facts: &FileFacts) -> Result<(), MapError> {
     }
     match spec.offset.checked_add(spec.size) {
         Some(end) if end <= facts.size => Ok(()),
-        _ => Err(MapError::BeyondFile {
-            spec: *spec,
-            file_size: facts.size,
-        }),
+        _ => Err(MapError::BeyondFile { spec: *spec, file_size: facts.size }),
     }
 }
 

@@ -125,11 +125,7 @@ impl PciLayout {
     ///
     /// [`PciError`] if that cannot be a PCI device.
     pub fn new(info: &DeviceInfo) -> Result<Self, PciError> {
-        let absent = BarLayout {
-            usage: BarUse::Absent,
-            size: 0,
-            is_64bit: false,
-        };
+        let absent = BarLayout { usage: BarUse::Absent, size: 0, is_64bit: false };
         let mut bars = [absent; 6];
         let mut taken = [false; 6];
         for (bar, wanted) in info.bars.iter().enumerate() {
@@ -150,35 +146,18 @@ impl PciLayout {
                     _ => return Err(PciError::NoUpperHalf { bar }),
                 }
             }
-            bars[bar] = BarLayout {
-                usage,
-                size,
-                is_64bit,
-            };
+            bars[bar] = BarLayout { usage, size, is_64bit };
         }
         let msix = match info.msix_vectors {
             0 => None,
             vectors if vectors > MOST_VECTORS => return Err(PciError::Vectors(vectors)),
             vectors => {
-                let bar = taken
-                    .iter()
-                    .rposition(|taken| !taken)
-                    .ok_or(PciError::NoMsixBar)?;
+                let bar = taken.iter().rposition(|taken| !taken).ok_or(PciError::NoMsixBar)?;
                 let table = u32::from(vectors) * 16;
                 let pending = u32::from(vectors).div_ceil(64) * 8;
-                let size = u64::from(table + pending)
-                    .next_power_of_two()
-                    .max(SMALLEST_BAR);
-                bars[bar] = BarLayout {
-                    usage: BarUse::Msix,
-                    size,
-                    is_64bit: false,
-                };
-                Some(MsixLayout {
-                    bar,
-                    vectors,
-                    pending_offset: table,
-                })
+                let size = u64::from(table + pending).next_power_of_two().max(SMALLEST_BAR);
+                bars[bar] = BarLayout { usage: BarUse::Msix, size, is_64bit: false };
+                Some(MsixLayout { bar, vectors, pending_offset: table })
             }
         };
         Ok(Self { bars, msix })
@@ -224,20 +203,14 @@ impl ConfigSpace {
     ///
     /// [`PciError::Class`] if the class code has more than 24 bits.
     pub fn new(info: &DeviceInfo, layout: &PciLayout) -> Result<Self, PciError> {
-        let mut space = Self {
-            bytes: [0; CONFIG_SIZE],
-            writable: [0; CONFIG_SIZE],
-        };
+        let mut space = Self { bytes: [0; CONFIG_SIZE], writable: [0; CONFIG_SIZE] };
         let pci = &info.pci;
         if pci.class >> 24 != 0 {
             return Err(PciError::Class(pci.class));
         }
         space.put(0x00, &pci.vendor.to_le_bytes());
         space.put(0x02, &pci.device.to_le_bytes());
-        space.put(
-            0x08,
-            &((pci.class << 8) | u32::from(pci.revision)).to_le_bytes(),
-        );
+        space.put(0x08, &((pci.class << 8) | u32::from(pci.revision)).to_le_bytes());
         space.put(SUBSYSTEM_VENDOR, &pci.subsystem_vendor.to_le_bytes());
         space.put(SUBSYSTEM_VENDOR + 2, &pci.subsystem.to_le_bytes());
         space.put(INTERRUPT_PIN, &[1]);
@@ -282,10 +255,7 @@ impl ConfigSpace {
         self.put(MSIX_CAPABILITY + 2, &(msix.vectors - 1).to_le_bytes());
         self.allow(MSIX_CAPABILITY + 2, &MSIX_CONTROL_WRITABLE.to_le_bytes());
         self.put(MSIX_CAPABILITY + 4, &bir.to_le_bytes());
-        self.put(
-            MSIX_CAPABILITY + 8,
-            &(msix.pending_offset | bir).to_le_bytes(),
-        );
+        self.put(MSIX_CAPABILITY + 8, &(msix.pending_offset | bir).to_le_bytes());
     }
 
     fn put(&mut self, at: usize, bytes: &[u8]) {
@@ -334,11 +304,7 @@ impl ConfigSpace {
     pub fn restore(&mut self, saved: &[u8; CONFIG_SIZE]) -> Result<(), ForeignConfig> {
         let differs = |&at: &usize| (saved[at] ^ self.bytes[at]) & !self.writable[at] != 0;
         if let Some(offset) = (0..CONFIG_SIZE).find(differs) {
-            return Err(ForeignConfig {
-                offset,
-                saved: saved[offset],
-                own: self.bytes[offset],
-            });
+            return Err(ForeignConfig { offset, saved: saved[offset], own: self.bytes[offset] });
         }
         self.bytes = *saved;
         Ok(())
@@ -356,9 +322,6 @@ impl ConfigSpace {
 fn inside(offset: u64, length: usize) -> Result<std::ops::Range<usize>, OutsideConfig> {
     let outside = OutsideConfig { offset, length };
     let start = usize::try_from(offset).map_err(|_| outside)?;
-    let end = start
-        .checked_add(length)
-        .filter(|&end| end <= CONFIG_SIZE)
-        .ok_or(outside)?;
+    let end = start.checked_add(length).filter(|&end| end <= CONFIG_SIZE).ok_or(outside)?;
     Ok(start..end)
 }

@@ -97,10 +97,7 @@ pub struct ServeOptions {
 impl ServeOptions {
     /// Serves at this path.
     pub fn new(socket: impl Into<PathBuf>) -> Self {
-        Self {
-            socket: socket.into(),
-            program_version: env!("CARGO_PKG_VERSION").into(),
-        }
+        Self { socket: socket.into(), program_version: env!("CARGO_PKG_VERSION").into() }
     }
 }
 
@@ -155,10 +152,7 @@ impl ServeError {
     }
 
     fn setup(what: &'static str, source: impl Into<io::Error>) -> Self {
-        Self::Setup {
-            what,
-            source: source.into(),
-        }
+        Self::Setup { what, source: source.into() }
     }
 }
 
@@ -181,11 +175,7 @@ pub fn serve<D: Device>(
 ) -> Result<(), ServeError> {
     panics::abort_on_panic();
     let control = greeting::take_control_channel()?;
-    log::start(if control.is_some() {
-        LogFormat::Json
-    } else {
-        LogFormat::Text
-    });
+    log::start(if control.is_some() { LogFormat::Json } else { LogFormat::Text });
     let listener = Listener::bind(&options.socket)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -213,10 +203,7 @@ fn greet_and_serve<D: Device>(
 ) -> Result<Ended, ServeError> {
     let memory = MemoryMap::new(Arc::new(Gate::new()));
     let interrupts = Interrupts::new();
-    let handles = Handles {
-        dma: memory.dma(),
-        interrupts: interrupts.clone(),
-    };
+    let handles = Handles { dma: memory.dma(), interrupts: interrupts.clone() };
     let (device, mut info) = {
         let _inside = runtime.enter();
         build(handles).map_err(ServeError::Build)?
@@ -272,17 +259,9 @@ async fn run<D: Device>(
     let mut interrupt =
         signal(SignalKind::interrupt()).map_err(|error| ServeError::setup("SIGINT", error))?;
     let (ended, mut outcome) = oneshot::channel();
-    let arguments = Arguments {
-        parts: Arc::clone(&parts),
-        migration,
-        control,
-        ended,
-    };
+    let arguments = Arguments { parts: Arc::clone(&parts), migration, control, ended };
     let (actor, mut gone) = Actor::spawn(None, DeviceActor(PhantomData), arguments).await?;
-    let socket = listener
-        .fd()
-        .try_clone()
-        .map_err(|error| ServeError::setup("dup", error))?;
+    let socket = listener.fd().try_clone().map_err(|error| ServeError::setup("dup", error))?;
     server::start(socket, Endpoint::new(parts, actor.clone()))
         .map_err(|error| ServeError::setup("the data socket's thread", error))?;
     loop {
@@ -299,9 +278,5 @@ async fn run<D: Device>(
 }
 
 fn with_p2p(flags: MigrationFlags) -> MigrationFlags {
-    if flags.pre_copy() {
-        MigrationFlags::ALL
-    } else {
-        MigrationFlags::STOP_COPY_P2P
-    }
+    if flags.pre_copy() { MigrationFlags::ALL } else { MigrationFlags::STOP_COPY_P2P }
 }

@@ -4,9 +4,7 @@ use super::state::{EndingReply, Standing, Starting, State};
 use crate::device::Message as DeviceMessage;
 use crate::error::{GreetingError, ProtocolError};
 use crate::process::BackingFile;
-use standstill_protocol::message::{
-    CoordinatorMessage, Hello, Reject, Term, VERSIONS, Welcome,
-};
+use standstill_protocol::message::{CoordinatorMessage, Hello, Reject, Term, VERSIONS, Welcome};
 use standstill_protocol::migration::MigrationState;
 use standstill_protocol::transition::ParticipantId;
 use std::os::fd::OwnedFd;
@@ -64,6 +62,10 @@ impl State {
             .map(BackingFile::reopen)
             .collect::<Result<Vec<_>, _>>()
             .map_err(|error| protocol(ProtocolError::BackingFile(error)))?;
+        // A fence waits for these locks: one that was never taken would prove nothing.
+        if files.iter().any(|file| !file.is_locked().unwrap_or(false)) {
+            return Err(protocol(ProtocolError::BackingFileUnlocked));
+        }
         let welcome = Welcome {
             version,
             machine,

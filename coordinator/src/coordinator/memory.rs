@@ -1,7 +1,7 @@
 //! Which memory is RAM.
 
-use super::state::{Declaration, Standing, State};
 use super::Message;
+use super::state::{Declaration, Standing, State};
 use crate::error::MachineError;
 use standstill_protocol::message::{CoordinatorMessage, MemoryDeclaration};
 use standstill_protocol::transition::ParticipantId;
@@ -21,11 +21,8 @@ impl State {
         };
         let sequence = self.next_declaration;
         self.next_declaration += 1;
-        let message = CoordinatorMessage::Memory(MemoryDeclaration {
-            term: self.term,
-            sequence,
-            ram_fds: 1,
-        });
+        let message =
+            CoordinatorMessage::Memory(MemoryDeclaration { term: self.term, sequence, ram_fds: 1 });
         let mut waiting = BTreeSet::new();
         for device in self.devices.iter_mut().filter(|d| d.standing == Standing::Ready) {
             let Some(channel) = &device.channel else { continue };
@@ -39,8 +36,7 @@ impl State {
         if waiting.is_empty() {
             return drop(reply.send(Ok(())));
         }
-        let deadline =
-            self.after(self.deadlines.memory, move || Message::MemoryExpired(sequence));
+        let deadline = self.after(self.deadlines.memory, move || Message::MemoryExpired(sequence));
         let declaration = Declaration { waiting, reply, deadline, _ram: kept };
         self.declarations.insert(sequence, declaration);
     }
@@ -81,10 +77,8 @@ impl State {
 
     fn declaration_failed(&self, declaration: Declaration, why: &str) {
         declaration.deadline.abort();
-        let device = declaration
-            .waiting
-            .first()
-            .map_or_else(String::new, |&id| self.names.participant(id));
+        let device =
+            declaration.waiting.first().map_or_else(String::new, |&id| self.names.participant(id));
         let error = MachineError::Memory { device, why: why.to_owned() };
         let _ = declaration.reply.send(Err(error));
     }

@@ -13,10 +13,8 @@ use tokio::sync::oneshot;
 impl State {
     /// The owner wants the machine to end.
     pub(super) fn shutdown(&mut self, grace: Duration, reply: oneshot::Sender<Exits>) {
-        let message = CoordinatorMessage::Shutdown(Shutdown {
-            term: self.term,
-            grace_ns: nanos(grace),
-        });
+        let message =
+            CoordinatorMessage::Shutdown(Shutdown { term: self.term, grace_ns: nanos(grace) });
         for device in self.devices.iter().filter(|d| d.standing == Standing::Ready) {
             if let Some(channel) = &device.channel {
                 // One that cannot be told is killed after the grace.
@@ -39,11 +37,8 @@ impl State {
         // Whoever waits for a transition learns that the machine is gone.
         self.active = None;
         for device in &self.devices {
-            let message = if grace.is_zero() {
-                DeviceMessage::Kill
-            } else {
-                DeviceMessage::Expect(grace)
-            };
+            let message =
+                if grace.is_zero() { DeviceMessage::Kill } else { DeviceMessage::Expect(grace) };
             let _ = device.actor.cast(message);
         }
         let deadline = self.after(grace + self.deadlines.fence, || Message::ShutdownExpired);

@@ -1,8 +1,6 @@
 //! From a description to a running machine.
 
-use super::state::{
-    Allowance, Device, EndingReply, HookEntry, Local, Standing, Starting, State,
-};
+use super::state::{Allowance, Device, EndingReply, HookEntry, Local, Standing, Starting, State};
 use super::{CoordinatorActor, Message};
 use crate::device::{Arguments, DeviceActor};
 use crate::error::StartError;

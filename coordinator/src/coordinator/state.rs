@@ -251,7 +251,14 @@ impl State {
                 format!("{} {}", hello.kind, hello.program_version)
             });
             let name = device.spec.name.clone();
-            DeviceStatus { name, pid: Some(device.pid), kind, state, lost, progress: device.progress }
+            DeviceStatus {
+                name,
+                pid: Some(device.pid),
+                kind,
+                state,
+                lost,
+                progress: device.progress,
+            }
         });
         let locals = self.locals.iter().map(|local| DeviceStatus {
             name: local.name.clone(),

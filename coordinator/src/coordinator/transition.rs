@@ -1,8 +1,8 @@
 //! Runs a transition: the effects of the pure machine are carried out, what comes of them is fed
 //! back.
 
-use super::state::{Active, Standing, State, Timers};
 use super::Message;
+use super::state::{Active, Standing, State, Timers};
 use crate::device::Message as DeviceActorMessage;
 use crate::error::MachineError;
 use crate::machine::MachineEvent;

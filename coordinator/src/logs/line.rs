@@ -76,11 +76,7 @@ impl Rendered {
         if line.first() != Some(&b'{') {
             return None;
         }
-        let JsonLine {
-            level,
-            target,
-            fields,
-        } = serde_json::from_slice(line).ok()?;
+        let JsonLine { level, target, fields } = serde_json::from_slice(line).ok()?;
         let level = level.parse().ok()?;
         let mut text = match fields.get("message") {
             Some(Value::String(message)) => message.clone(),
@@ -92,11 +88,7 @@ impl Rendered {
             // Writing to a String cannot fail. JSON's quotes keep a value from looking like a field.
             let _ = write!(text, "{space}{key}={value}");
         }
-        Some(Self {
-            level,
-            target: Some(clean(&target)),
-            text: clean(&text),
-        })
+        Some(Self { level, target: Some(clean(&target)), text: clean(&text) })
     }
 }
 

@@ -53,18 +53,11 @@ impl Sink {
 }
 
 fn origin() -> Origin {
-    Origin {
-        device: "nvme0".into(),
-        incarnation: 2,
-    }
+    Origin { device: "nvme0".into(), incarnation: 2 }
 }
 
 fn run<T>(future: impl Future<Output = T>) -> T {
-    tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .unwrap()
-        .block_on(future)
+    tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(future)
 }
 
 /// Forwards these bytes to their end.
@@ -85,14 +78,7 @@ fn forwarded(bytes: &[u8]) -> (Sink, LogTail, LogSummary) {
 fn json_lines_keep_their_level_and_target() {
     let line = br#"{"timestamp":"2026-01-01T00:00:00Z","level":"INFO","fields":{"message":"opened","queues":4,"path":"a b"},"target":"nvme::queue"}"#;
     let (sink, tail, summary) = forwarded(&[line, &b"\n"[..]].concat());
-    assert_eq!(
-        summary,
-        LogSummary {
-            emitted: 1,
-            dropped: 0,
-            cut: 0
-        }
-    );
+    assert_eq!(summary, LogSummary { emitted: 1, dropped: 0, cut: 0 });
     let events = sink.events();
     assert_eq!(events[0]["level"], "INFO");
     assert_eq!(events[0]["target"], "standstill::device");
@@ -101,10 +87,7 @@ fn json_lines_keep_their_level_and_target() {
     assert_eq!(fields["device"], "nvme0");
     assert_eq!(fields["incarnation"], 2);
     assert_eq!(fields["origin"], "nvme::queue");
-    assert_eq!(
-        tail.lines(),
-        [r#"INFO nvme::queue: opened path="a b" queues=4"#]
-    );
+    assert_eq!(tail.lines(), [r#"INFO nvme::queue: opened path="a b" queues=4"#]);
 }
 
 #[test]
@@ -115,10 +98,7 @@ fn each_level_is_emitted_as_itself() {
         .map(|level| format!("{{\"level\":\"{level}\",\"fields\":{{\"message\":\"m\"}}}}\n"))
         .collect();
     let (sink, ..) = forwarded(lines.as_bytes());
-    assert_eq!(
-        sink.messages(),
-        levels.map(|level| (level.to_owned(), "m".to_owned()))
-    );
+    assert_eq!(sink.messages(), levels.map(|level| (level.to_owned(), "m".to_owned())));
 }
 
 #[test]
@@ -126,16 +106,9 @@ fn other_lines_are_warnings_as_they_are() {
     let lines =
         "thread 'main' panicked\r\n\n{\"level\":\"LOUD\",\"fields\":{}}\n{\"half\": \nno end";
     let (sink, tail, summary) = forwarded(lines.as_bytes());
-    let expected = [
-        "thread 'main' panicked",
-        "{\"level\":\"LOUD\",\"fields\":{}}",
-        "{\"half\": ",
-        "no end",
-    ];
-    assert_eq!(
-        sink.messages(),
-        expected.map(|text| ("WARN".to_owned(), text.to_owned()))
-    );
+    let expected =
+        ["thread 'main' panicked", "{\"level\":\"LOUD\",\"fields\":{}}", "{\"half\": ", "no end"];
+    assert_eq!(sink.messages(), expected.map(|text| ("WARN".to_owned(), text.to_owned())));
     assert!(sink.events()[0]["fields"].get("origin").is_none());
     assert_eq!(tail.lines(), expected);
     assert_eq!(summary.emitted, 4);
@@ -159,14 +132,7 @@ fn a_long_line_is_cut_and_counted() {
     let mut bytes = vec![b'x'; 3 * MAX_LINE + 1];
     bytes.extend_from_slice(b"\nnext\n");
     let (sink, tail, summary) = forwarded(&bytes);
-    assert_eq!(
-        summary,
-        LogSummary {
-            emitted: 2,
-            dropped: 0,
-            cut: 1
-        }
-    );
+    assert_eq!(summary, LogSummary { emitted: 2, dropped: 0, cut: 1 });
     assert_eq!(tail.lines()[0].len(), MAX_LINE);
     assert_eq!(tail.lines()[1], "next");
     let report = format!("cut 1 lines, longer than {MAX_LINE} bytes");
@@ -196,22 +162,14 @@ fn lines_are_the_same_however_the_bytes_come() {
             splitter.push(piece, |line, _| lines.push(line.to_owned()));
         }
         splitter.finish(|line, _| lines.push(line.to_owned()));
-        assert_eq!(
-            lines,
-            [&b"one"[..], b"two", b"three"],
-            "in pieces of {size}"
-        );
+        assert_eq!(lines, [&b"one"[..], b"two", b"three"], "in pieces of {size}");
     }
 }
 
 #[test]
 fn escaping_does_not_grow_a_line_beyond_the_limit() {
     let clean = line::clean(&"\x1b".repeat(MAX_LINE));
-    assert!(
-        clean.len() <= MAX_LINE && clean.len() > MAX_LINE - 8,
-        "{}",
-        clean.len()
-    );
+    assert!(clean.len() <= MAX_LINE && clean.len() > MAX_LINE - 8, "{}", clean.len());
 }
 
 #[test]
@@ -243,24 +201,10 @@ fn a_flood_is_dropped_counted_and_reported_once_per_second() {
     assert_eq!(log.report_due(), None);
     let messages = sink.messages();
     assert_eq!(messages.len() as u64, MAX_LINES_PER_SECOND + 2);
-    let last: Vec<&str> = messages
-        .iter()
-        .rev()
-        .take(2)
-        .map(|(_, text)| text.as_str())
-        .collect();
-    assert_eq!(
-        last,
-        [
-            "next second",
-            "dropped 234 lines, more than 1000 in a second"
-        ]
-    );
+    let last: Vec<&str> = messages.iter().rev().take(2).map(|(_, text)| text.as_str()).collect();
+    assert_eq!(last, ["next second", "dropped 234 lines, more than 1000 in a second"]);
     // What was not emitted is in the tail all the same: it may say why a process ended.
-    assert_eq!(
-        tail.lines()[TAIL_LINES - 2],
-        format!("{}", MAX_LINES_PER_SECOND + 233)
-    );
+    assert_eq!(tail.lines()[TAIL_LINES - 2], format!("{}", MAX_LINES_PER_SECOND + 233));
 }
 
 #[test]

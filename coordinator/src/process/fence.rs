@@ -62,35 +62,23 @@ impl BackingFile {
     ///
     /// [`BackingFileError`]; the received fd is closed then, too.
     pub fn reopen(received: OwnedFd) -> Result<Self, BackingFileError> {
-        let status = rustix::fs::fstat(&received).map_err(|errno| BackingFileError::Examine {
-            source: errno.into(),
-        })?;
+        let status = rustix::fs::fstat(&received)
+            .map_err(|errno| BackingFileError::Examine { source: errno.into() })?;
         match FileType::from_raw_mode(status.st_mode) {
             FileType::RegularFile | FileType::BlockDevice => {}
             other => {
-                return Err(BackingFileError::Kind {
-                    found: kind_name(other),
-                });
+                return Err(BackingFileError::Kind { found: kind_name(other) });
             }
         }
         let (device, inode) = (status.st_dev, status.st_ino);
         // O_NONBLOCK: a lease that somebody holds on the file must not hold us up.
         let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC | OFlags::NOCTTY;
         let path = format!("/proc/self/fd/{}", received.as_raw_fd());
-        let file = rustix::fs::open(path, flags, Mode::empty()).map_err(|errno| {
-            BackingFileError::Reopen {
-                device,
-                inode,
-                source: errno.into(),
-            }
-        })?;
+        let file = rustix::fs::open(path, flags, Mode::empty())
+            .map_err(|errno| BackingFileError::Reopen { device, inode, source: errno.into() })?;
         // Whatever else happens: as long as this one is open, the device's lock stays.
         drop(received);
-        Ok(Self {
-            file,
-            device,
-            inode,
-        })
+        Ok(Self { file, device, inode })
     }
 
     /// True if somebody holds a lock on the file. A running device must, on each of its backing
@@ -197,22 +185,14 @@ impl Fence {
         files.sort_by_key(|file| (file.device, file.inode));
         files.dedup_by_key(|file| (file.device, file.inode));
         let obstacle = process.kill().err();
-        Self {
-            pid: process.pid(),
-            files,
-            obstacle,
-        }
+        Self { pid: process.pid(), files, obstacle }
     }
 
     /// Goes as far as it can without waiting. To be called with the same process as
     /// [`begin`](Self::begin), and not any more once it was [`FenceProgress::Proven`].
     pub fn poll(&mut self, process: &mut DeviceProcess) -> FenceProgress {
         if process.pid() != self.pid {
-            let text = format!(
-                "fence of process {} asked about {}",
-                self.pid,
-                process.pid()
-            );
+            let text = format!("fence of process {} asked about {}", self.pid, process.pid());
             self.obstacle = Some(io::Error::new(io::ErrorKind::InvalidInput, text));
             return FenceProgress::WaitingForExit;
         }
@@ -247,10 +227,7 @@ impl Fence {
             self.files.iter().for_each(BackingFile::unlock);
             return FenceProgress::WaitingForLocks { held };
         }
-        FenceProgress::Proven(FenceProof {
-            exit,
-            files: std::mem::take(&mut self.files),
-        })
+        FenceProgress::Proven(FenceProof { exit, files: std::mem::take(&mut self.files) })
     }
 
     /// What stands in the way other than a living process or a held lock: the last error of a

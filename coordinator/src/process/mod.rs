@@ -65,10 +65,7 @@ impl Exit {
         if let Some(code) = status.exit_status() {
             Self::Code(code)
         } else if let Some(signal) = status.terminating_signal() {
-            Self::Signal {
-                signal,
-                core_dumped: status.dumped(),
-            }
+            Self::Signal { signal, core_dumped: status.dumped() }
         } else {
             Self::Unknown
         }
@@ -79,19 +76,12 @@ impl fmt::Display for Exit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match *self {
             Self::Code(code) => write!(f, "exited with status {code}"),
-            Self::Signal {
-                signal,
-                core_dumped,
-            } => {
+            Self::Signal { signal, core_dumped } => {
                 write!(f, "killed by signal {signal}")?;
                 if let Ok(known) = nix::sys::signal::Signal::try_from(signal) {
                     write!(f, " ({known})")?;
                 }
-                if core_dumped {
-                    f.write_str(", core dumped")
-                } else {
-                    Ok(())
-                }
+                if core_dumped { f.write_str(", core dumped") } else { Ok(()) }
             }
             Self::Unknown => f.write_str("ended with unknown status"),
         }
@@ -114,13 +104,7 @@ pub struct DeviceProcess {
 
 impl DeviceProcess {
     fn new(program: PathBuf, pid: Pid, pidfd: OwnedFd, stderr: OwnedFd) -> Self {
-        Self {
-            program,
-            pid,
-            pidfd,
-            stderr: Some(stderr),
-            exit: None,
-        }
+        Self { program, pid, pidfd, stderr: Some(stderr), exit: None }
     }
 
     /// The program as it was named in its [`ProcessSpec`].
@@ -254,10 +238,8 @@ fn wait_readable(fd: BorrowedFd<'_>, timeout: Duration) -> io::Result<bool> {
     loop {
         let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
         let left = left.and_then(|left| Timespec::try_from(left).ok());
-        match rustix::event::poll(
-            &mut [PollFd::from_borrowed_fd(fd, PollFlags::IN)],
-            left.as_ref(),
-        ) {
+        match rustix::event::poll(&mut [PollFd::from_borrowed_fd(fd, PollFlags::IN)], left.as_ref())
+        {
             Ok(ready) => return Ok(ready > 0),
             Err(Errno::INTR) => {}
             Err(error) => return Err(error.into()),

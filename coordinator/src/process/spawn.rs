@@ -47,11 +47,7 @@ impl ProcessSpec {
     /// A program without arguments, in this program's environment. A name without a slash is
     /// looked up in this program's `PATH`.
     pub fn new(program: impl Into<PathBuf>) -> Self {
-        Self {
-            program: program.into(),
-            args: Vec::new(),
-            env: Vec::new(),
-        }
+        Self { program: program.into(), args: Vec::new(), env: Vec::new() }
     }
 
     /// Adds an argument.
@@ -163,18 +159,12 @@ impl Spawner {
     /// Every [`SpawnError`] but `Thread`.
     pub fn spawn(&self, spec: &ProcessSpec, stdin: OwnedFd) -> Result<DeviceProcess, SpawnError> {
         let image = Image::new(spec)?;
-        let gone = || SpawnError::ThreadGone {
-            program: spec.program.clone(),
-        };
+        let gone = || SpawnError::ThreadGone { program: spec.program.clone() };
         if self.thread.owner != std::process::id() {
             return Err(gone());
         }
         let (reply, answer) = mpsc::sync_channel(1);
-        let job = Job::Spawn {
-            image,
-            stdin,
-            reply,
-        };
+        let job = Job::Spawn { image, stdin, reply };
         self.thread.jobs.send(job).map_err(|_| gone())?;
         answer.recv().map_err(|_| gone())?
     }
@@ -207,9 +197,7 @@ impl SpawnThread {
             return Ok(thread.clone());
         }
         let (jobs, queue) = mpsc::channel();
-        std::thread::Builder::new()
-            .name("standstill-spawn".into())
-            .spawn(move || work(&queue))?;
+        std::thread::Builder::new().name("standstill-spawn".into()).spawn(move || work(&queue))?;
         Ok(slot.insert(Self { jobs, owner }).clone())
     }
 }
@@ -235,11 +223,7 @@ fn work(queue: &Receiver<Job>) {
             queue.recv_timeout(REAP_INTERVAL)
         };
         match job {
-            Ok(Job::Spawn {
-                image,
-                stdin,
-                reply,
-            }) => {
+            Ok(Job::Spawn { image, stdin, reply }) => {
                 // If the caller is gone, the process is dropped with the answer, and so ends.
                 let _ = reply.send(image.start(stdin, &mut dying));
             }
@@ -297,12 +281,7 @@ impl Image {
             entry.extend_from_slice(value.as_bytes());
             env.push(c_string("environment variable", OsStr::from_bytes(&entry))?);
         }
-        Ok(Self {
-            program: spec.program.clone(),
-            path,
-            args,
-            env,
-        })
+        Ok(Self { program: spec.program.clone(), path, args, env })
     }
 
     /// Starts the process. One that was started and cannot be owned is killed and left in `dying`.
@@ -310,11 +289,7 @@ impl Image {
         let program = self.program;
         let lacks = |what| {
             let program = program.clone();
-            move |errno: Errno| SpawnError::Resource {
-                program,
-                what,
-                source: errno.into(),
-            }
+            move |errno: Errno| SpawnError::Resource { program, what, source: errno.into() }
         };
 
         let stdin = above_standard(stdin).map_err(lacks("standard input"))?;
@@ -326,12 +301,8 @@ impl Image {
         let writer = above_standard(writer).map_err(lacks("standard error pipe"))?;
 
         let standard = [stdin, stdout, writer];
-        let pid = posix_spawn(&self.path, &self.args, &self.env, &standard).map_err(|source| {
-            SpawnError::Program {
-                program: program.clone(),
-                source,
-            }
-        })?;
+        let pid = posix_spawn(&self.path, &self.args, &self.env, &standard)
+            .map_err(|source| SpawnError::Program { program: program.clone(), source })?;
         drop(standard);
 
         match rustix::process::pidfd_open(pid, PidfdFlags::empty()) {
@@ -387,16 +358,9 @@ mod tests {
     fn a_spawner_from_before_a_fork_is_refused_instead_of_waiting_for_ever() {
         let (jobs, _queue) = mpsc::channel();
         let parent = std::os::unix::process::parent_id();
-        let spawner = Spawner {
-            thread: SpawnThread {
-                jobs,
-                owner: parent,
-            },
-        };
+        let spawner = Spawner { thread: SpawnThread { jobs, owner: parent } };
         let stdin = std::fs::File::open("/dev/null").unwrap();
-        let error = spawner
-            .spawn(&ProcessSpec::new("true"), stdin.into())
-            .unwrap_err();
+        let error = spawner.spawn(&ProcessSpec::new("true"), stdin.into()).unwrap_err();
         assert!(matches!(error, SpawnError::ThreadGone { .. }), "{error}");
     }
 }

@@ -41,10 +41,7 @@ fn is_gone(pid: u32) -> bool {
 }
 
 fn killed() -> Exit {
-    Exit::Signal {
-        signal: 9,
-        core_dumped: false,
-    }
+    Exit::Signal { signal: 9, core_dumped: false }
 }
 
 fn backing(path: &Path) -> BackingFile {
@@ -53,10 +50,7 @@ fn backing(path: &Path) -> BackingFile {
 
 /// Polls a fence whose process must end now.
 fn poll_after_exit(fence: &mut Fence, process: &mut DeviceProcess) -> FenceProgress {
-    assert!(
-        wait_readable(process.pidfd(), LONG).unwrap(),
-        "the process did not end"
-    );
+    assert!(wait_readable(process.pidfd(), LONG).unwrap(), "the process did not end");
     fence.poll(process)
 }
 
@@ -92,13 +86,7 @@ fn a_signal_is_named_as_the_end() {
     let mut process = start(&sleeper());
     process.signal(Signal::TERM).unwrap();
     let exit = process.wait_exit(LONG).unwrap().unwrap();
-    assert_eq!(
-        exit,
-        Exit::Signal {
-            signal: 15,
-            core_dumped: false
-        }
-    );
+    assert_eq!(exit, Exit::Signal { signal: 15, core_dumped: false });
     assert_eq!(exit.to_string(), "killed by signal 15 (SIGTERM)");
 }
 
@@ -106,21 +94,10 @@ fn a_signal_is_named_as_the_end() {
 fn ends_are_described_for_a_person() {
     assert_eq!(Exit::Code(3).to_string(), "exited with status 3");
     assert_eq!(
-        Exit::Signal {
-            signal: 11,
-            core_dumped: true
-        }
-        .to_string(),
+        Exit::Signal { signal: 11, core_dumped: true }.to_string(),
         "killed by signal 11 (SIGSEGV), core dumped"
     );
-    assert_eq!(
-        Exit::Signal {
-            signal: 40,
-            core_dumped: false
-        }
-        .to_string(),
-        "killed by signal 40"
-    );
+    assert_eq!(Exit::Signal { signal: 40, core_dumped: false }.to_string(), "killed by signal 40");
     assert_eq!(Exit::Unknown.to_string(), "ended with unknown status");
     assert!(Exit::Code(0).success() && !Exit::Code(1).success() && !killed().success());
 }
@@ -182,10 +159,7 @@ fn the_control_socket_is_standard_input_and_no_copy_stays_here() {
 #[test]
 fn a_process_leads_a_group_of_its_own() {
     let process = start(&sleeper());
-    assert_eq!(
-        rustix::process::getpgid(Some(process.pid)).unwrap(),
-        process.pid
-    );
+    assert_eq!(rustix::process::getpgid(Some(process.pid)).unwrap(), process.pid);
 }
 
 #[test]
@@ -200,13 +174,9 @@ fn no_signal_is_blocked_or_ignored() {
     // This program ignores SIGPIPE, as every Rust program does. 32 and 33 belong to the C library,
     // which leaves them ignored in what it spawns.
     const INTERNAL: u64 = 0b11 << 31;
-    let masks = output(&shell(
-        "sed -nE 's/^Sig(Blk|Ign):[[:space:]]*//p' /proc/self/status >&2",
-    ));
-    let masks: Vec<u64> = masks
-        .lines()
-        .map(|mask| u64::from_str_radix(mask, 16).unwrap() & !INTERNAL)
-        .collect();
+    let masks = output(&shell("sed -nE 's/^Sig(Blk|Ign):[[:space:]]*//p' /proc/self/status >&2"));
+    let masks: Vec<u64> =
+        masks.lines().map(|mask| u64::from_str_radix(mask, 16).unwrap() & !INTERNAL).collect();
     assert_eq!(masks, [0, 0]);
 }
 
@@ -222,17 +192,12 @@ fn variables_are_added_to_the_inherited_environment() {
 fn a_missing_program_is_named() {
     let (_ours, theirs) = UnixStream::pair().unwrap();
     let spec = ProcessSpec::new("/nowhere/device");
-    let error = Spawner::new()
-        .unwrap()
-        .spawn(&spec, theirs.into())
-        .unwrap_err();
+    let error = Spawner::new().unwrap().spawn(&spec, theirs.into()).unwrap_err();
     assert_eq!(
         error.to_string(),
         "cannot start /nowhere/device: No such file or directory (os error 2)"
     );
-    let SpawnError::Program { source, .. } = error else {
-        panic!("unexpected {error:?}")
-    };
+    let SpawnError::Program { source, .. } = error else { panic!("unexpected {error:?}") };
     assert_eq!(source.kind(), io::ErrorKind::NotFound);
 }
 
@@ -241,13 +206,8 @@ fn a_file_that_is_not_executable_is_refused() {
     let file = tempfile::NamedTempFile::new().unwrap();
     let (mut ours, theirs) = UnixStream::pair().unwrap();
     let spec = ProcessSpec::new(file.path());
-    let error = Spawner::new()
-        .unwrap()
-        .spawn(&spec, theirs.into())
-        .unwrap_err();
-    let SpawnError::Program { program, source } = error else {
-        panic!("unexpected {error:?}")
-    };
+    let error = Spawner::new().unwrap().spawn(&spec, theirs.into()).unwrap_err();
+    let SpawnError::Program { program, source } = error else { panic!("unexpected {error:?}") };
     assert_eq!(program, file.path());
     assert_eq!(source.kind(), io::ErrorKind::PermissionDenied);
     // The failed start has closed the child's end.
@@ -274,13 +234,7 @@ fn text_that_cannot_be_passed_on_is_refused() {
 #[test]
 fn a_process_outlives_the_thread_that_asked_for_it() {
     // As a device does, it asks to be killed at the end of its parent; and then says so.
-    const ARGS: [&str; 5] = [
-        "--pdeathsig",
-        "KILL",
-        "sh",
-        "-c",
-        "echo ready >&2; exec sleep 1000",
-    ];
+    const ARGS: [&str; 5] = ["--pdeathsig", "KILL", "sh", "-c", "echo ready >&2; exec sleep 1000"];
 
     let mut process = std::thread::spawn(|| {
         let (_ours, theirs) = UnixStream::pair().unwrap();
@@ -304,18 +258,12 @@ fn a_process_outlives_the_thread_that_asked_for_it() {
             .spawn()
             .unwrap();
         let stderr = other.stderr.take().unwrap();
-        assert_eq!(
-            BufReader::new(stderr).lines().next().unwrap().unwrap(),
-            "ready"
-        );
+        assert_eq!(BufReader::new(stderr).lines().next().unwrap().unwrap(), "ready");
         other
     })
     .join()
     .unwrap();
-    assert_eq!(
-        std::os::unix::process::ExitStatusExt::signal(&other.wait().unwrap()),
-        Some(9)
-    );
+    assert_eq!(std::os::unix::process::ExitStatusExt::signal(&other.wait().unwrap()), Some(9));
 
     assert_eq!(process.wait_exit(Duration::from_millis(50)).unwrap(), None);
 }
@@ -334,14 +282,9 @@ fn a_stopped_process_can_be_fenced() {
     let mut process = start(&sleeper());
     process.signal(Signal::STOP).unwrap();
     let stopped = WaitIdOptions::STOPPED | WaitIdOptions::NOWAIT;
-    rustix::process::waitid(WaitId::PidFd(process.pidfd()), stopped)
-        .unwrap()
-        .unwrap();
+    rustix::process::waitid(WaitId::PidFd(process.pidfd()), stopped).unwrap().unwrap();
     let mut fence = Fence::begin(&process, Vec::new());
-    assert_eq!(
-        proven(poll_after_exit(&mut fence, &mut process)).exit(),
-        killed()
-    );
+    assert_eq!(proven(poll_after_exit(&mut fence, &mut process)).exit(), killed());
 }
 
 #[test]
@@ -368,15 +311,9 @@ fn a_lock_that_outlives_the_process_keeps_the_fence_from_being_proven() {
     assert!(backing_file.is_locked().unwrap());
     let mut fence = Fence::begin(&process, vec![backing_file]);
     let progress = poll_after_exit(&mut fence, &mut process);
-    assert!(
-        matches!(progress, FenceProgress::WaitingForLocks { held: 1 }),
-        "{progress:?}"
-    );
+    assert!(matches!(progress, FenceProgress::WaitingForLocks { held: 1 }), "{progress:?}");
     let progress = fence.poll(&mut process);
-    assert!(
-        matches!(progress, FenceProgress::WaitingForLocks { held: 1 }),
-        "{progress:?}"
-    );
+    assert!(matches!(progress, FenceProgress::WaitingForLocks { held: 1 }), "{progress:?}");
     assert!(fence.obstacle().is_none());
     assert!(is_gone(process.pid()));
 
@@ -408,10 +345,7 @@ fn a_fence_holds_no_lock_while_one_is_missing() {
     let mut process = start(&sleeper());
     let mut fence = Fence::begin(&process, vec![backing(free.path()), backing(taken.path())]);
     let progress = poll_after_exit(&mut fence, &mut process);
-    assert!(
-        matches!(progress, FenceProgress::WaitingForLocks { held: 1 }),
-        "{progress:?}"
-    );
+    assert!(matches!(progress, FenceProgress::WaitingForLocks { held: 1 }), "{progress:?}");
     assert!(!backing(free.path()).is_locked().unwrap());
     // Not by closing it: a child of another test may have a copy for a moment.
     rustix::fs::flock(&holder, FlockOperation::NonBlockingUnlock).unwrap();
@@ -433,10 +367,7 @@ fn a_fence_is_not_proven_by_another_process() {
     let mut other = start(&shell("exit 0"));
     other.wait_exit(LONG).unwrap().unwrap();
     let mut fence = Fence::begin(&process, Vec::new());
-    assert!(matches!(
-        fence.poll(&mut other),
-        FenceProgress::WaitingForExit
-    ));
+    assert!(matches!(fence.poll(&mut other), FenceProgress::WaitingForExit));
     assert!(fence.obstacle().is_some());
     proven(poll_after_exit(&mut fence, &mut process));
     assert!(fence.obstacle().is_none());

@@ -62,10 +62,7 @@ pub(super) async fn change_activity<D: Device>(
     to: Activity,
     budget: Budget,
 ) -> ArcOutcome {
-    let mut way = Way {
-        parts: &parts,
-        spent: Spent::default(),
-    };
+    let mut way = Way { parts: &parts, spent: Spent::default() };
     let mut at = from;
     while at != to {
         let next = one_level(at, to);
@@ -76,28 +73,16 @@ pub(super) async fn change_activity<D: Device>(
         let mut restored = failure.restored;
         while restored && at != from {
             let back = one_level(at, from);
-            restored = way
-                .step(at, back, &Budget::grace(UNDO_BUDGET))
-                .await
-                .is_ok();
+            restored = way.step(at, back, &Budget::grace(UNDO_BUDGET)).await.is_ok();
             at = back;
         }
         if !restored {
             parts.force_stop().await;
         }
-        let failure = ArcFailure {
-            refusal: failure.refusal,
-            restored,
-        };
-        return ArcOutcome {
-            result: Err(failure),
-            spent: way.spent,
-        };
+        let failure = ArcFailure { refusal: failure.refusal, restored };
+        return ArcOutcome { result: Err(failure), spent: way.spent };
     }
-    ArcOutcome {
-        result: Ok(()),
-        spent: way.spent,
-    }
+    ArcOutcome { result: Ok(()), spent: way.spent }
 }
 
 /// The next level on the way.
@@ -173,10 +158,7 @@ impl<D: Device> Way<'_, D> {
 
     async fn stop(&mut self, budget: &Budget) -> Result<(), ArcFailure> {
         if let Err(refusal) = self.close_accesses(budget).await {
-            return Err(ArcFailure {
-                refusal,
-                restored: true,
-            });
+            return Err(ArcFailure { refusal, restored: true });
         }
         let failure = match self.hook(Hook::Stop, budget).await {
             Err(failure) => failure,
@@ -187,10 +169,7 @@ impl<D: Device> Way<'_, D> {
                     self.spent.drain += begin.elapsed();
                     return Ok(());
                 }
-                Err(refusal) => ArcFailure {
-                    refusal,
-                    restored: self.undo(Hook::Stop).await,
-                },
+                Err(refusal) => ArcFailure { refusal, restored: self.undo(Hook::Stop).await },
             },
         };
         if failure.restored {
@@ -202,9 +181,7 @@ impl<D: Device> Way<'_, D> {
     async fn wake(&mut self, budget: &Budget) -> Result<(), ArcFailure> {
         self.parts.gate.open(Scope::Ram);
         if let Err(mut failure) = self.hook(Hook::PrepareStart, budget).await {
-            let closed = self
-                .close_gate(Scope::All, &Budget::grace(UNDO_BUDGET))
-                .await;
+            let closed = self.close_gate(Scope::All, &Budget::grace(UNDO_BUDGET)).await;
             failure.restored &= closed.is_ok();
             return Err(failure);
         }
@@ -216,9 +193,7 @@ impl<D: Device> Way<'_, D> {
     async fn wake_for_peers(&mut self, budget: &Budget) -> Result<(), ArcFailure> {
         self.parts.gate.open(Scope::All);
         if let Err(mut failure) = self.hook(Hook::Start, budget).await {
-            let closed = self
-                .close_gate(Scope::Peer, &Budget::grace(UNDO_BUDGET))
-                .await;
+            let closed = self.close_gate(Scope::Peer, &Budget::grace(UNDO_BUDGET)).await;
             failure.restored &= closed.is_ok();
             return Err(failure);
         }
@@ -232,10 +207,7 @@ impl<D: Device> Way<'_, D> {
             Ok(Ok(())) => Ok(()),
             Ok(Err(error)) => {
                 let refusal = device_refusal(format!("{}: {error}", hook.name()));
-                Err(ArcFailure {
-                    refusal,
-                    restored: true,
-                })
+                Err(ArcFailure { refusal, restored: true })
             }
             Err(given_up) => {
                 let name = hook.name();
@@ -243,10 +215,7 @@ impl<D: Device> Way<'_, D> {
                     GivenUp::Late => format!("{name} did not end within {whole:?}"),
                     GivenUp::Overtaken => format!("{name} was overtaken by a later command"),
                 });
-                Err(ArcFailure {
-                    refusal,
-                    restored: self.undo(hook).await,
-                })
+                Err(ArcFailure { refusal, restored: self.undo(hook).await })
             }
         }
     }
@@ -291,16 +260,14 @@ impl<D: Device> Way<'_, D> {
     async fn close_gate(&mut self, scope: Scope, budget: &Budget) -> Result<(), Refusal> {
         let begin = Instant::now();
         // Dropped half-way, the gate opens again what it had closed.
-        let closed = budget
-            .unless_overtaken(self.parts.gate.close(scope, budget.left()))
-            .await;
+        let closed = budget.unless_overtaken(self.parts.gate.close(scope, budget.left())).await;
         self.spent.drain += begin.elapsed();
         match closed {
             Ok(Ok(())) => Ok(()),
             Ok(Err(timeout)) => Err(drain_refusal(timeout.to_string())),
-            Err(_) => Err(drain_refusal(format!(
-                "draining {scope} was overtaken by a later command"
-            ))),
+            Err(_) => {
+                Err(drain_refusal(format!("draining {scope} was overtaken by a later command")))
+            }
         }
     }
 
@@ -326,17 +293,11 @@ impl<D: Device> Way<'_, D> {
 }
 
 fn device_refusal(text: String) -> Refusal {
-    Refusal {
-        kind: RefusalKind::Device,
-        text,
-    }
+    Refusal { kind: RefusalKind::Device, text }
 }
 
 fn drain_refusal(text: String) -> Refusal {
-    Refusal {
-        kind: RefusalKind::Drain,
-        text,
-    }
+    Refusal { kind: RefusalKind::Drain, text }
 }
 
 /// Brings the device's contents to power-on state, and from one level of activity to another.
@@ -347,10 +308,7 @@ pub(super) async fn reset<D: Device>(
     to: Activity,
     budget: Budget,
 ) -> (Result<(), Refusal>, Spent) {
-    let mut way = Way {
-        parts: &parts,
-        spent: Spent::default(),
-    };
+    let mut way = Way { parts: &parts, spent: Spent::default() };
     let result = way.reset(Arc::clone(&parts), from, to, &budget).await;
     let spent = way.spent;
     if result.is_err() {
@@ -381,32 +339,22 @@ impl<D: Device> Way<'_, D> {
             Ok(Ok(Err(error))) => return Err(device_refusal(format!("reset: {error}"))),
             Ok(Err(join)) => return Err(device_refusal(format!("reset: {join}"))),
             Err(GivenUp::Late) => {
-                return Err(device_refusal(format!(
-                    "reset did not end within {whole:?}"
-                )));
+                return Err(device_refusal(format!("reset did not end within {whole:?}")));
             }
             Err(GivenUp::Overtaken) => {
-                return Err(device_refusal(
-                    "reset was overtaken by a later command".into(),
-                ));
+                return Err(device_refusal("reset was overtaken by a later command".into()));
             }
         }
         self.parts.interrupts.reset();
         if from != Activity::Stopped {
-            let scope = if from == Activity::Full {
-                Scope::All
-            } else {
-                Scope::Ram
-            };
+            let scope = if from == Activity::Full { Scope::All } else { Scope::Ram };
             self.parts.gate.open(scope);
             self.parts.accesses.open();
         }
         let mut at = from;
         while at < to {
             let next = one_level(at, to);
-            self.step(at, next, budget)
-                .await
-                .map_err(|failure| failure.refusal)?;
+            self.step(at, next, budget).await.map_err(|failure| failure.refusal)?;
             at = next;
         }
         Ok(())

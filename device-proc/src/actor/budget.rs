@@ -72,10 +72,7 @@ pub(super) enum GivenUp {
 
 impl Budget {
     pub(super) fn new(from: Instant, budget: Duration, overtaken: Arc<Overtaken>) -> Self {
-        Self {
-            end: from.checked_add(budget),
-            overtaken,
-        }
+        Self { end: from.checked_add(budget), overtaken }
     }
 
     /// That much from now on, and nobody can give it up.
@@ -84,9 +81,7 @@ impl Budget {
     }
 
     pub(super) fn left(&self) -> Duration {
-        self.end.map_or(Duration::MAX, |end| {
-            end.saturating_duration_since(Instant::now())
-        })
+        self.end.map_or(Duration::MAX, |end| end.saturating_duration_since(Instant::now()))
     }
 
     pub(super) fn overtaken(&self) -> &Overtaken {
@@ -128,11 +123,7 @@ mod tests {
     use super::*;
 
     fn budget(milliseconds: u64) -> Budget {
-        Budget::new(
-            Instant::now(),
-            Duration::from_millis(milliseconds),
-            Arc::default(),
-        )
+        Budget::new(Instant::now(), Duration::from_millis(milliseconds), Arc::default())
     }
 
     #[tokio::test]

@@ -65,10 +65,7 @@ impl<D: Device> State<D> {
 
     fn begin(&mut self, command: Command) {
         self.overtaken = Arc::default();
-        let arrival = self
-            .arrival
-            .take()
-            .filter(|arrival| arrival.command == command);
+        let arrival = self.arrival.take().filter(|arrival| arrival.command == command);
         // The lifecycle begins the latest command that it took, and that one is kept.
         let Some(arrival) = arrival else {
             tracing::error!(?command, "a command begins that has not arrived");
@@ -93,12 +90,8 @@ impl<D: Device> State<D> {
         if self.in_force == arc.after {
             return Some(Event::ArcDone);
         }
-        let work = change_activity(
-            Arc::clone(&self.parts),
-            self.in_force,
-            arc.after,
-            self.budget(),
-        );
+        let work =
+            change_activity(Arc::clone(&self.parts), self.in_force, arc.after, self.budget());
         let after = arc.after;
         let mut work = Box::pin(async move { (work.await, after) });
         // Usually there is nothing to wait for.
@@ -137,10 +130,7 @@ impl<D: Device> State<D> {
                 if !failure.restored {
                     self.in_force = Activity::Stopped;
                 }
-                Event::ArcFailed {
-                    refusal: failure.refusal,
-                    restored: failure.restored,
-                }
+                Event::ArcFailed { refusal: failure.refusal, restored: failure.restored }
             }
         }
     }
@@ -179,9 +169,7 @@ impl<D: Device> State<D> {
     fn start_stream(&mut self, direction: Direction) -> Option<Event> {
         let budget = self.budget();
         let Some(fd) = self.job.as_mut().and_then(|job| job.fd.take()) else {
-            return Some(Event::StreamFailed(stream_refusal(
-                "no fd came with the command",
-            )));
+            return Some(Event::StreamFailed(stream_refusal("no fd came with the command")));
         };
         let fd = match StreamFd::new(fd, budget) {
             Ok(fd) => fd,
@@ -213,39 +201,19 @@ impl<D: Device> State<D> {
             job.collect(&self.parts.device, moment);
         }
         let (timings, evidence) = job.finish();
-        let Command {
-            term, epoch, phase, ..
-        } = command;
-        let reached = Reached {
-            term,
-            epoch,
-            phase,
-            state,
-            timings,
-            evidence,
-        };
+        let Command { term, epoch, phase, .. } = command;
+        let reached = Reached { term, epoch, phase, state, timings, evidence };
         self.send(DeviceMessage::Reached(reached));
     }
 
     fn refused(&mut self, command: Command, state: MigrationState, refusal: Refusal) {
         tracing::warn!(phase = %command.phase, epoch = command.epoch.0, %state, %refusal, "refused");
         self.job = None;
-        let Command {
-            term, epoch, phase, ..
-        } = command;
-        self.send(DeviceMessage::Refused(Refused {
-            term,
-            epoch,
-            phase,
-            state,
-            refusal,
-        }));
+        let Command { term, epoch, phase, .. } = command;
+        self.send(DeviceMessage::Refused(Refused { term, epoch, phase, state, refusal }));
     }
 }
 
 fn stream_refusal(text: impl Into<String>) -> Refusal {
-    Refusal {
-        kind: RefusalKind::Stream,
-        text: text.into(),
-    }
+    Refusal { kind: RefusalKind::Stream, text: text.into() }
 }

@@ -46,15 +46,10 @@ impl Job {
     /// Asks the device what it can show.
     pub(super) fn collect(&mut self, device: &impl Device, moment: Moment) {
         let begin = Instant::now();
-        let Evidence {
-            memory_hash,
-            counters,
-        } = device.evidence(moment);
+        let Evidence { memory_hash, counters } = device.evidence(moment);
         self.evidence.memory_hash = memory_hash.or(self.evidence.memory_hash);
         let room = MAX_COUNTERS - self.evidence.counters.len();
-        self.evidence
-            .counters
-            .extend(counters.into_iter().take(room));
+        self.evidence.counters.extend(counters.into_iter().take(room));
         self.collecting += begin.elapsed();
     }
 

@@ -44,11 +44,7 @@ pub(super) struct Outbox {
 
 impl Outbox {
     pub(super) fn new(channel: Arc<DeviceEnd>) -> Self {
-        Self {
-            channel,
-            waiting: Arc::default(),
-            queue: None,
-        }
+        Self { channel, waiting: Arc::default(), queue: None }
     }
 
     /// Sends now if that is possible, and otherwise later; always in order. Never waits.
@@ -90,11 +86,7 @@ impl Outbox {
         &self,
         failed: impl FnOnce(OutboxError) + Send + 'static,
     ) -> Result<mpsc::Sender<DeviceMessage>, OutboxError> {
-        let second = self
-            .channel
-            .as_fd()
-            .try_clone_to_owned()
-            .map_err(OutboxError::Watch)?;
+        let second = self.channel.as_fd().try_clone_to_owned().map_err(OutboxError::Watch)?;
         let second = DeviceEnd::from_fd(second)?;
         second.set_version(self.channel.version());
         let second = AsyncChannel::new(second).map_err(OutboxError::Watch)?;
@@ -137,20 +129,11 @@ mod tests {
         let (coordinator, mut outbox) = pair();
         let mut sent = 0;
         while outbox.waiting.load(Ordering::Acquire) < 3 {
-            outbox
-                .send(numbered(sent), |error| panic!("{error}"))
-                .unwrap();
+            outbox.send(numbered(sent), |error| panic!("{error}")).unwrap();
             sent += 1;
         }
-        let beat = Heartbeat {
-            sequence: 0,
-            progress: 0,
-            dropped_logs: 0,
-        };
-        assert!(
-            !outbox.try_send(&DeviceMessage::Heartbeat(beat)).unwrap(),
-            "dropped, not queued"
-        );
+        let beat = Heartbeat { sequence: 0, progress: 0, dropped_logs: 0 };
+        assert!(!outbox.try_send(&DeviceMessage::Heartbeat(beat)).unwrap(), "dropped, not queued");
 
         let received = tokio::task::spawn_blocking(move || {
             let next = || coordinator.recv(Duration::from_secs(10)).unwrap().message;
@@ -163,9 +146,7 @@ mod tests {
     #[tokio::test]
     async fn a_coordinator_that_never_reads_is_given_up() {
         let (_coordinator, mut outbox) = pair();
-        let error = (0..100_000)
-            .find_map(|i| outbox.send(numbered(i), |_| ()).err())
-            .unwrap();
+        let error = (0..100_000).find_map(|i| outbox.send(numbered(i), |_| ()).err()).unwrap();
         assert!(matches!(error, OutboxError::Full), "{error}");
     }
 }

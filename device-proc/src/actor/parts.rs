@@ -78,11 +78,7 @@ impl<D: Device> Parts<D> {
         let config = ConfigSpace::new(&info, &layout)?;
         let mut bar_memory = [const { None }; 6];
         for (index, bar) in info.bars.into_iter().enumerate() {
-            if let Some(Bar {
-                size,
-                backing: BarBacking::Memory(fd),
-            }) = bar
-            {
+            if let Some(Bar { size, backing: BarBacking::Memory(fd) }) = bar {
                 check_size(index, size, &fd)?;
                 bar_memory[index] = Some(fd);
             }
@@ -133,17 +129,11 @@ impl<D: Device> Parts<D> {
 }
 
 fn check_size(bar: usize, expected: u64, fd: &OwnedFd) -> Result<(), InfoError> {
-    let facts = rustix::fs::fstat(fd).map_err(|errno| InfoError::Memory {
-        bar,
-        source: errno.into(),
-    })?;
+    let facts =
+        rustix::fs::fstat(fd).map_err(|errno| InfoError::Memory { bar, source: errno.into() })?;
     let actual = u64::try_from(facts.st_size).unwrap_or(0);
     if actual < expected {
-        return Err(InfoError::MemorySize {
-            bar,
-            expected,
-            actual,
-        });
+        return Err(InfoError::MemorySize { bar, expected, actual });
     }
     Ok(())
 }

@@ -44,27 +44,17 @@ impl Scripted {
 
 impl Device for Scripted {
     fn region_read(&self, _: u32, offset: u64, data: &mut [u8]) -> Result<(), AccessError> {
-        Err(AccessError::NoRegister {
-            offset,
-            width: data.len(),
-        })
+        Err(AccessError::NoRegister { offset, width: data.len() })
     }
 
     fn region_write(&self, _: u32, offset: u64, data: &[u8]) -> Result<(), AccessError> {
-        Err(AccessError::NoRegister {
-            offset,
-            width: data.len(),
-        })
+        Err(AccessError::NoRegister { offset, width: data.len() })
     }
 
     fn reset(&self) -> Result<(), DeviceError> {
         self.calls.lock().unwrap().push("reset");
         let fails = !self.deeds.lock().unwrap().is_empty();
-        if fails {
-            Err(DeviceError::new("no"))
-        } else {
-            Ok(())
-        }
+        if fails { Err(DeviceError::new("no")) } else { Ok(()) }
     }
 
     async fn prepare_stop(&self, _: Duration) -> Result<(), DeviceError> {
@@ -94,10 +84,7 @@ impl Device for Scripted {
 
 /// Puts one together, RUNNING.
 pub(crate) fn parts(deeds: &[(&'static str, Deed)]) -> Arc<Parts<Scripted>> {
-    let device = Scripted {
-        deeds: Mutex::new(deeds.to_vec()),
-        calls: Mutex::default(),
-    };
+    let device = Scripted { deeds: Mutex::new(deeds.to_vec()), calls: Mutex::default() };
     let info = DeviceInfo {
         kind: "scripted".into(),
         pci: PciIdentity {

@@ -66,11 +66,7 @@ pub(super) enum StreamError {
     #[error("section {section:#x} has more than the expected {expected} bytes")]
     TooLong { section: u8, expected: u64 },
     #[error("section {section:#x} has {actual} bytes, expected {expected}")]
-    TooShort {
-        section: u8,
-        actual: u64,
-        expected: u64,
-    },
+    TooShort { section: u8, actual: u64, expected: u64 },
     #[error("damaged: the checksum is {found:#018x}, the contents give {actual:#018x}")]
     Checksum { found: u64, actual: u64 },
     #[error(transparent)]
@@ -95,26 +91,17 @@ fn checksum() -> Checksum {
 
 /// Writes the device's state.
 pub(super) fn save<D: Device>(parts: &Parts<D>, to: impl Write) -> Result<(), StreamError> {
-    let mut out = Writer {
-        to,
-        checksum: checksum(),
-    };
+    let mut out = Writer { to, checksum: checksum() };
     out.header(&parts.kind)?;
     let config = *parts.config().bytes();
-    out.section(CONFIG, |section| {
-        section.write_all(&config).map_err(StreamError::Write)
-    })?;
+    out.section(CONFIG, |section| section.write_all(&config).map_err(StreamError::Write))?;
     if parts.layout.msix.is_some() {
         let msix = parts.msix().clone();
-        out.section(MSIX, |section| {
-            section.write_all(&msix).map_err(StreamError::Write)
-        })?;
+        out.section(MSIX, |section| section.write_all(&msix).map_err(StreamError::Write))?;
     }
     let latched = standstill_protocol::codec::encode_state(&parts.interrupts.latched())
         .map_err(|error| StreamError::Interrupts(error.to_string()))?;
-    out.section(INTERRUPTS, |section| {
-        section.write_all(&latched).map_err(StreamError::Write)
-    })?;
+    out.section(INTERRUPTS, |section| section.write_all(&latched).map_err(StreamError::Write))?;
     for (bar, memory, size) in memory_bars(parts) {
         out.section(BAR_0 + bar, |section| copy_out(bar, memory, size, section))?;
     }
@@ -152,9 +139,7 @@ fn copy_out(
         if read == 0 {
             return Err(failed(ErrorKind::UnexpectedEof.into()));
         }
-        section
-            .write_all(&piece[..read])
-            .map_err(StreamError::Write)?;
+        section.write_all(&piece[..read]).map_err(StreamError::Write)?;
         at += read as u64;
     }
     Ok(())
@@ -188,11 +173,8 @@ impl<W: Write> Writer<W> {
         fill: impl FnOnce(&mut SectionWriter<'_, W>) -> Result<(), StreamError>,
     ) -> Result<(), StreamError> {
         self.put(&[tag]).map_err(StreamError::Write)?;
-        let mut section = SectionWriter {
-            out: self,
-            piece: Vec::with_capacity(PIECE),
-            failed: None,
-        };
+        let mut section =
+            SectionWriter { out: self, piece: Vec::with_capacity(PIECE), failed: None };
         fill(&mut section)?;
         section.end().map_err(StreamError::Write)
     }
@@ -200,10 +182,7 @@ impl<W: Write> Writer<W> {
     fn trailer(mut self) -> Result<(), StreamError> {
         self.put(&[TRAILER]).map_err(StreamError::Write)?;
         let sum = self.checksum.finish().to_le_bytes();
-        self.to
-            .write_all(&sum)
-            .and_then(|()| self.to.flush())
-            .map_err(StreamError::Write)
+        self.to.write_all(&sum).and_then(|()| self.to.flush()).map_err(StreamError::Write)
     }
 }
 
@@ -220,13 +199,8 @@ impl<W: Write> SectionWriter<'_, W> {
             return Ok(());
         }
         // A piece has at most `PIECE` bytes.
-        let length = u32::try_from(self.piece.len())
-            .unwrap_or(u32::MAX)
-            .to_le_bytes();
-        let sent = self
-            .out
-            .put(&length)
-            .and_then(|()| self.out.put(&self.piece));
+        let length = u32::try_from(self.piece.len()).unwrap_or(u32::MAX).to_le_bytes();
+        let sent = self.out.put(&length).and_then(|()| self.out.put(&self.piece));
         self.piece.clear();
         if let Err(error) = &sent {
             self.failed = Some(io::Error::new(error.kind(), error.to_string()));
@@ -257,10 +231,7 @@ impl<W: Write> Write for SectionWriter<'_, W> {
 
 /// Reads what [`save`] wrote, and takes it over.
 pub(super) fn load<D: Device>(parts: &Parts<D>, from: impl Read) -> Result<(), StreamError> {
-    let mut stream = Reader {
-        from,
-        checksum: checksum(),
-    };
+    let mut stream = Reader { from, checksum: checksum() };
     stream.header(&parts.kind)?;
     let mut config = [0; CONFIG_SIZE];
     stream.exact_section(CONFIG, &mut config)?;
@@ -305,10 +276,7 @@ fn copy_in<R: Read>(
             break;
         }
         if length as u64 > size - at {
-            return Err(StreamError::TooLong {
-                section: BAR_0 + bar,
-                expected: size,
-            });
+            return Err(StreamError::TooLong { section: BAR_0 + bar, expected: size });
         }
         let mut rest = &piece[..length];
         while !rest.is_empty() {
@@ -323,11 +291,7 @@ fn copy_in<R: Read>(
     if at == size {
         Ok(())
     } else {
-        Err(StreamError::TooShort {
-            section: BAR_0 + bar,
-            actual: at,
-            expected: size,
-        })
+        Err(StreamError::TooShort { section: BAR_0 + bar, actual: at, expected: size })
     }
 }
 
@@ -338,12 +302,10 @@ struct Reader<R> {
 
 impl<R: Read> Reader<R> {
     fn get(&mut self, bytes: &mut [u8]) -> Result<(), StreamError> {
-        self.from
-            .read_exact(bytes)
-            .map_err(|error| match error.kind() {
-                ErrorKind::UnexpectedEof => StreamError::Short,
-                _ => StreamError::Read(error),
-            })?;
+        self.from.read_exact(bytes).map_err(|error| match error.kind() {
+            ErrorKind::UnexpectedEof => StreamError::Short,
+            _ => StreamError::Read(error),
+        })?;
         self.checksum.write(bytes);
         Ok(())
     }
@@ -368,10 +330,7 @@ impl<R: Read> Reader<R> {
         self.get(&mut kind)?;
         if usize::from(length) != kind.len() || kind != expected.as_bytes() {
             let found = String::from_utf8_lossy(&kind).into_owned();
-            return Err(StreamError::Kind {
-                found,
-                expected: expected.into(),
-            });
+            return Err(StreamError::Kind { found, expected: expected.into() });
         }
         Ok(())
     }
@@ -383,19 +342,10 @@ impl<R: Read> Reader<R> {
     ) -> Result<T, StreamError> {
         let [found] = self.get_array()?;
         if found != tag {
-            return Err(StreamError::Section {
-                found,
-                expected: tag,
-            });
+            return Err(StreamError::Section { found, expected: tag });
         }
-        let mut section = SectionReader {
-            stream: self,
-            tag,
-            left: 0,
-            taken: 0,
-            ended: false,
-            failed: None,
-        };
+        let mut section =
+            SectionReader { stream: self, tag, left: 0, taken: 0, ended: false, failed: None };
         let taken = take(&mut section)?;
         section.end()?;
         Ok(taken)
@@ -409,11 +359,7 @@ impl<R: Read> Reader<R> {
                 match section.next_bytes(&mut bytes[filled..])? {
                     0 => {
                         let actual = filled as u64;
-                        return Err(StreamError::TooShort {
-                            section: tag,
-                            actual,
-                            expected,
-                        });
+                        return Err(StreamError::TooShort { section: tag, actual, expected });
                     }
                     length => filled += length,
                 }
@@ -441,10 +387,7 @@ impl<R: Read> Reader<R> {
     fn trailer(mut self) -> Result<(), StreamError> {
         let [found] = self.get_array()?;
         if found != TRAILER {
-            return Err(StreamError::Section {
-                found,
-                expected: TRAILER,
-            });
+            return Err(StreamError::Section { found, expected: TRAILER });
         }
         let actual = self.checksum.finish();
         let found = u64::from_le_bytes(self.get_array()?);
@@ -486,10 +429,7 @@ impl<R: Read> SectionReader<'_, R> {
                 Ok(0) => self.ended = true,
                 Ok(length) if length <= PIECE => self.left = length,
                 _ => {
-                    return Err(StreamError::Piece {
-                        section: self.tag,
-                        length,
-                    });
+                    return Err(StreamError::Piece { section: self.tag, length });
                 }
             }
         }
@@ -499,10 +439,7 @@ impl<R: Read> SectionReader<'_, R> {
     /// Everything was taken.
     fn end(mut self) -> Result<(), StreamError> {
         if self.has_more()? {
-            return Err(StreamError::TooLong {
-                section: self.tag,
-                expected: self.taken,
-            });
+            return Err(StreamError::TooLong { section: self.tag, expected: self.taken });
         }
         Ok(())
     }

@@ -54,10 +54,8 @@ impl StreamFd {
             if left.is_zero() {
                 return Err(ErrorKind::TimedOut.into());
             }
-            let mut fds = [
-                PollFd::new(&self.fd, events),
-                PollFd::from_borrowed_fd(wake, PollFlags::IN),
-            ];
+            let mut fds =
+                [PollFd::new(&self.fd, events), PollFd::from_borrowed_fd(wake, PollFlags::IN)];
             // Beyond the kernel's seconds is for ever.
             match poll(&mut fds, Timespec::try_from(left).ok().as_ref()) {
                 Ok(_) if !fds[0].revents().is_empty() => return Ok(()),
@@ -104,10 +102,7 @@ mod tests {
 
     fn budget(left: Duration) -> (Budget, Arc<super::super::budget::Overtaken>) {
         let overtaken = Arc::default();
-        (
-            Budget::new(Instant::now(), left, Arc::clone(&overtaken)),
-            overtaken,
-        )
+        (Budget::new(Instant::now(), left, Arc::clone(&overtaken)), overtaken)
     }
 
     #[test]
@@ -140,9 +135,6 @@ mod tests {
         let (reader, _writer) = io::pipe().unwrap();
         let (budget, _) = budget(Duration::from_millis(20));
         let mut stream = StreamFd::new(reader.into(), budget).unwrap();
-        assert_eq!(
-            stream.read(&mut [0; 8]).unwrap_err().kind(),
-            ErrorKind::TimedOut
-        );
+        assert_eq!(stream.read(&mut [0; 8]).unwrap_err().kind(), ErrorKind::TimedOut);
     }
 }

@@ -12,10 +12,7 @@ fn long_texts_are_cut_between_characters() {
         epoch: Epoch(1),
         phase: Phase::Stop,
         state: MigrationState::Running,
-        refusal: Refusal {
-            kind: RefusalKind::Device,
-            text: format!("x{}", "ä".repeat(MAX_TEXT)),
-        },
+        refusal: Refusal { kind: RefusalKind::Device, text: format!("x{}", "ä".repeat(MAX_TEXT)) },
     };
     let DeviceMessage::Refused(cut) = clipped(DeviceMessage::Refused(refused)) else {
         panic!("another message");
@@ -34,9 +31,7 @@ async fn standalone() -> (Arc<Parts<Scripted>>, Arc<Endpoint<Scripted>>) {
         control: None,
         ended,
     };
-    let (actor, _gone) = Actor::spawn(None, DeviceActor(PhantomData), arguments)
-        .await
-        .unwrap();
+    let (actor, _gone) = Actor::spawn(None, DeviceActor(PhantomData), arguments).await.unwrap();
     let endpoint = Arc::new(Endpoint::new(Arc::clone(&parts), actor));
     (parts, endpoint)
 }
@@ -47,9 +42,7 @@ async fn as_client<T: Send + 'static>(
     call: impl FnOnce(&Endpoint<Scripted>) -> T + Send + 'static,
 ) -> T {
     let endpoint = Arc::clone(endpoint);
-    tokio::task::spawn_blocking(move || call(&endpoint))
-        .await
-        .unwrap()
+    tokio::task::spawn_blocking(move || call(&endpoint)).await.unwrap()
 }
 
 #[tokio::test]
@@ -58,16 +51,9 @@ async fn a_client_can_stop_and_start_its_device_in_band() {
     let stop = as_client(&endpoint, |client| client.set_state(MigrationState::Stop)).await;
     assert_eq!(stop, Ok(Ok(MigrationState::Stop)));
     assert!(parts.is_at(Activity::Stopped));
-    assert_eq!(
-        as_client(&endpoint, Endpoint::reset).await,
-        Err(Errno::INVAL),
-        "stopped"
-    );
+    assert_eq!(as_client(&endpoint, Endpoint::reset).await, Err(Errno::INVAL), "stopped");
 
-    let run = as_client(&endpoint, |client| {
-        client.set_state(MigrationState::Running)
-    })
-    .await;
+    let run = as_client(&endpoint, |client| client.set_state(MigrationState::Running)).await;
     assert_eq!(run, Ok(Ok(MigrationState::Running)));
     assert!(parts.is_at(Activity::Full));
     let hooks = ["prepare_stop", "stop", "prepare_start", "start"];
@@ -78,10 +64,7 @@ async fn a_client_can_stop_and_start_its_device_in_band() {
 #[tokio::test]
 async fn a_reset_out_of_resuming_starts_the_device() {
     let (parts, endpoint) = standalone().await;
-    let load = as_client(&endpoint, |client| {
-        client.set_state(MigrationState::Resuming)
-    })
-    .await;
+    let load = as_client(&endpoint, |client| client.set_state(MigrationState::Resuming)).await;
     assert_eq!(load, Ok(Ok(MigrationState::Resuming)));
     assert!(parts.is_at(Activity::Stopped));
     assert_eq!(as_client(&endpoint, Endpoint::reset).await, Ok(()));

@@ -3,7 +3,7 @@
 //!
 //! A driver puts [`Descriptor`]s into a ring in guest memory, sets [`registers`] in BAR 0, and the
 //! engine executes them on a thread of its own. BAR 2 is plain memory that clients and peers can
-//! map; its first [`MAILBOXES`](registers::MAILBOXES) 64-bit numbers are mailboxes, where peers
+//! map; its first [`MAILBOXES`] 64-bit numbers are mailboxes, where peers
 //! leave their sequence numbers.
 //!
 //! It is made to test a standstill with: it **ignores every hook of the lifecycle** and goes on
@@ -133,21 +133,11 @@ impl CopyEngine {
             .name(KIND.to_owned())
             .spawn(move || engine.run())
             .map_err(DeviceError::new)?;
-        Ok((
-            Self {
-                config,
-                memory,
-                shared,
-            },
-            info,
-        ))
+        Ok((Self { config, memory, shared }, info))
     }
 
     fn shape(&self) -> Shape {
-        Shape {
-            memory_size: self.config.memory_size,
-            vectors: self.config.vectors,
-        }
+        Shape { memory_size: self.config.memory_size, vectors: self.config.vectors }
     }
 
     /// Value and width in bytes of the register that begins at this offset.
@@ -204,9 +194,8 @@ impl CopyEngine {
                 return Some(Ring::Same);
             }
             DOORBELL => {
-                state.doorbell = u32::try_from(value)
-                    .ok()
-                    .filter(|index| *index < state.ring_entries)?;
+                state.doorbell =
+                    u32::try_from(value).ok().filter(|index| *index < state.ring_entries)?;
                 return Some(Ring::Same);
             }
             PROBE_IOVA => {
@@ -236,9 +225,7 @@ impl CopyEngine {
 
     fn written(&self) -> Vec<Counter> {
         let current = self.shared.lock();
-        let stored = (0..)
-            .zip(&current.state.sequences)
-            .filter(|(_, entry)| entry.stored > 0);
+        let stored = (0..).zip(&current.state.sequences).filter(|(_, entry)| entry.stored > 0);
         stored
             .take(MAX_WRITTEN)
             .map(|(index, entry)| counter(CounterKind::Written, index, entry.stored))
@@ -257,11 +244,7 @@ impl CopyEngine {
     fn interrupts(&self) -> impl Iterator<Item = Counter> {
         let interrupts = &self.shared.handles.interrupts;
         (0..self.config.vectors).map(|vector| {
-            counter(
-                CounterKind::Interrupts,
-                u32::from(vector),
-                interrupts.raised_by(vector),
-            )
+            counter(CounterKind::Interrupts, u32::from(vector), interrupts.raised_by(vector))
         })
     }
 }
@@ -280,14 +263,8 @@ impl CopyEngineConfig {
 
     fn info(&self, memory: &SharedMemory) -> Result<DeviceInfo, DeviceError> {
         let fd = memory.try_clone_fd().map_err(DeviceError::new)?;
-        let registers = Bar {
-            size: REGISTER_BAR_SIZE,
-            backing: BarBacking::Registers,
-        };
-        let memory = Bar {
-            size: self.memory_size,
-            backing: BarBacking::Memory(fd),
-        };
+        let registers = Bar { size: REGISTER_BAR_SIZE, backing: BarBacking::Registers };
+        let memory = Bar { size: self.memory_size, backing: BarBacking::Memory(fd) };
         Ok(DeviceInfo {
             kind: KIND.to_owned(),
             pci: IDENTITY,
@@ -323,10 +300,7 @@ impl Device for CopyEngine {
             return Err(no_register);
         }
         let mut bytes = [0; 8];
-        bytes
-            .get_mut(..width)
-            .ok_or(no_register)?
-            .copy_from_slice(data);
+        bytes.get_mut(..width).ok_or(no_register)?.copy_from_slice(data);
         let written = u64::from_le_bytes(bytes);
         // The other half of a 64-bit register stays. Nobody but a driver changes those that can
         // be written, so it is still what was read above.
@@ -337,10 +311,7 @@ impl Device for CopyEngine {
         };
         self.shared.change(|state| {
             self.set_register(state, place.register, value)
-                .ok_or(AccessError::BadValue {
-                    offset,
-                    value: written,
-                })
+                .ok_or(AccessError::BadValue { offset, value: written })
         })
     }
 
@@ -350,10 +321,7 @@ impl Device for CopyEngine {
 
     fn reset(&self) -> Result<(), DeviceError> {
         let raised = self.shared.handles.interrupts.raised();
-        let fresh = State {
-            interrupts_before: raised.wrapping_neg(),
-            ..State::default()
-        };
+        let fresh = State { interrupts_before: raised.wrapping_neg(), ..State::default() };
         self.replace(fresh);
         self.memory.zero();
         Ok(())
@@ -392,30 +360,18 @@ impl Device for CopyEngine {
 
     fn evidence(&self, moment: Moment) -> Evidence {
         match moment {
-            Moment::PrepareStopped => Evidence {
-                memory_hash: None,
-                counters: self.written(),
-            },
-            Moment::StopArrived => Evidence {
-                memory_hash: None,
-                counters: self.received(),
-            },
+            Moment::PrepareStopped => Evidence { memory_hash: None, counters: self.written() },
+            Moment::StopArrived => Evidence { memory_hash: None, counters: self.received() },
             Moment::StartArrived => {
                 let mut counters = self.received();
                 counters.extend(self.written());
                 counters.extend(self.interrupts());
-                Evidence {
-                    memory_hash: None,
-                    counters,
-                }
+                Evidence { memory_hash: None, counters }
             }
             Moment::Stopped => {
                 let mut counters = self.written();
                 counters.extend(self.interrupts());
-                Evidence {
-                    memory_hash: Some(self.memory.hash()),
-                    counters,
-                }
+                Evidence { memory_hash: Some(self.memory.hash()), counters }
             }
         }
     }
@@ -457,11 +413,7 @@ impl Place {
     fn new(bar: u32, offset: u64, width: usize) -> Option<Self> {
         let possible =
             bar == REGISTER_BAR && matches!(width, 4 | 8) && offset.is_multiple_of(width as u64);
-        possible.then_some(Self {
-            register: offset & !7,
-            upper: offset & 4 != 0,
-            width,
-        })
+        possible.then_some(Self { register: offset & !7, upper: offset & 4 != 0, width })
     }
 
     /// Whether it is a possible access to a register of that many bytes.

@@ -109,18 +109,11 @@ fn hammer(rounds: usize, block: bool, drain: impl Fn(&InFlight)) {
     let done = AtomicBool::new(false);
     let (left, right) = (AtomicU64::new(0), AtomicU64::new(0));
     thread::scope(|scope| {
-        let _end = End {
-            done: &done,
-            gate: &gate,
-        };
+        let _end = End { done: &done, gate: &gate };
         for _ in 0..4 {
             scope.spawn(|| {
                 while !done.load(Ordering::Relaxed) {
-                    let permit = if block {
-                        Some(gate.enter())
-                    } else {
-                        gate.try_enter()
-                    };
+                    let permit = if block { Some(gate.enter()) } else { gate.try_enter() };
                     if permit.is_some() {
                         left.fetch_add(1, Ordering::Relaxed);
                         std::hint::spin_loop();
@@ -134,24 +127,13 @@ fn hammer(rounds: usize, block: bool, drain: impl Fn(&InFlight)) {
             drain(&gate);
             let seen = left.load(Ordering::Relaxed);
             assert_eq!(gate.in_flight(), 0);
-            assert_eq!(
-                right.load(Ordering::Relaxed),
-                seen,
-                "somebody was still inside"
-            );
+            assert_eq!(right.load(Ordering::Relaxed), seen, "somebody was still inside");
             thread::yield_now();
-            assert_eq!(
-                left.load(Ordering::Relaxed),
-                seen,
-                "somebody entered while closed"
-            );
+            assert_eq!(left.load(Ordering::Relaxed), seen, "somebody entered while closed");
             gate.open();
             let begin = Instant::now();
             while left.load(Ordering::Relaxed) == seen {
-                assert!(
-                    begin.elapsed() < LONG,
-                    "nobody enters any more: a wake-up was lost"
-                );
+                assert!(begin.elapsed() < LONG, "nobody enters any more: a wake-up was lost");
                 thread::yield_now();
             }
         }
@@ -167,9 +149,7 @@ fn nobody_is_inside_after_a_blocking_drain() {
 
 #[test]
 fn nobody_is_inside_after_an_async_drain_and_all_wake_up_again() {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_time()
-        .build();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build();
     let runtime = runtime.expect("a runtime");
     hammer(ROUNDS, true, |gate| {
         let drained = async { tokio::time::timeout(LONG, gate.drained()).await };
@@ -180,14 +160,10 @@ fn nobody_is_inside_after_an_async_drain_and_all_wake_up_again() {
 #[tokio::test]
 async fn closing_for_peers_leaves_ram_open() {
     let gate = Gate::new();
-    gate.close(Scope::Peer, LONG)
-        .await
-        .expect("nothing in flight");
+    gate.close(Scope::Peer, LONG).await.expect("nothing in flight");
     assert!(gate.peer().try_enter().is_none());
     assert!(gate.ram().try_enter().is_some());
-    gate.close(Scope::All, LONG)
-        .await
-        .expect("nothing in flight");
+    gate.close(Scope::All, LONG).await.expect("nothing in flight");
     assert!(gate.ram().try_enter().is_none());
     gate.open(Scope::Ram);
     assert!(gate.peer().try_enter().is_none());
@@ -200,37 +176,21 @@ async fn closing_for_peers_leaves_ram_open() {
 async fn closing_for_peers_does_not_wait_for_ram() {
     let gate = Gate::new();
     let _ram = gate.ram().try_enter();
-    gate.close(Scope::Peer, LONG)
-        .await
-        .expect("no peer access in flight");
+    gate.close(Scope::Peer, LONG).await.expect("no peer access in flight");
 }
 
 #[tokio::test]
 async fn a_close_that_fails_opens_again_what_it_closed() {
     let gate = Gate::new();
-    gate.close(Scope::Peer, LONG)
-        .await
-        .expect("nothing in flight");
+    gate.close(Scope::Peer, LONG).await.expect("nothing in flight");
     let permit = gate.ram().try_enter();
     let budget = Duration::from_millis(5);
     let result = gate.close(Scope::All, budget).await;
-    assert_eq!(
-        result,
-        Err(DrainTimeout {
-            scope: Scope::All,
-            in_flight: 1,
-            budget
-        })
-    );
-    assert!(
-        !gate.ram().is_closed(),
-        "this was closed by the call that failed"
-    );
+    assert_eq!(result, Err(DrainTimeout { scope: Scope::All, in_flight: 1, budget }));
+    assert!(!gate.ram().is_closed(), "this was closed by the call that failed");
     assert!(gate.peer().is_closed(), "this was closed before");
     drop(permit);
-    gate.close(Scope::All, LONG)
-        .await
-        .expect("nothing in flight");
+    gate.close(Scope::All, LONG).await.expect("nothing in flight");
 }
 
 #[tokio::test]
@@ -239,12 +199,7 @@ async fn a_close_that_is_given_up_opens_again_what_it_closed() {
     let _permit = gate.peer().try_enter();
     {
         let mut close = pin!(gate.close(Scope::All, LONG));
-        assert!(
-            close
-                .as_mut()
-                .poll(&mut Context::from_waker(Waker::noop()))
-                .is_pending()
-        );
+        assert!(close.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending());
         assert!(gate.ram().is_closed());
     }
     assert!(!gate.ram().is_closed());

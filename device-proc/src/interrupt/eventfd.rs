@@ -23,9 +23,7 @@ impl EventFd {
         if link.as_os_str() == EVENTFD_LINK {
             Ok(Self(fd))
         } else {
-            Err(IrqError::NotEventfd {
-                found: link.to_string_lossy().into_owned(),
-            })
+            Err(IrqError::NotEventfd { found: link.to_string_lossy().into_owned() })
         }
     }
 
@@ -36,10 +34,7 @@ impl EventFd {
     /// device, whose next stop then fails.
     pub(super) fn signal(&self) {
         let mut fds = [PollFd::new(&self.0, PollFlags::OUT)];
-        let now = Timespec {
-            tv_sec: 0,
-            tv_nsec: 0,
-        };
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
         loop {
             match poll(&mut fds, Some(&now)) {
                 Ok(0) => return,

@@ -47,13 +47,7 @@ pub enum IrqIndex {
 
 impl IrqIndex {
     /// All indexes, by number.
-    pub const ALL: [Self; 5] = [
-        Self::Intx,
-        Self::Msi,
-        Self::Msix,
-        Self::Error,
-        Self::Request,
-    ];
+    pub const ALL: [Self; 5] = [Self::Intx, Self::Msi, Self::Msix, Self::Error, Self::Request];
 
     /// The index with that number.
     #[must_use]
@@ -229,13 +223,7 @@ pub fn validate(
     fds: usize,
     msix_vectors: u16,
 ) -> Result<IrqRequest, IrqError> {
-    let SetIrqs {
-        argsz,
-        flags,
-        index,
-        start,
-        count,
-    } = *request;
+    let SetIrqs { argsz, flags, index, start, count } = *request;
     if argsz < SET_IRQS_SIZE {
         return Err(IrqError::TooShort { argsz });
     }
@@ -248,15 +236,8 @@ pub fn validate(
     }
     let index = IrqIndex::from_number(index).ok_or(IrqError::NoIndex { index })?;
     let available = index.count(msix_vectors);
-    let end = start
-        .checked_add(count)
-        .filter(|end| *end <= available && start < available);
-    let end = end.ok_or(IrqError::BadRange {
-        index,
-        start,
-        count,
-        available,
-    })?;
+    let end = start.checked_add(count).filter(|end| *end <= available && start < available);
+    let end = end.ok_or(IrqError::BadRange { index, start, count, available })?;
     if action != ACTION_TRIGGER && !index.can_be_masked() {
         return Err(IrqError::NotMaskable { index });
     }
@@ -265,27 +246,13 @@ pub fn validate(
     }
     let bytes_due = if data == DATA_BOOL { count } else { 0 };
     if u32::try_from(data_bytes) != Ok(bytes_due) {
-        return Err(IrqError::BadData {
-            bytes: data_bytes,
-            expected: bytes_due,
-        });
+        return Err(IrqError::BadData { bytes: data_bytes, expected: bytes_due });
     }
-    let fds_due = if data == DATA_EVENTFD && fds > 0 {
-        count
-    } else {
-        0
-    };
+    let fds_due = if data == DATA_EVENTFD && fds > 0 { count } else { 0 };
     if u32::try_from(fds) != Ok(fds_due) {
-        return Err(IrqError::BadFds {
-            fds,
-            expected: fds_due,
-        });
+        return Err(IrqError::BadFds { fds, expected: fds_due });
     }
-    let selection = if data == DATA_BOOL {
-        Selection::ByData
-    } else {
-        Selection::All
-    };
+    let selection = if data == DATA_BOOL { Selection::ByData } else { Selection::All };
     let operation = match (data, action) {
         (DATA_EVENTFD, ACTION_TRIGGER) if fds == 0 => IrqOperation::Remove,
         (DATA_EVENTFD, ACTION_TRIGGER) => IrqOperation::Install,
@@ -295,11 +262,7 @@ pub fn validate(
         _ if count == 0 => IrqOperation::Disable,
         _ => IrqOperation::Fire(selection),
     };
-    Ok(IrqRequest {
-        index,
-        range: start..end,
-        operation,
-    })
+    Ok(IrqRequest { index, range: start..end, operation })
 }
 
 #[cfg(test)]

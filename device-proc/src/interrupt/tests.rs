@@ -30,13 +30,7 @@ fn set(
     data: &[u8],
     fds: Vec<OwnedFd>,
 ) -> Result<(), IrqError> {
-    let request = SetIrqs {
-        argsz: SET_IRQS_SIZE,
-        flags,
-        index,
-        start,
-        count,
-    };
+    let request = SetIrqs { argsz: SET_IRQS_SIZE, flags, index, start, count };
     interrupts.set_irqs(&request, data, fds)
 }
 
@@ -44,15 +38,8 @@ fn set(
 fn install(interrupts: &Interrupts, index: u32, at: u32) -> OwnedFd {
     let fd = new_eventfd();
     let theirs = fd.as_fd().try_clone_to_owned().expect("dup");
-    set(
-        interrupts,
-        DATA_EVENTFD | ACTION_TRIGGER,
-        index,
-        (at, 1),
-        &[],
-        vec![theirs],
-    )
-    .expect("installed");
+    set(interrupts, DATA_EVENTFD | ACTION_TRIGGER, index, (at, 1), &[], vec![theirs])
+        .expect("installed");
     fd
 }
 
@@ -65,19 +52,8 @@ async fn a_raised_vector_arrives_on_its_eventfd_only() {
     interrupts.raise(2);
     interrupts.raise(4);
     assert_eq!((signalled(&fds[0]), signalled(&fds[1])), (0, 2));
-    assert_eq!(
-        (
-            interrupts.raised(),
-            interrupts.raised_by(1),
-            interrupts.raised_by(2)
-        ),
-        (2, 2, 0)
-    );
-    assert_eq!(
-        interrupts.latched(),
-        Latched::default(),
-        "without eventfd it is dropped"
-    );
+    assert_eq!((interrupts.raised(), interrupts.raised_by(1), interrupts.raised_by(2)), (2, 2, 0));
+    assert_eq!(interrupts.latched(), Latched::default(), "without eventfd it is dropped");
 }
 
 #[tokio::test]
@@ -89,24 +65,10 @@ async fn a_frozen_vector_is_latched_and_raised_on_the_eventfd_installed_at_the_t
     interrupts.raise(3);
     assert_eq!(signalled(&old), 0);
     assert_eq!(interrupts.raised(), 0);
-    assert_eq!(
-        interrupts.latched(),
-        Latched {
-            intx: false,
-            msix: vec![1, 3]
-        }
-    );
+    assert_eq!(interrupts.latched(), Latched { intx: false, msix: vec![1, 3] });
     // The client goes and comes back, disables what it had, and installs anew.
     interrupts.release();
-    set(
-        &interrupts,
-        DATA_NONE | ACTION_TRIGGER,
-        MSIX,
-        (0, 0),
-        &[],
-        vec![],
-    )
-    .expect("disabled");
+    set(&interrupts, DATA_NONE | ACTION_TRIGGER, MSIX, (0, 0), &[], vec![]).expect("disabled");
     let new = install(&interrupts, MSIX, 1);
     assert_eq!(signalled(&new), 0, "still frozen");
     interrupts.thaw();
@@ -134,17 +96,8 @@ async fn what_was_latched_is_restored_in_another_process() {
     target.thaw();
     assert_eq!((signalled(&vector), signalled(&intx)), (1, 1));
 
-    let bad = Latched {
-        intx: false,
-        msix: vec![4],
-    };
-    assert_eq!(
-        target.restore(&bad),
-        Err(NoVector {
-            vector: 4,
-            vectors: 4
-        })
-    );
+    let bad = Latched { intx: false, msix: vec![4] };
+    assert_eq!(target.restore(&bad), Err(NoVector { vector: 4, vectors: 4 }));
 }
 
 #[tokio::test]
@@ -155,16 +108,7 @@ async fn intx_goes_by_level() {
     assert_eq!(signalled(&fd), 1, "it was asserted before");
     interrupts.set_intx(true);
     assert_eq!(signalled(&fd), 0, "no edge, and masked since it was raised");
-    let unmask = || {
-        set(
-            &interrupts,
-            DATA_NONE | ACTION_UNMASK,
-            0,
-            (0, 1),
-            &[],
-            vec![],
-        )
-    };
+    let unmask = || set(&interrupts, DATA_NONE | ACTION_UNMASK, 0, (0, 1), &[], vec![]);
     unmask().expect("unmasked");
     assert_eq!(signalled(&fd), 1, "still asserted");
     interrupts.set_intx(false);
@@ -239,15 +183,9 @@ fn only_eventfds_are_accepted_and_all_or_none() {
     let (_reader, writer) = rustix::pipe::pipe().expect("pipe");
     let good = new_eventfd();
     let copy = good.as_fd().try_clone_to_owned().expect("dup");
-    let error = set(
-        &interrupts,
-        DATA_EVENTFD | ACTION_TRIGGER,
-        MSIX,
-        (0, 2),
-        &[],
-        vec![copy, writer],
-    )
-    .expect_err("a pipe");
+    let error =
+        set(&interrupts, DATA_EVENTFD | ACTION_TRIGGER, MSIX, (0, 2), &[], vec![copy, writer])
+            .expect_err("a pipe");
     assert!(matches!(&error, IrqError::NotEventfd { found } if found.starts_with("pipe:")));
     assert_eq!(error.errno(), nix::libc::EINVAL);
     interrupts.raise(0);
@@ -261,15 +199,8 @@ fn a_full_counter_does_not_block() {
     let fd = eventfd(0, EventfdFlags::CLOEXEC).expect("eventfd");
     write(&fd, &(u64::MAX - 1).to_ne_bytes()).expect("filled");
     let theirs = fd.as_fd().try_clone_to_owned().expect("dup");
-    set(
-        &interrupts,
-        DATA_EVENTFD | ACTION_TRIGGER,
-        MSIX,
-        (0, 1),
-        &[],
-        vec![theirs],
-    )
-    .expect("installed");
+    set(&interrupts, DATA_EVENTFD | ACTION_TRIGGER, MSIX, (0, 1), &[], vec![theirs])
+        .expect("installed");
     interrupts.raise(0);
     assert_eq!(signalled(&fd), u64::MAX - 1);
 }
@@ -295,17 +226,10 @@ async fn nothing_is_raised_between_freeze_and_thaw_and_nothing_is_lost() {
         assert_eq!(interrupts.raised(), before);
         let latched = !interrupts.latched().msix.is_empty();
         interrupts.thaw();
-        assert!(
-            !latched || signalled(&fd) > 0,
-            "a latched interrupt was lost"
-        );
+        assert!(!latched || signalled(&fd) > 0, "a latched interrupt was lost");
     }
     thread.join().expect("no panic");
-    assert_eq!(
-        interrupts.latched(),
-        Latched::default(),
-        "one was forgotten at a thaw"
-    );
+    assert_eq!(interrupts.latched(), Latched::default(), "one was forgotten at a thaw");
 }
 
 #[tokio::test]

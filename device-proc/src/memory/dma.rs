@@ -62,31 +62,19 @@ impl Span {
     /// A range that is read.
     #[must_use]
     pub fn read(iova: u64, len: u64) -> Self {
-        Self {
-            iova,
-            len,
-            kind: AccessKind::Read,
-        }
+        Self { iova, len, kind: AccessKind::Read }
     }
 
     /// A range that is written.
     #[must_use]
     pub fn write(iova: u64, len: u64) -> Self {
-        Self {
-            iova,
-            len,
-            kind: AccessKind::Write,
-        }
+        Self { iova, len, kind: AccessKind::Write }
     }
 
     /// A range that is read and written.
     #[must_use]
     pub fn read_write(iova: u64, len: u64) -> Self {
-        Self {
-            iova,
-            len,
-            kind: AccessKind::ReadWrite,
-        }
+        Self { iova, len, kind: AccessKind::ReadWrite }
     }
 }
 
@@ -218,11 +206,7 @@ impl Dma {
             WindowClass::Peer => self.shared.gate.peer(),
         };
         let permit = gate.try_enter().ok_or(Obstacle::Closed(gate))?;
-        Ok(Access {
-            spans: held,
-            class,
-            _permit: permit,
-        })
+        Ok(Access { spans: held, class, _permit: permit })
     }
 }
 
@@ -271,14 +255,8 @@ impl Held {
     fn new(shared: &Shared, span: &Span) -> Result<Self, DmaError> {
         let Span { iova, len, kind } = *span;
         let unmapped = DmaError::Unmapped { iova, len };
-        let last = len
-            .checked_sub(1)
-            .and_then(|more| iova.checked_add(more))
-            .ok_or(unmapped)?;
-        let user = shared
-            .window_at(iova)
-            .and_then(WindowUser::new)
-            .ok_or(unmapped)?;
+        let last = len.checked_sub(1).and_then(|more| iova.checked_add(more)).ok_or(unmapped)?;
+        let user = shared.window_at(iova).and_then(WindowUser::new).ok_or(unmapped)?;
         let spec = &user.window.spec;
         if last > spec.last() {
             return Err(unmapped);
@@ -291,12 +269,7 @@ impl Held {
         }
         let offset = usize::try_from(iova - spec.iova).map_err(|_| unmapped)?;
         let len = usize::try_from(len).map_err(|_| unmapped)?;
-        Ok(Self {
-            user,
-            offset,
-            len,
-            kind,
-        })
+        Ok(Self { user, offset, len, kind })
     }
 
     /// Part of the span; `None` if it is not inside.
@@ -304,11 +277,7 @@ impl Held {
         if offset.checked_add(len)? > self.len {
             return None;
         }
-        self.user
-            .window
-            .region()?
-            .get_slice(self.offset.checked_add(offset)?, len)
-            .ok()
+        self.user.window.region()?.get_slice(self.offset.checked_add(offset)?, len).ok()
     }
 }
 
@@ -403,10 +372,7 @@ impl Access<'_> {
     /// not named to be read.
     pub fn load_u64(&self, index: usize, offset: u64) -> Result<u64, DmaError> {
         let place = self.readable(index, offset, 8)?;
-        place
-            .load(0, Ordering::Acquire)
-            .map(u64::from_le)
-            .map_err(|_| outside(index, offset, 8))
+        place.load(0, Ordering::Acquire).map(u64::from_le).map_err(|_| outside(index, offset, 8))
     }
 
     /// Stores a number in little endian atomically, with release ordering: who loads it with
@@ -418,9 +384,7 @@ impl Access<'_> {
     /// not named to be written.
     pub fn store_u64(&self, index: usize, offset: u64, value: u64) -> Result<(), DmaError> {
         let place = self.writable(index, offset, 8)?;
-        place
-            .store(value.to_le(), 0, Ordering::Release)
-            .map_err(|_| outside(index, offset, 8))
+        place.store(value.to_le(), 0, Ordering::Release).map_err(|_| outside(index, offset, 8))
     }
 
     fn readable(

@@ -108,10 +108,7 @@ impl SharedMemory {
         let len = checked_len(size)?;
         let facts = FileFacts::of(&fd).map_err(|error| io_error("fstat", error))?;
         if facts.size != size {
-            return Err(SharedMemoryError::WrongSize {
-                expected: size,
-                actual: facts.size,
-            });
+            return Err(SharedMemoryError::WrongSize { expected: size, actual: facts.size });
         }
         // Files that know no seals answer EINVAL.
         let seals = fcntl_get_seals(&fd).map_err(|_| SharedMemoryError::NotSealed)?;
@@ -123,10 +120,7 @@ impl SharedMemory {
 
     fn map(fd: OwnedFd, len: usize) -> Result<Self, SharedMemoryError> {
         let file = Arc::new(File::from(fd));
-        let protection = Protection {
-            readable: true,
-            writable: true,
-        };
+        let protection = Protection { readable: true, writable: true };
         let region = map_shared(FileOffset::from_arc(Arc::clone(&file), 0), len, protection)
             .map_err(|error| io_error("mmap", error))?;
         Ok(Self { file, region })
@@ -177,10 +171,7 @@ impl SharedMemory {
     pub fn load_u64(&self, offset: u64) -> Result<u64, SharedAccessError> {
         let error = self.error(offset, 8);
         let slice = self.slice(offset, 8).ok_or(error)?;
-        slice
-            .load(0, Ordering::Acquire)
-            .map(u64::from_le)
-            .map_err(|_| error)
+        slice.load(0, Ordering::Acquire).map(u64::from_le).map_err(|_| error)
     }
 
     /// Stores a number in little endian, atomically, with release ordering.
@@ -191,9 +182,7 @@ impl SharedMemory {
     pub fn store_u64(&self, offset: u64, value: u64) -> Result<(), SharedAccessError> {
         let error = self.error(offset, 8);
         let slice = self.slice(offset, 8).ok_or(error)?;
-        slice
-            .store(value.to_le(), 0, Ordering::Release)
-            .map_err(|_| error)
+        slice.store(value.to_le(), 0, Ordering::Release).map_err(|_| error)
     }
 
     /// Sets every byte to 0.
@@ -224,17 +213,11 @@ impl SharedMemory {
     }
 
     fn slice(&self, offset: u64, len: usize) -> Option<VolatileSlice<'_>> {
-        self.region
-            .get_slice(usize::try_from(offset).ok()?, len)
-            .ok()
+        self.region.get_slice(usize::try_from(offset).ok()?, len).ok()
     }
 
     fn error(&self, offset: u64, len: usize) -> SharedAccessError {
-        SharedAccessError {
-            offset,
-            len,
-            size: self.size(),
-        }
+        SharedAccessError { offset, len, size: self.size() }
     }
 }
 
@@ -253,8 +236,5 @@ fn checked_len(size: u64) -> Result<usize, SharedMemoryError> {
 }
 
 fn io_error(call: &'static str, error: impl Into<io::Error>) -> SharedMemoryError {
-    SharedMemoryError::Io {
-        call,
-        source: error.into(),
-    }
+    SharedMemoryError::Io { call, source: error.into() }
 }

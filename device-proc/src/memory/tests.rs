@@ -20,13 +20,7 @@ fn again(fd: &impl AsFd) -> OwnedFd {
 }
 
 fn window(iova: u64, size: u64) -> WindowSpec {
-    WindowSpec {
-        iova,
-        size,
-        offset: 0,
-        readable: true,
-        writable: true,
-    }
+    WindowSpec { iova, size, offset: 0, readable: true, writable: true }
 }
 
 fn empty() -> MemoryMap {
@@ -39,10 +33,8 @@ fn machine() -> (MemoryMap, SharedMemory, SharedMemory) {
     let ram = SharedMemory::create("ram", 4 * PAGE).expect("ram");
     let peer = SharedMemory::create("peer", 4 * PAGE).expect("peer");
     map.declare_ram(again(&ram)).expect("declared");
-    map.map(window(0x10000, 4 * PAGE), Some(again(&ram)))
-        .expect("mapped");
-    map.map(window(0x20000, 4 * PAGE), Some(again(&peer)))
-        .expect("mapped");
+    map.map(window(0x10000, 4 * PAGE), Some(again(&ram))).expect("mapped");
+    map.map(window(0x20000, 4 * PAGE), Some(again(&peer))).expect("mapped");
     map.map(window(0x30000, 4 * PAGE), None).expect("recorded");
     (map, ram, peer)
 }
@@ -53,27 +45,12 @@ fn an_exact_repeat_is_accepted_and_any_other_overlap_is_not() {
     let file = memfd(8 * PAGE);
     let spec = window(0x10000, 4 * PAGE);
     assert_eq!(map.map(spec, Some(again(&file))).expect("new"), Mapped::New);
-    assert_eq!(
-        map.map(spec, Some(again(&file))).expect("repeat"),
-        Mapped::Repeated
-    );
+    assert_eq!(map.map(spec, Some(again(&file))).expect("repeat"), Mapped::Repeated);
     let others = [
         (spec, Some(memfd(8 * PAGE))),
         (spec, None),
-        (
-            WindowSpec {
-                writable: false,
-                ..spec
-            },
-            Some(again(&file)),
-        ),
-        (
-            WindowSpec {
-                offset: PAGE,
-                ..spec
-            },
-            Some(again(&file)),
-        ),
+        (WindowSpec { writable: false, ..spec }, Some(again(&file))),
+        (WindowSpec { offset: PAGE, ..spec }, Some(again(&file))),
         (window(0x10000, 3 * PAGE), Some(again(&file))),
         (window(0xF000, 2 * PAGE), Some(again(&file))),
         (window(0x13000, PAGE), Some(again(&file))),
@@ -85,10 +62,8 @@ fn an_exact_repeat_is_accepted_and_any_other_overlap_is_not() {
         assert_eq!(error.errno(), libc::EEXIST, "{error}");
     }
     assert_eq!(map.windows(), 1);
-    map.map(window(0xF000, PAGE), Some(again(&file)))
-        .expect("touches it from below");
-    map.map(window(0x14000, PAGE), Some(again(&file)))
-        .expect("touches it from above");
+    map.map(window(0xF000, PAGE), Some(again(&file))).expect("touches it from below");
+    map.map(window(0x14000, PAGE), Some(again(&file))).expect("touches it from above");
 }
 
 #[test]
@@ -101,41 +76,19 @@ fn impossible_windows_are_refused() {
     refused(window(0x1000, 0), Some(memfd(PAGE)), libc::EINVAL);
     refused(window(0x1001, PAGE), Some(memfd(PAGE)), libc::EINVAL);
     refused(window(0x1000, 100), Some(memfd(PAGE)), libc::EINVAL);
-    refused(
-        window(0u64.wrapping_sub(PAGE), 2 * PAGE),
-        None,
-        libc::EINVAL,
-    );
+    refused(window(0u64.wrapping_sub(PAGE), 2 * PAGE), None, libc::EINVAL);
     refused(window(0x1000, 2 * PAGE), Some(memfd(PAGE)), libc::EINVAL);
-    let odd = WindowSpec {
-        offset: 1,
-        ..window(0x1000, PAGE)
-    };
+    let odd = WindowSpec { offset: 1, ..window(0x1000, PAGE) };
     refused(odd, Some(memfd(4 * PAGE)), libc::EINVAL);
-    let overflow = WindowSpec {
-        offset: u64::MAX - PAGE + 1,
-        ..window(0x1000, PAGE)
-    };
+    let overflow = WindowSpec { offset: u64::MAX - PAGE + 1, ..window(0x1000, PAGE) };
     refused(overflow, Some(memfd(PAGE)), libc::EINVAL);
-    refused(
-        WindowSpec {
-            offset: PAGE,
-            ..window(0x1000, PAGE)
-        },
-        None,
-        libc::EINVAL,
-    );
+    refused(WindowSpec { offset: PAGE, ..window(0x1000, PAGE) }, None, libc::EINVAL);
     let (pipe, _other) = rustix::pipe::pipe().expect("pipe");
     refused(window(0x1000, PAGE), Some(pipe), libc::EINVAL);
-    refused(
-        window(0x1000, 2 * MAX_MAPPED),
-        Some(memfd(2 * MAX_MAPPED)),
-        libc::ENOSPC,
-    );
+    refused(window(0x1000, 2 * MAX_MAPPED), Some(memfd(2 * MAX_MAPPED)), libc::ENOSPC);
     assert_eq!(map.windows(), 0);
     // The last page of the address space is a page like any other.
-    map.map(window(0u64.wrapping_sub(PAGE), PAGE), None)
-        .expect("recorded");
+    map.map(window(0u64.wrapping_sub(PAGE), PAGE), None).expect("recorded");
 }
 
 #[test]
@@ -144,45 +97,25 @@ fn a_file_that_cannot_be_written_is_mapped_only_for_reading() {
     let file = memfd(PAGE);
     let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&file));
     let read_only = || OwnedFd::from(File::open(&path).expect("opened again"));
-    let error = map
-        .map(window(0x1000, PAGE), Some(read_only()))
-        .expect_err("not writable");
+    let error = map.map(window(0x1000, PAGE), Some(read_only())).expect_err("not writable");
     assert_eq!(error.errno(), libc::EACCES);
-    let spec = WindowSpec {
-        writable: false,
-        ..window(0x1000, PAGE)
-    };
+    let spec = WindowSpec { writable: false, ..window(0x1000, PAGE) };
     map.map(spec, Some(read_only())).expect("readable");
     let dma = map.dma();
-    let write = dma
-        .access(&[Span::write(0x1000, 8)])
-        .expect_err("read only");
-    assert_eq!(
-        write,
-        DmaError::Forbidden {
-            iova: 0x1000,
-            kind: AccessKind::Write
-        }
-    );
+    let write = dma.access(&[Span::write(0x1000, 8)]).expect_err("read only");
+    assert_eq!(write, DmaError::Forbidden { iova: 0x1000, kind: AccessKind::Write });
     let _ = dma.access(&[Span::read(0x1000, 8)]).expect("readable");
 }
 
 #[test]
 fn unmapping_needs_the_exact_range() {
     let (map, _ram, _peer) = machine();
-    for (iova, size) in [
-        (0x10000, PAGE),
-        (0x11000, 3 * PAGE),
-        (0x50000, PAGE),
-        (0x10000, 0),
-    ] {
+    for (iova, size) in [(0x10000, PAGE), (0x11000, 3 * PAGE), (0x50000, PAGE), (0x10000, 0)] {
         let error = map.unmap(iova, size, SHORT).expect_err("no such window");
         assert_eq!(error.errno(), libc::ENOENT);
     }
     map.unmap(0x10000, 4 * PAGE, SHORT).expect("unmapped");
-    let error = map
-        .unmap(0x10000, 4 * PAGE, SHORT)
-        .expect_err("unmapped already");
+    let error = map.unmap(0x10000, 4 * PAGE, SHORT).expect_err("unmapped already");
     assert_eq!(error.errno(), libc::ENOENT);
     assert_eq!(map.dma().classify(0x10000, 1), None);
     map.map(window(0x10000, PAGE), None).expect("free again");
@@ -205,10 +138,7 @@ fn unmapping_waits_for_who_uses_the_window() {
             thread::yield_now();
         }
         assert!(dma.try_access(&[Span::read(0x10000, 8)]).is_err());
-        assert!(
-            map.map(window(0x10000, PAGE), None).is_err(),
-            "nothing goes over it"
-        );
+        assert!(map.map(window(0x10000, PAGE), None).is_err(), "nothing goes over it");
         access.read(0, 0, &mut [0; 8]).expect("still mapped");
         assert!(!unmap.is_finished());
         drop(access);
@@ -226,8 +156,7 @@ fn when_the_client_goes_everything_is_unmapped_but_declarations_stay() {
     access.read(0, 0, &mut [0; 8]).expect("still mapped");
     drop(access);
     assert_eq!(map.unmap_all(SHORT), Ok(()));
-    map.map(window(0x10000, 4 * PAGE), Some(again(&ram)))
-        .expect("a new client");
+    map.map(window(0x10000, 4 * PAGE), Some(again(&ram))).expect("a new client");
     assert_eq!(dma.classify(0x10000, 8), Some(WindowClass::Ram));
     assert_eq!(map.shared.changes().mapped, 4 * PAGE);
 }
@@ -238,11 +167,7 @@ fn only_declared_files_are_ram_whatever_their_fd() {
     let dma = map.dma();
     assert_eq!(dma.classify(0x10000, 4 * PAGE), Some(WindowClass::Ram));
     assert_eq!(dma.classify(0x20000, 8), Some(WindowClass::Peer));
-    assert_eq!(
-        dma.classify(0x30000, 8),
-        Some(WindowClass::Peer),
-        "without a file"
-    );
+    assert_eq!(dma.classify(0x30000, 8), Some(WindowClass::Peer), "without a file");
     assert_eq!(dma.classify(0x10000, 4 * PAGE + 1), None);
     assert_eq!(dma.classify(0x10000, 0), None);
     assert_eq!(dma.classify(u64::MAX, 2), None);
@@ -257,10 +182,7 @@ fn the_number_of_declared_files_is_bounded() {
     for _ in 0..MAX_RAM_FILES {
         map.declare_ram(memfd(PAGE)).expect("declared");
     }
-    assert!(matches!(
-        map.declare_ram(memfd(PAGE)),
-        Err(DeclareError::TooMany)
-    ));
+    assert!(matches!(map.declare_ram(memfd(PAGE)), Err(DeclareError::TooMany)));
 }
 
 #[test]
@@ -268,17 +190,11 @@ fn a_transaction_copies_and_stores() {
     let (map, ram, peer) = machine();
     let dma = map.dma();
     ram.write(0x100, b"standstill").expect("inside");
-    let spans = [
-        Span::read(0x10100, 10),
-        Span::write(0x20ff0, 10),
-        Span::read_write(0x21000, 16),
-    ];
+    let spans = [Span::read(0x10100, 10), Span::write(0x20ff0, 10), Span::read_write(0x21000, 16)];
     let access = dma.access(&spans).expect("access");
     assert_eq!(access.class(), WindowClass::Peer);
     access.copy(0, 1).expect("copied");
-    access
-        .store_u64(2, 8, 0x0102_0304_0506_0708)
-        .expect("stored");
+    access.store_u64(2, 8, 0x0102_0304_0506_0708).expect("stored");
     assert_eq!(access.load_u64(2, 8), Ok(0x0102_0304_0506_0708));
     let mut bytes = [0; 10];
     peer.read(0xff0, &mut bytes).expect("inside");
@@ -297,10 +213,7 @@ fn a_transaction_copies_and_stores() {
         access.store_u64(2, 4, 0),
         access.store_u64(2, 16, 0),
     ] {
-        assert!(
-            matches!(outside, Err(DmaError::OutsideSpan { .. })),
-            "{outside:?}"
-        );
+        assert!(matches!(outside, Err(DmaError::OutsideSpan { .. })), "{outside:?}");
     }
 }
 
@@ -308,49 +221,26 @@ fn a_transaction_copies_and_stores() {
 fn spans_that_cannot_be_accessed_are_refused() {
     let (map, _ram, _peer) = machine();
     let dma = map.dma();
-    for (iova, len) in [
-        (0x0, 8),
-        (0x13ff9, 8),
-        (0x10000, 0),
-        (u64::MAX, 8),
-        (0x10000, u64::MAX),
-    ] {
-        let error = dma
-            .access(&[Span::read(iova, len)])
-            .expect_err("not mapped");
+    for (iova, len) in [(0x0, 8), (0x13ff9, 8), (0x10000, 0), (u64::MAX, 8), (0x10000, u64::MAX)] {
+        let error = dma.access(&[Span::read(iova, len)]).expect_err("not mapped");
         assert_eq!(error, DmaError::Unmapped { iova, len });
     }
     let error = dma.access(&[Span::read(0x30000, 8)]).expect_err("no file");
     assert_eq!(error, DmaError::NoMemory { iova: 0x30000 });
     let many = vec![Span::read(0x10000, 8); MAX_SPANS + 1];
     let error = dma.access(&many).expect_err("too many");
-    assert_eq!(
-        error,
-        DmaError::TooManySpans {
-            spans: MAX_SPANS + 1
-        }
-    );
-    let access = dma
-        .access(many.get(1..).expect("one less"))
-        .expect("as many as possible");
-    access
-        .read(MAX_SPANS - 1, 0, &mut [0; 8])
-        .expect("the last one");
+    assert_eq!(error, DmaError::TooManySpans { spans: MAX_SPANS + 1 });
+    let access = dma.access(many.get(1..).expect("one less")).expect("as many as possible");
+    access.read(MAX_SPANS - 1, 0, &mut [0; 8]).expect("the last one");
 }
 
 #[tokio::test]
 async fn while_it_waits_at_the_gate_a_transaction_holds_no_window() {
     let (map, ram, peer) = machine();
-    map.gate()
-        .close(Scope::Peer, LONG)
-        .await
-        .expect("nothing in flight");
+    map.gate().close(Scope::Peer, LONG).await.expect("nothing in flight");
     let dma = map.dma();
     let spans = [Span::read(0x10000, 8), Span::write(0x20000, 8)];
-    assert_eq!(
-        dma.try_access(&spans).expect_err("closed"),
-        DmaError::Closed
-    );
+    assert_eq!(dma.try_access(&spans).expect_err("closed"), DmaError::Closed);
     drop(dma.try_access(&spans[..1]).expect("RAM only"));
     ram.store_u64(0, 7).expect("inside");
     let (started, has_started) = mpsc::channel();
@@ -363,8 +253,7 @@ async fn while_it_waits_at_the_gate_a_transaction_holds_no_window() {
         // The window goes while it waits, and another one takes its place.
         map.unmap(0x20000, 4 * PAGE, LONG).expect("nobody holds it");
         let other = SharedMemory::create("other", PAGE).expect("memory");
-        map.map(window(0x20000, PAGE), Some(again(&other)))
-            .expect("mapped");
+        map.map(window(0x20000, PAGE), Some(again(&other))).expect("mapped");
         assert!(!copy.is_finished());
         map.gate().open(Scope::Peer);
         assert_eq!(copy.join().expect("no panic"), Ok(()));
@@ -380,10 +269,7 @@ async fn closing_the_gate_waits_for_a_transaction_half_way() {
     let spans = [Span::read(0x10000, 8), Span::write(0x20000, 16)];
     let access = dma.access(&spans).expect("access");
     access.store_u64(1, 0, 1).expect("first half");
-    assert!(
-        map.gate().close(Scope::Peer, SHORT).await.is_err(),
-        "it is in flight"
-    );
+    assert!(map.gate().close(Scope::Peer, SHORT).await.is_err(), "it is in flight");
     let close = map.gate().close(Scope::Peer, LONG);
     let finish = async {
         tokio::task::yield_now().await;
@@ -399,10 +285,7 @@ async fn closing_the_gate_waits_for_a_transaction_half_way() {
 #[tokio::test]
 async fn an_error_is_told_only_while_the_gate_is_open() {
     let (map, _ram, _peer) = machine();
-    map.gate()
-        .close(Scope::All, LONG)
-        .await
-        .expect("nothing in flight");
+    map.gate().close(Scope::All, LONG).await.expect("nothing in flight");
     let dma = map.dma();
     let (told, is_told) = mpsc::channel();
     thread::scope(|scope| {
@@ -412,21 +295,12 @@ async fn an_error_is_told_only_while_the_gate_is_open() {
         });
         // It finds nothing, and waits; what it finds after the start is what counts.
         assert!(is_told.recv_timeout(Duration::from_millis(20)).is_err());
-        map.map(window(0x50000, PAGE), Some(memfd(PAGE)))
-            .expect("mapped");
+        map.map(window(0x50000, PAGE), Some(memfd(PAGE))).expect("mapped");
         map.gate().open(Scope::All);
         assert_eq!(is_told.recv_timeout(LONG), Ok(Ok(())));
     });
-    let error = dma
-        .access(&[Span::read(0x60000, 8)])
-        .expect_err("open, and nothing there");
-    assert_eq!(
-        error,
-        DmaError::Unmapped {
-            iova: 0x60000,
-            len: 8
-        }
-    );
+    let error = dma.access(&[Span::read(0x60000, 8)]).expect_err("open, and nothing there");
+    assert_eq!(error, DmaError::Unmapped { iova: 0x60000, len: 8 });
 }
 
 #[test]
@@ -434,14 +308,8 @@ fn shared_memory_has_a_fixed_size_and_a_hash_of_its_contents() {
     let memory = SharedMemory::create("memory", 256 * 1024).expect("memory");
     let empty = memory.hash();
     assert_eq!(empty, twox_hash::XxHash3_64::oneshot(&vec![0; 256 * 1024]));
-    assert!(
-        ftruncate(&memory, PAGE).is_err(),
-        "sealed against shrinking"
-    );
-    assert!(
-        ftruncate(&memory, 1 << 20).is_err(),
-        "sealed against growing"
-    );
+    assert!(ftruncate(&memory, PAGE).is_err(), "sealed against shrinking");
+    assert!(ftruncate(&memory, 1 << 20).is_err(), "sealed against growing");
     memory.write(200_000, b"x").expect("inside");
     assert_ne!(memory.hash(), empty);
 

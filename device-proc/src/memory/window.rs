@@ -33,10 +33,7 @@ impl FileFacts {
     pub(super) fn of(fd: impl AsFd) -> io::Result<Self> {
         let stat: Stat = fstat(fd)?;
         Ok(Self {
-            id: FileId {
-                dev: stat.st_dev,
-                ino: stat.st_ino,
-            },
+            id: FileId { dev: stat.st_dev, ino: stat.st_ino },
             size: u64::try_from(stat.st_size).unwrap_or(0),
             is_regular: FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile,
         })
@@ -81,13 +78,7 @@ pub(super) struct Window {
 impl Window {
     /// A window without memory: only messages could reach it.
     pub(super) fn without_file(spec: WindowSpec) -> Self {
-        Self {
-            spec,
-            file: None,
-            region: None,
-            ram: AtomicBool::new(false),
-            users: InFlight::new(),
-        }
+        Self { spec, file: None, region: None, ram: AtomicBool::new(false), users: InFlight::new() }
     }
 
     /// Maps the file. The caller has checked the spec against the file's size.
@@ -99,10 +90,7 @@ impl Window {
     ) -> io::Result<Self> {
         let size =
             usize::try_from(spec.size).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
-        let protection = Protection {
-            readable: spec.readable,
-            writable: spec.writable,
-        };
+        let protection = Protection { readable: spec.readable, writable: spec.writable };
         let region = map_shared(FileOffset::from_arc(file, spec.offset), size, protection)?;
         Ok(Self {
             spec,
@@ -114,11 +102,7 @@ impl Window {
     }
 
     pub(super) fn class(&self) -> WindowClass {
-        if self.ram.load(Ordering::Acquire) {
-            WindowClass::Ram
-        } else {
-            WindowClass::Peer
-        }
+        if self.ram.load(Ordering::Acquire) { WindowClass::Ram } else { WindowClass::Peer }
     }
 
     pub(super) fn declare_ram(&self) {

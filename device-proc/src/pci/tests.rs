@@ -30,10 +30,7 @@ fn info(bars: [Option<Bar>; 6], msix_vectors: u16) -> DeviceInfo {
 }
 
 fn registers(size: u64) -> Option<Bar> {
-    Some(Bar {
-        size,
-        backing: BarBacking::Registers,
-    })
+    Some(Bar { size, backing: BarBacking::Registers })
 }
 
 fn build(bars: [Option<Bar>; 6], vectors: u16) -> (PciLayout, ConfigSpace) {
@@ -65,10 +62,7 @@ fn sizing_a_bar_reads_back_its_size_mask() {
     let bars = [
         registers(0x1_0000),
         None,
-        Some(Bar {
-            size: 1 << 20,
-            backing: memory(),
-        }),
+        Some(Bar { size: 1 << 20, backing: memory() }),
         None,
         None,
         None,
@@ -86,53 +80,18 @@ fn sizing_a_bar_reads_back_its_size_mask() {
 
 #[test]
 fn a_bar_above_two_gib_takes_two_indexes() {
-    let bars = [
-        Some(Bar {
-            size: 1 << 33,
-            backing: memory(),
-        }),
-        None,
-        None,
-        None,
-        None,
-        None,
-    ];
+    let bars = [Some(Bar { size: 1 << 33, backing: memory() }), None, None, None, None, None];
     let (layout, mut space) = build(bars, 0);
     assert!(layout.bars[0].is_64bit);
     space.write(0x10, &[0xff; 8]).unwrap();
     assert_eq!(dword(&space, 0x10), 0x0000_000c);
     assert_eq!(dword(&space, 0x14), 0xffff_fffe);
 
-    let bars = [
-        Some(Bar {
-            size: 1 << 33,
-            backing: memory(),
-        }),
-        registers(4096),
-        None,
-        None,
-        None,
-        None,
-    ];
-    assert_eq!(
-        PciLayout::new(&info(bars, 0)),
-        Err(PciError::NoUpperHalf { bar: 0 })
-    );
-    let bars = [
-        None,
-        None,
-        None,
-        None,
-        None,
-        Some(Bar {
-            size: 1 << 33,
-            backing: memory(),
-        }),
-    ];
-    assert_eq!(
-        PciLayout::new(&info(bars, 0)),
-        Err(PciError::NoUpperHalf { bar: 5 })
-    );
+    let bars =
+        [Some(Bar { size: 1 << 33, backing: memory() }), registers(4096), None, None, None, None];
+    assert_eq!(PciLayout::new(&info(bars, 0)), Err(PciError::NoUpperHalf { bar: 0 }));
+    let bars = [None, None, None, None, None, Some(Bar { size: 1 << 33, backing: memory() })];
+    assert_eq!(PciLayout::new(&info(bars, 0)), Err(PciError::NoUpperHalf { bar: 5 }));
 }
 
 #[test]
@@ -141,25 +100,14 @@ fn the_msix_table_gets_the_highest_free_bar() {
     let (layout, mut space) = build(bars, 65);
     let msix = layout.msix.unwrap();
     assert_eq!((msix.bar, msix.pending_offset), (4, 65 * 16));
-    assert_eq!(
-        layout.bars[4],
-        BarLayout {
-            usage: BarUse::Msix,
-            size: 4096,
-            is_64bit: false
-        }
-    );
+    assert_eq!(layout.bars[4], BarLayout { usage: BarUse::Msix, size: 4096, is_64bit: false });
     assert_eq!(dword(&space, 0x34), 0x40);
     assert_eq!(dword(&space, 4) >> 16, 0x10);
     assert_eq!(dword(&space, 0x40), (64 << 16) | 0x11);
     assert_eq!(dword(&space, 0x44), 4);
     assert_eq!(dword(&space, 0x48), 65 * 16 + 4);
     space.write(0x42, &[0xff, 0xff]).unwrap();
-    assert_eq!(
-        dword(&space, 0x40) >> 16,
-        0xc000 | 64,
-        "only enable and function mask"
-    );
+    assert_eq!(dword(&space, 0x40) >> 16, 0xc000 | 64, "only enable and function mask");
 }
 
 #[test]
@@ -167,10 +115,7 @@ fn the_largest_msix_table_fits_its_bar() {
     let (layout, _) = build([None, None, None, None, None, None], 2048);
     let bar = layout.bars[5];
     assert_eq!(bar.usage, BarUse::Msix);
-    assert_eq!(
-        bar.size, 65536,
-        "32 KiB of table and 256 bytes of pending bits"
-    );
+    assert_eq!(bar.size, 65536, "32 KiB of table and 256 bytes of pending bits");
 }
 
 #[test]
@@ -178,36 +123,15 @@ fn what_cannot_be_a_pci_device_is_refused() {
     let refused = |bars, vectors| PciLayout::new(&info(bars, vectors)).unwrap_err();
     let one = |size| [registers(size), None, None, None, None, None];
     assert_eq!(refused(one(0), 0), PciError::BarSize { bar: 0, size: 0 });
-    assert_eq!(
-        refused(one(2048), 0),
-        PciError::BarSize { bar: 0, size: 2048 }
-    );
-    assert_eq!(
-        refused(one(12288), 0),
-        PciError::BarSize {
-            bar: 0,
-            size: 12288
-        }
-    );
-    assert_eq!(
-        refused(one(1 << 63), 0),
-        PciError::BarSize {
-            bar: 0,
-            size: 1 << 63
-        }
-    );
+    assert_eq!(refused(one(2048), 0), PciError::BarSize { bar: 0, size: 2048 });
+    assert_eq!(refused(one(12288), 0), PciError::BarSize { bar: 0, size: 12288 });
+    assert_eq!(refused(one(1 << 63), 0), PciError::BarSize { bar: 0, size: 1 << 63 });
     assert_eq!(refused(one(4096), 2049), PciError::Vectors(2049));
-    assert_eq!(
-        refused([(); 6].map(|()| registers(4096)), 1),
-        PciError::NoMsixBar
-    );
+    assert_eq!(refused([(); 6].map(|()| registers(4096)), 1), PciError::NoMsixBar);
     let mut odd = info(one(4096), 0);
     odd.pci.class = 0x0100_0000;
     let layout = PciLayout::new(&odd).unwrap();
-    assert_eq!(
-        ConfigSpace::new(&odd, &layout).unwrap_err(),
-        PciError::Class(0x0100_0000)
-    );
+    assert_eq!(ConfigSpace::new(&odd, &layout).unwrap_err(), PciError::Class(0x0100_0000));
 }
 
 #[test]
@@ -233,21 +157,11 @@ fn restoring_takes_what_was_written_and_refuses_another_device() {
 
     let (_, mut different) = build([registers(4096), None, None, None, None, None], 2);
     let foreign = different.restore(saved.bytes()).unwrap_err();
-    assert_eq!(
-        foreign,
-        ForeignConfig {
-            offset: 0x42,
-            saved: 0,
-            own: 1
-        }
-    );
+    assert_eq!(foreign, ForeignConfig { offset: 0x42, saved: 0, own: 1 });
     let (_, mut narrow) = build([registers(8192), None, None, None, None, None], 1);
     let mut bytes = *narrow.bytes();
     bytes[0x11] = 0x10;
-    assert!(
-        narrow.restore(&bytes).is_err(),
-        "an address below the BAR's size"
-    );
+    assert!(narrow.restore(&bytes).is_err(), "an address below the BAR's size");
 }
 
 proptest! {

@@ -101,9 +101,7 @@ pub(super) fn take_control_channel() -> Result<Option<DeviceEnd>, ServeError> {
         .map_err(|errno| ServeError::setup("standard input", io::Error::from(errno)))?;
     // Until the coordinator has said that the device may live without it.
     die_with_parent(true)?;
-    Ok(Some(
-        DeviceEnd::from_fd(socket).map_err(GreetingError::from)?,
-    ))
+    Ok(Some(DeviceEnd::from_fd(socket).map_err(GreetingError::from)?))
 }
 
 fn die_with_parent(die: bool) -> Result<(), ServeError> {
@@ -156,10 +154,7 @@ impl Greeting {
         if backing_files.len() > MAX_FDS {
             return Err(crate::actor::InfoError::BackingFiles(backing_files.len()).into());
         }
-        let files = backing_files
-            .iter()
-            .map(reopen)
-            .collect::<Result<Vec<_>, _>>()?;
+        let files = backing_files.iter().map(reopen).collect::<Result<Vec<_>, _>>()?;
         let hello = Hello {
             versions: VERSIONS,
             kind: self.kind,
@@ -176,9 +171,7 @@ impl Greeting {
             backing_files: u8::try_from(files.len()).unwrap_or(u8::MAX),
         };
         let fds: Vec<_> = files.iter().map(AsFd::as_fd).collect();
-        channel
-            .send(&DeviceMessage::Hello(hello), &fds, PATIENCE)
-            .map_err(GreetingError::Send)?;
+        channel.send(&DeviceMessage::Hello(hello), &fds, PATIENCE).map_err(GreetingError::Send)?;
         let received = channel.recv(PATIENCE).map_err(|error| match error {
             RecvError::TimedOut { .. } => GreetingError::Silence,
             RecvError::Disconnected => GreetingError::Gone,
@@ -193,10 +186,7 @@ impl Greeting {
             _ => return Err(GreetingError::Unexpected.into()),
         };
         if !(VERSIONS.min..=VERSIONS.max).contains(&welcome.version) {
-            return Err(GreetingError::Version {
-                chosen: welcome.version,
-            }
-            .into());
+            return Err(GreetingError::Version { chosen: welcome.version }.into());
         }
         channel.set_version(welcome.version);
         match welcome.orphan {
@@ -227,11 +217,7 @@ fn check_parent(channel: &DeviceEnd) -> Result<(), ServeError> {
         .map_err(|error| ServeError::setup("the coordinator's credentials", error))?;
     let parent = getppid().map_or(0, Pid::as_raw_pid);
     if parent != credentials.pid {
-        return Err(GreetingError::Orphaned {
-            parent,
-            coordinator: credentials.pid,
-        }
-        .into());
+        return Err(GreetingError::Orphaned { parent, coordinator: credentials.pid }.into());
     }
     Ok(())
 }

@@ -64,13 +64,7 @@ impl<D: Device> ServerBackend for Adapter<'_, D> {
         count: u32,
         fds: Vec<File>,
     ) -> io::Result<()> {
-        let request = SetIrqs {
-            argsz: SET_IRQS_SIZE,
-            flags,
-            index,
-            start,
-            count,
-        };
+        let request = SetIrqs { argsz: SET_IRQS_SIZE, flags, index, start, count };
         let fds = fds.into_iter().map(Into::into).collect();
         Ok(strict(|| self.0.set_irqs(&request, &[], fds))?)
     }

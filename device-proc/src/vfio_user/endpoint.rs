@@ -80,10 +80,7 @@ impl<D: Device> Endpoint<D> {
         let (told, wait) = sync_channel(1);
         let cast = self.actor.cast(Message::ClientPresent(present, told));
         if cast.is_err() || wait.recv_timeout(LONGEST_WAIT).is_err() {
-            debug!(
-                present,
-                "the control side did not take the client's coming or going"
-            );
+            debug!(present, "the control side did not take the client's coming or going");
         }
     }
 
@@ -96,11 +93,7 @@ impl<D: Device> Endpoint<D> {
     ) -> Result<(), Errno> {
         let (target, offset) = self.find(region, offset, data.len())?;
         if let Region::Config = target {
-            return self
-                .parts
-                .config()
-                .read(offset, data)
-                .map_err(|_| Errno::INVAL);
+            return self.parts.config().read(offset, data).map_err(|_| Errno::INVAL);
         }
         let permit = self.parts.accesses.try_enter();
         if permit.is_none() && self.parts.device.reads_have_side_effects() {
@@ -111,10 +104,7 @@ impl<D: Device> Endpoint<D> {
             Region::Config => Ok(()),
             Region::Registers(bar) => {
                 check_width(data.len())?;
-                self.parts
-                    .device
-                    .region_read(bar, offset, data)
-                    .map_err(|error| refused(&error))
+                self.parts.device.region_read(bar, offset, data).map_err(|error| refused(&error))
             }
             Region::Msix => {
                 let at = usize::try_from(offset).map_err(|_| Errno::INVAL)?;
@@ -130,11 +120,7 @@ impl<D: Device> Endpoint<D> {
     pub(crate) fn region_write(&self, region: u32, offset: u64, data: &[u8]) -> Result<(), Errno> {
         let (target, offset) = self.find(region, offset, data.len())?;
         if let Region::Config = target {
-            return self
-                .parts
-                .config()
-                .write(offset, data)
-                .map_err(|_| Errno::INVAL);
+            return self.parts.config().write(offset, data).map_err(|_| Errno::INVAL);
         }
         let Some(_permit) = self.parts.accesses.try_enter() else {
             debug!(region, offset, "write refused: the device is stopped");
@@ -144,18 +130,12 @@ impl<D: Device> Endpoint<D> {
             Region::Config => Ok(()),
             Region::Registers(bar) => {
                 check_width(data.len())?;
-                self.parts
-                    .device
-                    .region_write(bar, offset, data)
-                    .map_err(|error| refused(&error))
+                self.parts.device.region_write(bar, offset, data).map_err(|error| refused(&error))
             }
             Region::Msix => {
                 let at = usize::try_from(offset).map_err(|_| Errno::INVAL)?;
                 let mut table = self.parts.msix();
-                table
-                    .get_mut(at..at + data.len())
-                    .ok_or(Errno::INVAL)?
-                    .copy_from_slice(data);
+                table.get_mut(at..at + data.len()).ok_or(Errno::INVAL)?.copy_from_slice(data);
                 Ok(())
             }
             Region::Memory(memory) => write_memory(memory, offset, data),
@@ -192,31 +172,23 @@ impl<D: Device> Endpoint<D> {
             return CONFIG_SIZE as u64;
         }
         let bar = usize::try_from(region).ok();
-        bar.and_then(|bar| self.parts.layout.bars.get(bar))
-            .map_or(0, |bar| bar.size)
+        bar.and_then(|bar| self.parts.layout.bars.get(bar)).map_or(0, |bar| bar.size)
     }
 
     /// Adds a DMA window.
     pub(crate) fn dma_map(&self, window: WindowSpec, fd: Option<OwnedFd>) -> Result<(), Errno> {
-        self.parts
-            .memory
-            .map(window, fd)
-            .map(|_| ())
-            .map_err(|error| {
-                warn!(%error, "DMA_MAP refused");
-                Errno::from_raw_os_error(error.errno())
-            })
+        self.parts.memory.map(window, fd).map(|_| ()).map_err(|error| {
+            warn!(%error, "DMA_MAP refused");
+            Errno::from_raw_os_error(error.errno())
+        })
     }
 
     /// Removes a DMA window when nothing uses it any more.
     pub(crate) fn dma_unmap(&self, iova: u64, size: u64) -> Result<(), Errno> {
-        self.parts
-            .memory
-            .unmap(iova, size, LONGEST_WAIT)
-            .map_err(|error| {
-                warn!(%error, "DMA_UNMAP refused");
-                Errno::from_raw_os_error(error.errno())
-            })
+        self.parts.memory.unmap(iova, size, LONGEST_WAIT).map_err(|error| {
+            warn!(%error, "DMA_UNMAP refused");
+            Errno::from_raw_os_error(error.errno())
+        })
     }
 
     /// Removes all DMA windows when nothing uses them any more.
@@ -234,13 +206,10 @@ impl<D: Device> Endpoint<D> {
         data: &[u8],
         fds: Vec<OwnedFd>,
     ) -> Result<(), Errno> {
-        self.parts
-            .interrupts
-            .set_irqs(request, data, fds)
-            .map_err(|error| {
-                warn!(%error, "SET_IRQS refused");
-                Errno::from_raw_os_error(error.errno())
-            })
+        self.parts.interrupts.set_irqs(request, data, fds).map_err(|error| {
+            warn!(%error, "SET_IRQS refused");
+            Errno::from_raw_os_error(error.errno())
+        })
     }
 
     /// Brings the device's contents to power-on state.
@@ -255,10 +224,7 @@ impl<D: Device> Endpoint<D> {
     }
 
     /// Moves the client's position in the migration states and says where it is then.
-    #[cfg_attr(
-        not(test),
-        expect(dead_code, reason = "the present transport has no such command")
-    )]
+    #[cfg_attr(not(test), expect(dead_code, reason = "the present transport has no such command"))]
     pub(crate) fn set_state(
         &self,
         state: MigrationState,
@@ -270,9 +236,7 @@ impl<D: Device> Endpoint<D> {
     /// be carried out all the same.
     fn request(&self, request: ClientRequest) -> Result<Result<MigrationState, Refusal>, Errno> {
         let (reply, answer) = sync_channel(1);
-        self.actor
-            .cast(Message::Client(request, reply))
-            .map_err(|_| Errno::IO)?;
+        self.actor.cast(Message::Client(request, reply)).map_err(|_| Errno::IO)?;
         answer.recv_timeout(LONGEST_WAIT).map_err(|error| {
             warn!(?request, %error, "no answer from the control side");
             Errno::TIMEDOUT
@@ -282,11 +246,7 @@ impl<D: Device> Endpoint<D> {
 
 /// Registers are accessed with the widths that a processor has.
 fn check_width(length: usize) -> Result<(), Errno> {
-    if matches!(length, 1 | 2 | 4 | 8) {
-        Ok(())
-    } else {
-        Err(Errno::INVAL)
-    }
+    if matches!(length, 1 | 2 | 4 | 8) { Ok(()) } else { Err(Errno::INVAL) }
 }
 
 fn refused(error: &AccessError) -> Errno {

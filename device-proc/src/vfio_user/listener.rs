@@ -68,10 +68,7 @@ impl Listener {
         if length > LONGEST_PATH {
             return Err(ListenError::TooLong { path: at(), length });
         }
-        let failed = |errno: Errno| ListenError::Io {
-            path: at(),
-            source: errno.into(),
-        };
+        let failed = |errno: Errno| ListenError::Io { path: at(), source: errno.into() };
         let address = SocketAddrUnix::new(path).map_err(failed)?;
         let fd = new_socket().map_err(failed)?;
         // Before bind: the file then never has another mode.
@@ -85,11 +82,7 @@ impl Listener {
         }
         let identity = identity(&stat(path).map_err(failed)?);
         // Removes the file if it does not work out.
-        let listener = Self {
-            fd,
-            path: at(),
-            identity,
-        };
+        let listener = Self { fd, path: at(), identity };
         listen(&listener.fd, BACKLOG).map_err(failed)?;
         Ok(listener)
     }
@@ -110,12 +103,7 @@ impl Drop for Listener {
 }
 
 fn new_socket() -> Result<OwnedFd, Errno> {
-    socket_with(
-        AddressFamily::UNIX,
-        SocketType::STREAM,
-        SocketFlags::CLOEXEC,
-        None,
-    )
+    socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)
 }
 
 fn identity(found: &Stat) -> (u64, u64) {
@@ -125,10 +113,7 @@ fn identity(found: &Stat) -> (u64, u64) {
 /// Removes what is at the path if it is a socket that nobody serves.
 fn remove_stale(path: &Path, address: &SocketAddrUnix) -> Result<(), ListenError> {
     let at = || path.to_path_buf();
-    let failed = |errno: Errno| ListenError::Io {
-        path: at(),
-        source: errno.into(),
-    };
+    let failed = |errno: Errno| ListenError::Io { path: at(), source: errno.into() };
     let found = stat(path).map_err(failed)?;
     if FileType::from_raw_mode(found.st_mode) != FileType::Socket {
         return Err(ListenError::NotASocket { path: at() });
@@ -199,10 +184,7 @@ mod tests {
     fn a_path_that_is_too_long_is_named() {
         let path = PathBuf::from(format!("/{}", "x".repeat(200)));
         let error = Listener::bind(&path).unwrap_err();
-        assert!(
-            matches!(error, ListenError::TooLong { length: 201, .. }),
-            "{error}"
-        );
+        assert!(matches!(error, ListenError::TooLong { length: 201, .. }), "{error}");
     }
 
     #[test]

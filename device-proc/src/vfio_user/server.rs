@@ -33,9 +33,7 @@ pub(crate) fn start<D: Device>(listener: OwnedFd, endpoint: Endpoint<D>) -> io::
     // It may be shared with whoever gave it: the crate waits in accept.
     waiting.set_nonblocking(false)?;
     let server = Server::from_owned_fd(listener, true, irqs(&endpoint), regions(&endpoint));
-    Builder::new()
-        .name("vfio-user".into())
-        .spawn(move || run(&waiting, &server, &endpoint))?;
+    Builder::new().name("vfio-user".into()).spawn(move || run(&waiting, &server, &endpoint))?;
     Ok(())
 }
 
@@ -71,11 +69,7 @@ fn irqs<D: Device>(endpoint: &Endpoint<D>) -> Vec<IrqInfo> {
             IrqIndex::Intx => IRQ_EVENTFD | IRQ_MASKABLE | IRQ_AUTOMASKED,
             _ => IRQ_EVENTFD,
         };
-        IrqInfo {
-            index,
-            flags,
-            count: irq.count(vectors),
-        }
+        IrqInfo { index, flags, count: irq.count(vectors) }
     };
     (0..).zip(IrqIndex::ALL).map(info).collect()
 }
@@ -88,17 +82,11 @@ fn regions<D: Device>(endpoint: &Endpoint<D>) -> Vec<ServerRegion> {
         if size > 0 {
             flags |= VFIO_REGION_INFO_FLAG_READ | VFIO_REGION_INFO_FLAG_WRITE;
         }
-        let bar = usize::try_from(index)
-            .ok()
-            .filter(|_| index < CONFIG_REGION);
+        let bar = usize::try_from(index).ok().filter(|_| index < CONFIG_REGION);
         let mmap_fd = bar
             .filter(|&bar| bars.get(bar).is_some_and(|bar| bar.usage == BarUse::Memory))
             // It stays open as long as the endpoint, which the server's thread owns.
-            .and_then(|bar| {
-                endpoint.parts().bar_memory[bar]
-                    .as_ref()
-                    .map(AsRawFd::as_raw_fd)
-            });
+            .and_then(|bar| endpoint.parts().bar_memory[bar].as_ref().map(AsRawFd::as_raw_fd));
         let mut sparse_areas = Vec::new();
         if mmap_fd.is_some() {
             flags |= VFIO_REGION_INFO_FLAG_MMAP;
@@ -114,11 +102,7 @@ fn regions<D: Device>(endpoint: &Endpoint<D>) -> Vec<ServerRegion> {
             size,
             offset: 0,
         };
-        ServerRegion {
-            region_info,
-            sparse_areas,
-            mmap_fd,
-        }
+        ServerRegion { region_info, sparse_areas, mmap_fd }
     };
     (0..REGIONS).map(region).collect()
 }

@@ -31,14 +31,8 @@ impl Device {
         let folder = tempfile::tempdir().unwrap();
         let (channel, stdin) = CoordinatorEnd::pair().unwrap();
         let process = spawn(&folder.path().join("data.sock"), script, stdin.into());
-        let device = Self {
-            process,
-            channel,
-            folder,
-        };
-        let DeviceMessage::Hello(hello) = device.next() else {
-            panic!("no Hello")
-        };
+        let device = Self { process, channel, folder };
+        let DeviceMessage::Hello(hello) = device.next() else { panic!("no Hello") };
         (device, hello)
     }
 
@@ -116,17 +110,11 @@ impl Device {
     }
 
     pub(crate) fn abort(&self, epoch: u64) {
-        self.send(&CoordinatorMessage::Abort(Abort {
-            term: Term(1),
-            epoch: Epoch(epoch),
-        }));
+        self.send(&CoordinatorMessage::Abort(Abort { term: Term(1), epoch: Epoch(epoch) }));
     }
 
     pub(crate) fn query(&self, epoch: u64) -> Status {
-        self.send(&CoordinatorMessage::Query(Query {
-            term: Term(1),
-            epoch: Epoch(epoch),
-        }));
+        self.send(&CoordinatorMessage::Query(Query { term: Term(1), epoch: Epoch(epoch) }));
         match self.answer() {
             DeviceMessage::Status(status) => status,
             other => panic!("expected Status, got {other:?}"),
@@ -135,16 +123,10 @@ impl Device {
 
     pub(crate) fn shut_down(mut self) {
         let grace_ns = 1_000_000_000;
-        self.send(&CoordinatorMessage::Shutdown(Shutdown {
-            term: Term(1),
-            grace_ns,
-        }));
+        self.send(&CoordinatorMessage::Shutdown(Shutdown { term: Term(1), grace_ns }));
         let status = wait(&mut self.process);
         assert_eq!(status.code(), Some(0), "{status}");
-        assert!(
-            !self.socket().exists(),
-            "the data socket goes with its process"
-        );
+        assert!(!self.socket().exists(), "the data socket goes with its process");
     }
 }
 
@@ -159,12 +141,7 @@ impl Drop for Device {
 /// Starts this program as a device process.
 pub(crate) fn spawn(socket: &Path, script: &str, stdin: Stdio) -> Child {
     std::process::Command::new(std::env::current_exe().unwrap())
-        .args([
-            "--exact",
-            "device_process",
-            "--nocapture",
-            "--test-threads=1",
-        ])
+        .args(["--exact", "device_process", "--nocapture", "--test-threads=1"])
         .env(SOCKET_VARIABLE, socket)
         .env(crate::probe::SCRIPT_VARIABLE, script)
         .env("RUST_LOG", "debug")
@@ -180,10 +157,7 @@ pub(crate) fn wait(process: &mut Child) -> ExitStatus {
     let pidfd: OwnedFd =
         rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()).unwrap();
     let ended = rustix::event::poll(
-        &mut [rustix::event::PollFd::new(
-            &pidfd,
-            rustix::event::PollFlags::IN,
-        )],
+        &mut [rustix::event::PollFd::new(&pidfd, rustix::event::PollFlags::IN)],
         Some(&PATIENCE.try_into().unwrap()),
     );
     if ended != Ok(1) {
@@ -197,10 +171,7 @@ pub(crate) fn wait(process: &mut Child) -> ExitStatus {
 pub(crate) fn until(what: &str, mut is_so: impl FnMut() -> bool) {
     let begin = Instant::now();
     while !is_so() {
-        assert!(
-            begin.elapsed() < PATIENCE,
-            "not within {PATIENCE:?}: {what}"
-        );
+        assert!(begin.elapsed() < PATIENCE, "not within {PATIENCE:?}: {what}");
         std::thread::yield_now();
     }
 }

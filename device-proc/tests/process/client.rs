@@ -28,9 +28,7 @@ pub(crate) struct Client {
 impl Client {
     pub(crate) fn connect(path: &Path) -> Self {
         let stream = UnixStream::connect(path).unwrap();
-        stream
-            .set_read_timeout(Some(crate::child::PATIENCE))
-            .unwrap();
+        stream.set_read_timeout(Some(crate::child::PATIENCE)).unwrap();
         let mut client = Self { stream };
         let mut version = vec![0, 0, 1, 0];
         version.extend(br#"{"capabilities":{}}"#);
@@ -56,12 +54,8 @@ impl Client {
         if !fds.is_empty() {
             assert!(control.push(SendAncillaryMessage::ScmRights(fds)));
         }
-        let sent = sendmsg(
-            &self.stream,
-            &[IoSlice::new(&message)],
-            &mut control,
-            SendFlags::NOSIGNAL,
-        );
+        let sent =
+            sendmsg(&self.stream, &[IoSlice::new(&message)], &mut control, SendFlags::NOSIGNAL);
         assert_eq!(sent, Ok(message.len()));
 
         let mut header = [0; 16];
@@ -71,11 +65,7 @@ impl Client {
         let mut reply = vec![0; usize::try_from(field(4)).unwrap() - 16];
         self.stream.read_exact(&mut reply).unwrap();
         assert_eq!(field(8) & REPLY, REPLY);
-        if field(8) & ERROR != 0 {
-            Err(ErrorReply(field(12)))
-        } else {
-            Ok(reply)
-        }
+        if field(8) & ERROR != 0 { Err(ErrorReply(field(12))) } else { Ok(reply) }
     }
 
     pub(crate) fn read(
@@ -92,9 +82,7 @@ impl Client {
     }
 
     pub(crate) fn read_u32(&mut self, region: u32, offset: u64) -> Result<u32, ErrorReply> {
-        Ok(u32::from_le_bytes(
-            self.read(region, offset, 4)?.try_into().unwrap(),
-        ))
+        Ok(u32::from_le_bytes(self.read(region, offset, 4)?.try_into().unwrap()))
     }
 
     pub(crate) fn write(
@@ -124,10 +112,7 @@ impl Client {
     pub(crate) fn install_msix(&mut self, eventfds: &[BorrowedFd<'_>]) -> Result<(), ErrorReply> {
         let count = u32::try_from(eventfds.len()).unwrap();
         let fields: [u32; 5] = [20, 4 | 32, 2, 0, count];
-        let body: Vec<u8> = fields
-            .iter()
-            .flat_map(|field| field.to_le_bytes())
-            .collect();
+        let body: Vec<u8> = fields.iter().flat_map(|field| field.to_le_bytes()).collect();
         self.call(SET_IRQS, &body, eventfds).map(|_| ())
     }
 
@@ -140,11 +125,7 @@ impl Client {
         let mut body = Vec::new();
         body.extend(32_u32.to_le_bytes());
         body.extend(3_u32.to_le_bytes());
-        body.extend(
-            [0_u64, iova, size]
-                .iter()
-                .flat_map(|field| field.to_le_bytes()),
-        );
+        body.extend([0_u64, iova, size].iter().flat_map(|field| field.to_le_bytes()));
         self.call(DMA_MAP, &body, &[fd]).map(|_| ())
     }
 

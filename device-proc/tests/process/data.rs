@@ -16,19 +16,13 @@ fn new_eventfd() -> OwnedFd {
 }
 
 fn is_raised(eventfd: &OwnedFd) -> bool {
-    let now = rustix::event::Timespec {
-        tv_sec: 0,
-        tv_nsec: 0,
-    };
+    let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
     poll(&mut [PollFd::new(eventfd, PollFlags::IN)], Some(&now)) == Ok(1)
 }
 
 fn wait_raised(eventfd: &OwnedFd) {
     let patience = PATIENCE.try_into().unwrap();
-    assert_eq!(
-        poll(&mut [PollFd::new(eventfd, PollFlags::IN)], Some(&patience)),
-        Ok(1)
-    );
+    assert_eq!(poll(&mut [PollFd::new(eventfd, PollFlags::IN)], Some(&patience)), Ok(1));
 }
 
 #[test]
@@ -50,11 +44,7 @@ fn registers_are_out_of_reach_while_stopped_and_work_after_the_start() {
     assert_eq!(client.read_u32(7, 0x10), Ok(0xffff_f000));
 
     device.go(2, Phase::PrepareStart, S::RunningP2p);
-    assert_eq!(
-        client.read_u32(0, NUMBER),
-        Ok(21),
-        "what was refused was not done"
-    );
+    assert_eq!(client.read_u32(0, NUMBER), Ok(21), "what was refused was not done");
     device.go(2, Phase::Start, S::Running);
     assert_eq!(client.read_u32(2, 0), Ok(12));
     client.write_u32(0, NUMBER, 41).unwrap();
@@ -81,9 +71,7 @@ fn an_interrupt_while_running_is_raised_at_once() {
     let device = Device::welcomed("");
     let mut client = Client::connect(&device.socket());
     let vectors = [new_eventfd(), new_eventfd()];
-    client
-        .install_msix(&[vectors[0].as_fd(), vectors[1].as_fd()])
-        .unwrap();
+    client.install_msix(&[vectors[0].as_fd(), vectors[1].as_fd()]).unwrap();
     client.write_u32(0, RAISE, 1).unwrap();
     assert!(is_raised(&vectors[1]) && !is_raised(&vectors[0]));
 }
@@ -96,30 +84,15 @@ fn a_client_that_comes_back_finds_the_device_as_it_was() {
     let mut client = Client::connect(&device.socket());
     client.write_u32(0, NUMBER, 7).unwrap();
     client.dma_map(0, 1 << 16, ram.as_fd()).unwrap();
-    assert_eq!(
-        client.dma_map(0, 1 << 15, ram.as_fd()),
-        Err(REFUSED),
-        "overlap"
-    );
-    assert_eq!(
-        device.next(),
-        DeviceMessage::Event(DeviceEvent::ClientConnected)
-    );
+    assert_eq!(client.dma_map(0, 1 << 15, ram.as_fd()), Err(REFUSED), "overlap");
+    assert_eq!(device.next(), DeviceMessage::Event(DeviceEvent::ClientConnected));
     drop(client);
-    assert_eq!(
-        device.next(),
-        DeviceMessage::Event(DeviceEvent::ClientDisconnected)
-    );
+    assert_eq!(device.next(), DeviceMessage::Event(DeviceEvent::ClientDisconnected));
 
     let mut client = Client::connect(&device.socket());
     assert_eq!(client.read_u32(0, NUMBER), Ok(7));
-    client
-        .dma_map(0, 1 << 15, ram.as_fd())
-        .expect("the windows went with the first client");
-    assert_eq!(
-        device.next(),
-        DeviceMessage::Event(DeviceEvent::ClientConnected)
-    );
+    client.dma_map(0, 1 << 15, ram.as_fd()).expect("the windows went with the first client");
+    assert_eq!(device.next(), DeviceMessage::Event(DeviceEvent::ClientConnected));
 }
 
 #[test]
@@ -139,21 +112,11 @@ fn accesses_outside_their_region_are_refused() {
         (8, 0, 4),
     ] {
         let found = client.read(region, offset, count);
-        assert_eq!(
-            found,
-            Err(REFUSED),
-            "region {region}, {count} bytes at {offset:#x}"
-        );
+        assert_eq!(found, Err(REFUSED), "region {region}, {count} bytes at {offset:#x}");
     }
     assert!(client.read(9, 0, 4).is_err(), "no such region");
     assert_eq!(client.read(0, 0, 3), Err(REFUSED), "no width of a register");
-    assert_eq!(
-        client
-            .read(2, 0, u32::try_from(size).unwrap())
-            .unwrap()
-            .len(),
-        256 << 10
-    );
+    assert_eq!(client.read(2, 0, u32::try_from(size).unwrap()).unwrap().len(), 256 << 10);
     assert_eq!(client.read(7, 0, 256).unwrap().len(), 256);
 }
 
@@ -168,9 +131,7 @@ fn a_reset_by_the_client_is_for_running_devices() {
     assert_eq!(client.reset(), Err(REFUSED));
     device.resume(2);
     client.reset().unwrap();
-    client
-        .write_u32(0, NUMBER, 8)
-        .expect("accesses are open again");
+    client.write_u32(0, NUMBER, 8).expect("accesses are open again");
 }
 
 #[test]
@@ -192,9 +153,7 @@ fn the_crates_own_client_sees_the_regions_and_maps_the_memory() {
     assert_eq!(mapped.file().metadata().unwrap().len(), MEMORY_SIZE);
     assert!(client.region(0).unwrap().file_offset.is_none());
     assert_eq!(client.get_irq_info(2).unwrap().count, 2);
-    client
-        .region_write(0, NUMBER, &9_u32.to_le_bytes())
-        .unwrap();
+    client.region_write(0, NUMBER, &9_u32.to_le_bytes()).unwrap();
     let mut number = [0; 4];
     client.region_read(0, NUMBER, &mut number).unwrap();
     assert_eq!(u32::from_le_bytes(number), 9);
@@ -217,18 +176,13 @@ fn a_greeting_that_the_crate_cannot_take_ends_that_connection_only() {
     let device = Device::welcomed("");
     // VERSION of 18 bytes, and one whose text has no end.
     let short = [7, 0, 1, 0, 18, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
-    let endless = [
-        7, 0, 1, 0, 22, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, b'{', b'}',
-    ];
+    let endless = [7, 0, 1, 0, 22, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, b'{', b'}'];
     for bytes in [&short[..], &endless[..]] {
         let mut stream = std::os::unix::net::UnixStream::connect(device.socket()).unwrap();
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
         std::io::Write::write_all(&mut stream, bytes).unwrap();
         let end = std::io::Read::read(&mut stream, &mut [0; 16]);
-        assert!(
-            matches!(end, Ok(0) | Err(_)),
-            "the connection ends: {end:?}"
-        );
+        assert!(matches!(end, Ok(0) | Err(_)), "the connection ends: {end:?}");
     }
     let mut client = Client::connect(&device.socket());
     client.write_u32(0, NUMBER, 7).unwrap();

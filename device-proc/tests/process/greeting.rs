@@ -22,20 +22,10 @@ fn exit_code(device: &mut Device) -> Option<i32> {
 fn the_greeting_says_what_the_device_is() {
     let (mut device, hello) = Device::start("kind:camera");
     assert_eq!((hello.versions, hello.kind.as_str()), (VERSIONS, "camera"));
-    assert_eq!(
-        hello.capabilities.migration,
-        MigrationFlags::STOP_COPY_P2P,
-        "the gate gives P2P"
-    );
+    assert_eq!(hello.capabilities.migration, MigrationFlags::STOP_COPY_P2P, "the gate gives P2P");
     assert!(hello.capabilities.progress);
-    assert_eq!(
-        (hello.machine, hello.term, hello.epoch),
-        (None, Term(0), Epoch(0))
-    );
-    assert_eq!(
-        (hello.state, hello.backing_files),
-        (MigrationState::Running, 1)
-    );
+    assert_eq!((hello.machine, hello.term, hello.epoch), (None, Term(0), Epoch(0)));
+    assert_eq!((hello.state, hello.backing_files), (MigrationState::Running, 1));
     device.process.kill().unwrap();
 }
 
@@ -58,10 +48,7 @@ fn the_backing_files_lock_can_be_had_only_when_the_process_is_gone() {
 fn a_rejected_device_ends() {
     let (mut device, _) = Device::start("");
     let versions = VersionRange { min: 8, max: 9 };
-    device.send(&CoordinatorMessage::Reject(Reject {
-        versions,
-        reason: "too old".into(),
-    }));
+    device.send(&CoordinatorMessage::Reject(Reject { versions, reason: "too old".into() }));
     assert_eq!(exit_code(&mut device), Some(EXIT_REJECTED.into()));
     assert!(!device.socket().exists());
 }
@@ -70,10 +57,7 @@ fn a_rejected_device_ends() {
 fn a_version_that_was_not_offered_ends_the_device() {
     let (mut device, _) = Device::start("");
     let version = VERSIONS.max + 1;
-    device.send(&CoordinatorMessage::Welcome(Welcome {
-        version,
-        ..welcome(OrphanPolicy::Exit)
-    }));
+    device.send(&CoordinatorMessage::Welcome(Welcome { version, ..welcome(OrphanPolicy::Exit) }));
     assert_eq!(exit_code(&mut device), Some(EXIT_PROTOCOL.into()));
 }
 
@@ -132,12 +116,7 @@ fn a_device_that_is_to_be_kept_outlives_its_coordinator() {
 fn bytes_that_are_no_message_end_the_device() {
     let device = Device::welcomed("");
     let mut device = device;
-    rustix::net::send(
-        &device.channel,
-        b"hello there",
-        rustix::net::SendFlags::NOSIGNAL,
-    )
-    .unwrap();
+    rustix::net::send(&device.channel, b"hello there", rustix::net::SendFlags::NOSIGNAL).unwrap();
     assert_eq!(exit_code(&mut device), Some(EXIT_PROTOCOL.into()));
 }
 
@@ -167,11 +146,7 @@ fn without_a_coordinator_a_device_runs_until_it_is_told_to_end() {
 #[test]
 fn a_device_that_cannot_be_built_ends() {
     let folder = tempfile::tempdir().unwrap();
-    let mut process = spawn(
-        &folder.path().join("data.sock"),
-        "fail:build",
-        Stdio::null(),
-    );
+    let mut process = spawn(&folder.path().join("data.sock"), "fail:build", Stdio::null());
     assert_eq!(wait(&mut process).code(), Some(EXIT_DEVICE.into()));
 }
 
@@ -186,10 +161,7 @@ fn a_data_socket_that_is_in_use_ends_the_second_device() {
 #[test]
 fn heartbeats_carry_the_progress() {
     let (device, _) = Device::start("");
-    let beating = Welcome {
-        heartbeat_ns: 1_000_000,
-        ..welcome(OrphanPolicy::Exit)
-    };
+    let beating = Welcome { heartbeat_ns: 1_000_000, ..welcome(OrphanPolicy::Exit) };
     device.send(&CoordinatorMessage::Welcome(beating));
     device.channel.set_version(1);
     for expected in 0..3 {

@@ -1,10 +1,6 @@
 //! Device processes as a whole: this test program runs itself as one.
 
-#![expect(
-    clippy::unwrap_used,
-    clippy::panic,
-    reason = "a panic is how a test fails"
-)]
+#![expect(clippy::unwrap_used, clippy::panic, reason = "a panic is how a test fails")]
 
 mod child;
 mod client;

@@ -75,15 +75,9 @@ fn build(handles: Handles, script: Vec<String>) -> Result<(Probe, DeviceInfo), D
             revision: 0,
         },
         bars: [
-            Some(Bar {
-                size: 4096,
-                backing: BarBacking::Registers,
-            }),
+            Some(Bar { size: 4096, backing: BarBacking::Registers }),
             None,
-            Some(Bar {
-                size: MEMORY_SIZE,
-                backing: BarBacking::Memory(memory.into()),
-            }),
+            Some(Bar { size: MEMORY_SIZE, backing: BarBacking::Memory(memory.into()) }),
             None,
             None,
             None,
@@ -117,9 +111,7 @@ fn copy_half_way(dma: &Dma, iova: u64) {
 
 impl Probe {
     fn says(&self, what: &str, hook: &str) -> bool {
-        self.script
-            .iter()
-            .any(|word| word.split_once(':') == Some((what, hook)))
+        self.script.iter().any(|word| word.split_once(':') == Some((what, hook)))
     }
 
     async fn hook(&self, name: &str) -> Result<(), DeviceError> {
@@ -136,28 +128,19 @@ impl Probe {
 impl Device for Probe {
     fn region_read(&self, _bar: u32, offset: u64, data: &mut [u8]) -> Result<(), AccessError> {
         if offset != NUMBER || data.len() != 4 {
-            return Err(AccessError::NoRegister {
-                offset,
-                width: data.len(),
-            });
+            return Err(AccessError::NoRegister { offset, width: data.len() });
         }
         data.copy_from_slice(&self.number.load(Ordering::SeqCst).to_le_bytes());
         Ok(())
     }
 
     fn region_write(&self, _bar: u32, offset: u64, data: &[u8]) -> Result<(), AccessError> {
-        let no_register = AccessError::NoRegister {
-            offset,
-            width: data.len(),
-        };
+        let no_register = AccessError::NoRegister { offset, width: data.len() };
         let value = u32::from_le_bytes(data.try_into().map_err(|_| no_register)?);
         match offset {
             NUMBER => self.number.store(value, Ordering::SeqCst),
             RAISE => {
-                let bad = AccessError::BadValue {
-                    offset,
-                    value: value.into(),
-                };
+                let bad = AccessError::BadValue { offset, value: value.into() };
                 self.interrupts.raise(value.try_into().map_err(|_| bad)?);
             }
             LET_GO => self.let_go.notify_one(),
@@ -193,15 +176,13 @@ impl Device for Probe {
 
     fn save(&self, to: &mut dyn Write) -> Result<(), DeviceError> {
         let number = self.number.load(Ordering::SeqCst);
-        to.write_all(&number.to_le_bytes())
-            .map_err(DeviceError::new)
+        to.write_all(&number.to_le_bytes()).map_err(DeviceError::new)
     }
 
     fn load(&self, from: &mut dyn Read) -> Result<(), DeviceError> {
         let mut number = [0; 4];
         from.read_exact(&mut number).map_err(DeviceError::new)?;
-        self.number
-            .store(u32::from_le_bytes(number), Ordering::SeqCst);
+        self.number.store(u32::from_le_bytes(number), Ordering::SeqCst);
         Ok(())
     }
 
@@ -211,15 +192,9 @@ impl Device for Probe {
             self.interrupts.raise(0);
         }
         let index = moment as u32;
-        let counter = Counter {
-            kind: CounterKind::Interrupts,
-            index,
-            value: self.interrupts.raised(),
-        };
-        Evidence {
-            memory_hash: None,
-            counters: vec![counter],
-        }
+        let counter =
+            Counter { kind: CounterKind::Interrupts, index, value: self.interrupts.raised() };
+        Evidence { memory_hash: None, counters: vec![counter] }
     }
 
     fn progress(&self) -> Option<u64> {

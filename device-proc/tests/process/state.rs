@@ -47,10 +47,7 @@ fn load(script: &str, bytes: &[u8]) -> (Device, DeviceMessage) {
     let device = Device::welcomed(script);
     device.pause(1);
     let load = command(2, Phase::Load, S::Stop);
-    device.send_with(
-        &CoordinatorMessage::Command(load),
-        &[file_with(bytes).as_fd()],
-    );
+    device.send_with(&CoordinatorMessage::Command(load), &[file_with(bytes).as_fd()]);
     let answer = device.answer();
     (device, answer)
 }
@@ -58,10 +55,7 @@ fn load(script: &str, bytes: &[u8]) -> (Device, DeviceMessage) {
 fn refused(script: &str, bytes: &[u8]) -> (Device, Refused) {
     match load(script, bytes) {
         (device, DeviceMessage::Refused(refused)) => {
-            assert_eq!(
-                (refused.state, refused.refusal.kind),
-                (S::Error, RefusalKind::Stream)
-            );
+            assert_eq!((refused.state, refused.refusal.kind), (S::Error, RefusalKind::Stream));
             (device, refused)
         }
         (_, other) => panic!("expected Refused, got {other:?}"),
@@ -84,11 +78,7 @@ fn a_saved_device_goes_on_in_another_process() {
     assert_eq!(client.read(2, MEMORY_SIZE - 4, 4), Ok(vec![1, 2, 3, 4]));
     assert_eq!(client.read(7, 4, 2), Ok(vec![6, 0]));
     let mut count = [0; 8];
-    assert_eq!(
-        rustix::io::read(&vector, &mut count),
-        Ok(8),
-        "the interrupt that waited"
-    );
+    assert_eq!(rustix::io::read(&vector, &mut count), Ok(8), "the interrupt that waited");
 }
 
 #[test]
@@ -116,10 +106,7 @@ fn a_truncated_state_is_refused_and_a_reset_makes_the_device_usable() {
     let state = saved("");
     for length in [0, 7, 20, state.len() / 2, state.len() - 1] {
         let (device, refused) = refused("", &state[..length]);
-        assert_eq!(
-            refused.refusal.text, "the state stream ends too early",
-            "{length} bytes"
-        );
+        assert_eq!(refused.refusal.text, "the state stream ends too early", "{length} bytes");
         device.go(3, Phase::Reset, S::Stop);
         device.resume(4);
         assert_eq!(Client::connect(&device.socket()).read_u32(0, NUMBER), Ok(0));
@@ -132,27 +119,17 @@ fn a_damaged_state_is_refused() {
     let middle = state.len() / 2;
     state[middle] ^= 1;
     let (_, refused) = refused("", &state);
-    assert!(
-        refused.refusal.text.starts_with("damaged"),
-        "{}",
-        refused.refusal.text
-    );
+    assert!(refused.refusal.text.starts_with("damaged"), "{}", refused.refusal.text);
 }
 
 #[test]
 fn the_state_of_another_device_is_refused() {
     let state = saved("");
     let (_, other_kind) = refused("kind:camera", &state);
-    assert_eq!(
-        other_kind.refusal.text,
-        r#"the state of a "probe", this is a "camera""#
-    );
+    assert_eq!(other_kind.refusal.text, r#"the state of a "probe", this is a "camera""#);
     let (_, other_id) = refused("pci:2", &state);
     assert!(
-        other_id
-            .refusal
-            .text
-            .starts_with("configuration space differs at 0x2"),
+        other_id.refusal.text.starts_with("configuration space differs at 0x2"),
         "{}",
         other_id.refusal.text
     );
@@ -168,15 +145,8 @@ fn saving_into_a_pipe_that_nobody_reads_ends_with_the_budget() {
     save.budget_ns = 20_000_000;
     device.send_with(&CoordinatorMessage::Command(save), &[writer.as_fd()]);
     let refused = device.refused();
-    assert_eq!(
-        (refused.state, refused.refusal.kind),
-        (S::StopCopy, RefusalKind::Stream)
-    );
-    assert!(
-        refused.refusal.text.contains("timed out"),
-        "{}",
-        refused.refusal.text
-    );
+    assert_eq!((refused.state, refused.refusal.kind), (S::StopCopy, RefusalKind::Stream));
+    assert!(refused.refusal.text.contains("timed out"), "{}", refused.refusal.text);
 }
 
 #[test]
@@ -185,8 +155,5 @@ fn saving_a_running_device_is_refused() {
     let file = tempfile::tempfile().unwrap();
     save_into(&device, 1, &file);
     let refused = device.refused();
-    assert_eq!(
-        (refused.state, refused.refusal.kind),
-        (S::Running, RefusalKind::NoWay)
-    );
+    assert_eq!((refused.state, refused.refusal.kind), (S::Running, RefusalKind::NoWay));
 }

@@ -86,11 +86,7 @@ async fn a_hook_that_hangs_is_cut_off_and_undone_by_its_opposite() {
         assert!(failure.restored);
         assert_eq!(failure.refusal.kind, RefusalKind::Device);
         let expected = format!("{hook} did not end within");
-        assert!(
-            failure.refusal.text.starts_with(&expected),
-            "{}",
-            failure.refusal.text
-        );
+        assert!(failure.refusal.text.starts_with(&expected), "{}", failure.refusal.text);
         assert_eq!(calls, [hook, opposite]);
         assert!(parts.is_at(from), "{from}: {parts:?}");
     }
@@ -120,15 +116,9 @@ async fn dma_in_flight_that_does_not_end_is_counted_and_undone() {
     let peer = parts.gate.peer().try_enter().unwrap();
     let (result, calls) = go(&parts, Full, NoPeer, Duration::from_millis(5)).await;
     let failure = result.unwrap_err();
-    assert_eq!(
-        (failure.restored, failure.refusal.kind),
-        (true, RefusalKind::Drain)
-    );
+    assert_eq!((failure.restored, failure.refusal.kind), (true, RefusalKind::Drain));
     let text = failure.refusal.text;
-    assert!(
-        text.starts_with("peer DMA: 1 accesses still in flight"),
-        "{text}"
-    );
+    assert!(text.starts_with("peer DMA: 1 accesses still in flight"), "{text}");
     assert_eq!(calls, ["prepare_stop", "start"]);
     assert!(parts.is_at(Full));
     drop(peer);
@@ -149,14 +139,8 @@ async fn a_stop_waits_for_register_accesses() {
     let access = parts.accesses.try_enter().unwrap();
     let (result, calls) = go(&parts, NoPeer, Stopped, Duration::from_millis(5)).await;
     let text = result.unwrap_err().refusal.text;
-    assert!(
-        text.starts_with("1 register accesses still in flight"),
-        "{text}"
-    );
-    assert!(
-        calls.is_empty(),
-        "the hook comes after the accesses: {calls:?}"
-    );
+    assert!(text.starts_with("1 register accesses still in flight"), "{text}");
+    assert!(calls.is_empty(), "the hook comes after the accesses: {calls:?}");
     assert!(parts.is_at(NoPeer));
     let (stopped, ()) = tokio::join!(go(&parts, NoPeer, Stopped, LONG), async { drop(access) });
     stopped.0.unwrap();
@@ -168,10 +152,10 @@ async fn an_arc_that_is_overtaken_is_given_up() {
     let parts = parts(&[("prepare_stop", Deed::Hangs)]);
     let overtaken: Arc<Overtaken> = Arc::default();
     let budget = Budget::new(Instant::now(), LONG, Arc::clone(&overtaken));
-    let (outcome, ()) = tokio::join!(
-        change_activity(Arc::clone(&parts), Full, NoPeer, budget),
-        async { overtaken.fire() }
-    );
+    let (outcome, ()) =
+        tokio::join!(change_activity(Arc::clone(&parts), Full, NoPeer, budget), async {
+            overtaken.fire();
+        });
     assert!(outcome.result.unwrap_err().restored);
     assert!(parts.is_at(Full));
 }
@@ -196,10 +180,7 @@ async fn a_reset_can_start_a_device() {
     parts.device.calls.lock().unwrap().clear();
     let (result, _) = reset(Arc::clone(&parts), Stopped, Full, budget(LONG)).await;
     assert_eq!(result, Ok(()));
-    assert_eq!(
-        *parts.device.calls.lock().unwrap(),
-        ["reset", "prepare_start", "start"]
-    );
+    assert_eq!(*parts.device.calls.lock().unwrap(), ["reset", "prepare_start", "start"]);
     assert!(parts.is_at(Full) && !parts.interrupts.is_frozen());
 }
 

@@ -5,10 +5,7 @@ use proptest::prelude::*;
 
 fn saved() -> Vec<u8> {
     let parts = parts(&[]);
-    let latched = Latched {
-        intx: true,
-        msix: Vec::new(),
-    };
+    let latched = Latched { intx: true, msix: Vec::new() };
     parts.interrupts.restore(&latched).unwrap();
     parts.config().write(4, &[6]).unwrap();
     let mut state = Vec::new();
@@ -46,10 +43,7 @@ fn every_truncation_is_refused() {
     let state = saved();
     for length in 0..state.len() {
         let error = refusal(&state[..length]);
-        assert!(
-            matches!(error, StreamError::Short),
-            "{length} bytes: {error}"
-        );
+        assert!(matches!(error, StreamError::Short), "{length} bytes: {error}");
     }
 }
 
@@ -67,29 +61,14 @@ fn the_bytes_are_as_documented() {
 fn other_versions_and_long_pieces_are_named() {
     let mut newer = saved();
     newer[8] = 2;
-    assert_eq!(
-        refusal(&newer).to_string(),
-        "state stream of version 2, expected 1"
-    );
+    assert_eq!(refusal(&newer).to_string(), "state stream of version 2, expected 1");
     let mut long = saved();
     long[21..25].copy_from_slice(&u32::MAX.to_le_bytes());
-    assert!(matches!(
-        refusal(&long),
-        StreamError::Piece {
-            section: CONFIG,
-            length: u32::MAX
-        }
-    ));
+    assert!(matches!(refusal(&long), StreamError::Piece { section: CONFIG, length: u32::MAX }));
     let mut section = saved();
     section[20] = DEVICE;
     let error = refusal(&section);
-    assert!(matches!(
-        error,
-        StreamError::Section {
-            found: DEVICE,
-            expected: CONFIG
-        }
-    ));
+    assert!(matches!(error, StreamError::Section { found: DEVICE, expected: CONFIG }));
 }
 
 #[test]
@@ -99,16 +78,7 @@ fn data_that_the_device_does_not_read_is_refused() {
     let at = state.len() - 9 - 4;
     state.splice(at..at, [1, 0, 0, 0, 7]);
     let error = refusal(&sealed(state));
-    assert!(
-        matches!(
-            error,
-            StreamError::TooLong {
-                section: DEVICE,
-                ..
-            }
-        ),
-        "{error}"
-    );
+    assert!(matches!(error, StreamError::TooLong { section: DEVICE, .. }), "{error}");
 }
 
 proptest! {

@@ -111,10 +111,7 @@ impl Descriptor {
             return Err(BadDescriptor::Alignment(self.sequence_iova));
         }
         if self.has(FLAG_INTERRUPT) && self.vector >= u32::from(vectors) {
-            return Err(BadDescriptor::Vector {
-                vector: self.vector,
-                vectors,
-            });
+            return Err(BadDescriptor::Vector { vector: self.vector, vectors });
         }
         Ok(())
     }

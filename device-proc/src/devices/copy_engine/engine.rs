@@ -80,12 +80,7 @@ impl Fault {
 
 impl Shared {
     pub(super) fn new(handles: Handles, vectors: u16) -> Self {
-        Self {
-            handles,
-            vectors,
-            current: Mutex::default(),
-            work: Condvar::new(),
-        }
+        Self { handles, vectors, current: Mutex::default(), work: Condvar::new() }
     }
 
     /// The state, for as long as it takes to look at it. Never held while waiting for anything.
@@ -126,15 +121,9 @@ impl Shared {
             }
             if current.state.has_work() {
                 let iova = current.state.descriptor_iova();
-                return Some(Job {
-                    generation: current.generation,
-                    iova,
-                });
+                return Some(Job { generation: current.generation, iova });
             }
-            current = self
-                .work
-                .wait(current)
-                .unwrap_or_else(PoisonError::into_inner);
+            current = self.work.wait(current).unwrap_or_else(PoisonError::into_inner);
         }
     }
 
@@ -168,12 +157,7 @@ pub(super) struct Engine {
 
 impl Engine {
     pub(super) fn new(shared: Arc<Shared>) -> Self {
-        Self {
-            shared,
-            cpu_ns: 0,
-            clock_descriptors: 0,
-            clock_bytes: 0,
-        }
+        Self { shared, cpu_ns: 0, clock_descriptors: 0, clock_bytes: 0 }
     }
 
     /// The thread's life.
@@ -197,11 +181,7 @@ impl Engine {
             Span::write(descriptor.destination, len),
             Span::write(descriptor.sequence_iova, 8),
         ];
-        let used = if descriptor.has(FLAG_SEQUENCE) {
-            &spans[..]
-        } else {
-            &spans[..2]
-        };
+        let used = if descriptor.has(FLAG_SEQUENCE) { &spans[..] } else { &spans[..2] };
         let access = shared.handles.dma.access(used)?;
         // Only now: while it waited, anything can have happened.
         let Some((index, sequence)) = shared.begin(job) else {
@@ -211,10 +191,7 @@ impl Engine {
         self.complete(shared, job, &descriptor, index, sequence);
         if descriptor.has(FLAG_INTERRUPT) {
             // Under the permit: a stop that has waited for it finds the interrupt raised or latched.
-            shared
-                .handles
-                .interrupts
-                .raise(u16::try_from(descriptor.vector).unwrap_or(u16::MAX));
+            shared.handles.interrupts.raise(u16::try_from(descriptor.vector).unwrap_or(u16::MAX));
         }
         drop(access);
         Ok(())
@@ -263,11 +240,7 @@ impl Engine {
 
 fn fetch(shared: &Shared, iova: u64) -> Result<Descriptor, DmaError> {
     let mut bytes = [0; 64];
-    shared
-        .handles
-        .dma
-        .access(&[Span::read(iova, DESCRIPTOR_SIZE)])?
-        .read(0, 0, &mut bytes)?;
+    shared.handles.dma.access(&[Span::read(iova, DESCRIPTOR_SIZE)])?.read(0, 0, &mut bytes)?;
     Ok(Descriptor::from_bytes(&bytes))
 }
 
@@ -309,9 +282,7 @@ fn thread_cpu_ns() -> u64 {
     let time = clock_gettime(ClockId::ThreadCPUTime);
     let seconds = u64::try_from(time.tv_sec).unwrap_or(0);
     let nanoseconds = u64::try_from(time.tv_nsec).unwrap_or(0);
-    seconds
-        .saturating_mul(1_000_000_000)
-        .saturating_add(nanoseconds)
+    seconds.saturating_mul(1_000_000_000).saturating_add(nanoseconds)
 }
 
 #[cfg(test)]

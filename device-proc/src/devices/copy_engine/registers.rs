@@ -121,14 +121,8 @@ impl ErrorCode {
     /// The code with that value.
     #[must_use]
     pub fn from_value(value: u8) -> Option<Self> {
-        [
-            Self::Ring,
-            Self::Descriptor,
-            Self::Unmapped,
-            Self::Forbidden,
-            Self::NoMemory,
-        ]
-        .into_iter()
-        .find(|code| *code as u8 == value)
+        [Self::Ring, Self::Descriptor, Self::Unmapped, Self::Forbidden, Self::NoMemory]
+            .into_iter()
+            .find(|code| *code as u8 == value)
     }
 }

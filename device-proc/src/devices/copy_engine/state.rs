@@ -69,8 +69,7 @@ impl State {
 
     /// IOVA of the descriptor at `head`.
     pub(super) fn descriptor_iova(&self) -> u64 {
-        self.ring_base
-            .wrapping_add(u64::from(self.head) * super::DESCRIPTOR_SIZE)
+        self.ring_base.wrapping_add(u64::from(self.head) * super::DESCRIPTOR_SIZE)
     }
 
     /// Whether the ring can be where it is said to be.
@@ -89,10 +88,7 @@ impl State {
             && (self.error == 0 || (ErrorCode::from_value(self.error).is_some() && !self.run))
             && self.probe_result <= PROBE_PEER
             && self.sequences.len() <= MAX_ENTRIES as usize
-            && self
-                .sequences
-                .iter()
-                .all(|sequence| sequence.stored <= sequence.executed)
+            && self.sequences.iter().all(|sequence| sequence.stored <= sequence.executed)
     }
 }
 
@@ -180,14 +176,7 @@ pub(super) fn load(shape: Shape, from: &mut dyn Read) -> Result<State, LoadError
         return Err(LoadError::Memory { found, expected });
     }
     if saved.vectors != shape.vectors {
-        return Err(LoadError::Vectors {
-            found: saved.vectors,
-            expected: shape.vectors,
-        });
+        return Err(LoadError::Vectors { found: saved.vectors, expected: shape.vectors });
     }
-    if state.is_possible() {
-        Ok(state)
-    } else {
-        Err(LoadError::Impossible)
-    }
+    if state.is_possible() { Ok(state) } else { Err(LoadError::Impossible) }
 }

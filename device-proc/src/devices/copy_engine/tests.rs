@@ -39,32 +39,15 @@ impl Machine {
         let interrupts = Interrupts::new();
         let ram = SharedMemory::create("ram", SIZE).expect("ram");
         let peer = SharedMemory::create("peer", SIZE).expect("peer");
-        map.declare_ram(ram.try_clone_fd().expect("fd"))
-            .expect("declared");
+        map.declare_ram(ram.try_clone_fd().expect("fd")).expect("declared");
         for (iova, memory) in [(RAM, &ram), (PEER, &peer)] {
-            let spec = WindowSpec {
-                iova,
-                size: SIZE,
-                offset: 0,
-                readable: true,
-                writable: true,
-            };
-            map.map(spec, Some(memory.try_clone_fd().expect("fd")))
-                .expect("mapped");
+            let spec = WindowSpec { iova, size: SIZE, offset: 0, readable: true, writable: true };
+            map.map(spec, Some(memory.try_clone_fd().expect("fd"))).expect("mapped");
         }
-        let handles = Handles {
-            dma: map.dma(),
-            interrupts: interrupts.clone(),
-        };
+        let handles = Handles { dma: map.dma(), interrupts: interrupts.clone() };
         let (device, info) = CopyEngine::build(config, handles).expect("built");
         interrupts.set_msix_vectors(info.msix_vectors);
-        Self {
-            map,
-            interrupts,
-            ram,
-            peer,
-            device,
-        }
+        Self { map, interrupts, ram, peer, device }
     }
 
     fn gate(&self) -> &Gate {
@@ -73,19 +56,15 @@ impl Machine {
 
     fn put(&self, index: u64, descriptor: Descriptor) {
         let offset = RING - RAM + index * DESCRIPTOR_SIZE;
-        self.ram
-            .write(offset, &descriptor.to_bytes())
-            .expect("in RAM");
+        self.ram.write(offset, &descriptor.to_bytes()).expect("in RAM");
     }
 
     fn write_u32(&self, register: u64, value: u32) {
-        self.try_write(register, &value.to_le_bytes())
-            .expect("acceptable");
+        self.try_write(register, &value.to_le_bytes()).expect("acceptable");
     }
 
     fn write_u64(&self, register: u64, value: u64) {
-        self.try_write(register, &value.to_le_bytes())
-            .expect("acceptable");
+        self.try_write(register, &value.to_le_bytes()).expect("acceptable");
     }
 
     fn try_write(&self, register: u64, bytes: &[u8]) -> Result<(), AccessError> {
@@ -94,17 +73,13 @@ impl Machine {
 
     fn read_u32(&self, register: u64) -> u32 {
         let mut bytes = [0; 4];
-        self.device
-            .region_read(REGISTER_BAR, register, &mut bytes)
-            .expect("readable");
+        self.device.region_read(REGISTER_BAR, register, &mut bytes).expect("readable");
         u32::from_le_bytes(bytes)
     }
 
     fn read_u64(&self, register: u64) -> u64 {
         let mut bytes = [0; 8];
-        self.device
-            .region_read(REGISTER_BAR, register, &mut bytes)
-            .expect("readable");
+        self.device.region_read(REGISTER_BAR, register, &mut bytes).expect("readable");
         u64::from_le_bytes(bytes)
     }
 
@@ -116,11 +91,7 @@ impl Machine {
         }
         self.write_u64(RING_BASE, RING);
         // One more than there are, so that all of them can wait in it.
-        let entries = if control & CONTROL_LOOP != 0 {
-            count
-        } else {
-            count + 1
-        };
+        let entries = if control & CONTROL_LOOP != 0 { count } else { count + 1 };
         self.write_u32(RING_ENTRIES, entries);
         self.write_u32(CONTROL, control);
         if control & CONTROL_LOOP == 0 {
@@ -146,12 +117,7 @@ impl Machine {
     fn frozen_things(&self) -> (Vec<u8>, u64, u64, u64) {
         let mut state = Vec::new();
         self.device.save(&mut state).expect("saved");
-        (
-            state,
-            self.peer.hash(),
-            self.ram.hash(),
-            self.interrupts.raised(),
-        )
+        (state, self.peer.hash(), self.ram.hash(), self.interrupts.raised())
     }
 }
 
@@ -169,12 +135,7 @@ fn let_others_run() {
 }
 
 fn copy(source: u64, destination: u64, len: u32) -> Descriptor {
-    Descriptor {
-        source,
-        destination,
-        len,
-        ..Descriptor::default()
-    }
+    Descriptor { source, destination, len, ..Descriptor::default() }
 }
 
 fn to_peer() -> Descriptor {
@@ -187,7 +148,5 @@ fn to_peer() -> Descriptor {
 
 fn values(counters: &[Counter], kind: CounterKind) -> Vec<(u32, u64)> {
     let of_kind = counters.iter().filter(|counter| counter.kind == kind);
-    of_kind
-        .map(|counter| (counter.index, counter.value))
-        .collect()
+    of_kind.map(|counter| (counter.index, counter.value)).collect()
 }

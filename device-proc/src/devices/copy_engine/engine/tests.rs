@@ -10,24 +10,13 @@ async fn with_the_gate_closed_an_error_waits_before_it_changes_the_state() {
     const LONG: Duration = Duration::from_secs(20);
     let gate = Arc::new(Gate::new());
     let dma = MemoryMap::new(Arc::clone(&gate)).dma();
-    let shared = Shared::new(
-        Handles {
-            dma,
-            interrupts: Interrupts::new(),
-        },
-        1,
-    );
+    let shared = Shared::new(Handles { dma, interrupts: Interrupts::new() }, 1);
     shared.lock().state.run = true;
-    gate.close(Scope::All, LONG)
-        .await
-        .expect("nothing in flight");
+    gate.close(Scope::All, LONG).await.expect("nothing in flight");
     let (halted, has_halted) = mpsc::channel();
     std::thread::scope(|scope| {
         scope.spawn(|| {
-            let job = Job {
-                generation: 0,
-                iova: 0,
-            };
+            let job = Job { generation: 0, iova: 0 };
             halt(&shared, job, BadDescriptor::Length(0).into());
             halted.send(()).expect("the test waits");
         });

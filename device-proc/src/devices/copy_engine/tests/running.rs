@@ -7,43 +7,25 @@ use standstill_protocol::message::MAX_COUNTERS;
 fn a_ring_is_executed_once() {
     let machine = Machine::new();
     machine.ram.write(0x8000, &[7; 4096]).expect("inside");
-    let loud = Descriptor {
-        flags: FLAG_INTERRUPT,
-        vector: 3,
-        ..copy(TARGET, RAM + 0x9000, 100)
-    };
-    machine.start(
-        CONTROL_RUN,
-        &[copy(RAM + 0x8000, TARGET, 4096), to_peer(), loud],
-    );
+    let loud = Descriptor { flags: FLAG_INTERRUPT, vector: 3, ..copy(TARGET, RAM + 0x9000, 100) };
+    machine.start(CONTROL_RUN, &[copy(RAM + 0x8000, TARGET, 4096), to_peer(), loud]);
     machine.wait_idle();
     assert_eq!(machine.read_u32(HEAD), 3);
     assert_eq!(machine.read_u64(DESCRIPTORS), 3);
     assert_eq!(machine.read_u64(BYTES), 4096 + 4096 + 100);
     assert!(machine.read_u64(BUSY_NS) > 0);
     assert_eq!(machine.peer.load_u64(0x1000), Ok(1), "stamped");
-    assert_eq!(
-        machine.peer.load_u64(0x1008),
-        Ok(0x0707_0707_0707_0707),
-        "copied"
-    );
+    assert_eq!(machine.peer.load_u64(0x1008), Ok(0x0707_0707_0707_0707), "copied");
     assert_eq!(machine.peer.load_u64(8), Ok(1), "sequence stored");
     assert_eq!(machine.ram.load_u64(0x9000), Ok(1), "copied back");
-    assert_eq!(
-        machine.ram.load_u64(0x9060).expect("inside") >> 32,
-        0,
-        "not one byte more"
-    );
+    assert_eq!(machine.ram.load_u64(0x9060).expect("inside") >> 32, 0, "not one byte more");
     assert_eq!(machine.device.progress(), Some(3));
 }
 
 #[tokio::test]
 async fn closed_for_peers_the_engine_stands_still_and_goes_on_afterwards() {
     let machine = Machine::new();
-    machine.start(
-        CONTROL_RUN | CONTROL_LOOP,
-        &[to_peer(), copy(RAM, RAM + 0x4_0000, 64)],
-    );
+    machine.start(CONTROL_RUN | CONTROL_LOOP, &[to_peer(), copy(RAM, RAM + 0x4_0000, 64)]);
     machine.wait_progress(100);
     // Everything at or before the peer descriptor is done; it waits there for ever.
     machine.close(Scope::Peer).await;
@@ -59,10 +41,7 @@ async fn closed_for_peers_the_engine_stands_still_and_goes_on_afterwards() {
 #[tokio::test]
 async fn closed_for_peers_copies_within_ram_go_on() {
     let machine = Machine::new();
-    machine.start(
-        CONTROL_RUN | CONTROL_LOOP,
-        &[copy(RAM + 0x8000, RAM + 0x9000, 4096)],
-    );
+    machine.start(CONTROL_RUN | CONTROL_LOOP, &[copy(RAM + 0x8000, RAM + 0x9000, 4096)]);
     machine.close(Scope::Peer).await;
     machine.wait_progress(100);
     machine.close(Scope::All).await;
@@ -74,11 +53,7 @@ async fn closed_for_peers_copies_within_ram_go_on() {
 #[tokio::test]
 async fn at_every_close_what_it_says_to_have_written_is_what_the_peer_has() {
     let machine = Machine::new();
-    let loud = Descriptor {
-        flags: to_peer().flags | FLAG_INTERRUPT,
-        vector: 1,
-        ..to_peer()
-    };
+    let loud = Descriptor { flags: to_peer().flags | FLAG_INTERRUPT, vector: 1, ..to_peer() };
     let second = Descriptor {
         sequence_iova: MAILBOX + 8,
         destination: TARGET + 0x8000,
@@ -88,11 +63,7 @@ async fn at_every_close_what_it_says_to_have_written_is_what_the_peer_has() {
     machine.start(CONTROL_RUN | CONTROL_LOOP, &[loud, second]);
     for round in 0..200 {
         machine.wait_progress(3);
-        let scope = if round % 2 == 0 {
-            Scope::Peer
-        } else {
-            Scope::All
-        };
+        let scope = if round % 2 == 0 { Scope::Peer } else { Scope::All };
         machine.close(scope).await;
         let evidence = machine.device.evidence(Moment::PrepareStopped);
         let written = values(&evidence.counters, CounterKind::Written);
@@ -109,15 +80,9 @@ async fn at_every_close_what_it_says_to_have_written_is_what_the_peer_has() {
 async fn a_stop_waits_for_a_transaction_half_way() {
     let machine = Machine::new();
     let dma = machine.map.dma();
-    let half_way = dma
-        .access(&[crate::memory::Span::write(TARGET, 8)])
-        .expect("open");
+    let half_way = dma.access(&[crate::memory::Span::write(TARGET, 8)]).expect("open");
     let budget = Duration::from_millis(5);
-    let failed = machine
-        .gate()
-        .close(Scope::Peer, budget)
-        .await
-        .expect_err("in flight");
+    let failed = machine.gate().close(Scope::Peer, budget).await.expect_err("in flight");
     assert_eq!(failed.in_flight, 1);
     // The stop has failed, so the device goes on.
     machine.start(CONTROL_RUN | CONTROL_LOOP, &[to_peer()]);
@@ -129,30 +94,19 @@ async fn a_stop_waits_for_a_transaction_half_way() {
 #[tokio::test]
 async fn an_interrupt_belongs_to_its_transaction() {
     let machine = Machine::new();
-    let loud = Descriptor {
-        flags: FLAG_INTERRUPT,
-        vector: 2,
-        ..copy(RAM, TARGET, 8)
-    };
+    let loud = Descriptor { flags: FLAG_INTERRUPT, vector: 2, ..copy(RAM, TARGET, 8) };
     machine.interrupts.freeze().await;
     machine.start(CONTROL_RUN, &[loud]);
     machine.wait_idle();
     machine.close(Scope::All).await;
-    assert_eq!(
-        machine.interrupts.latched().msix,
-        [2],
-        "it is there when the gate has drained"
-    );
+    assert_eq!(machine.interrupts.latched().msix, [2], "it is there when the gate has drained");
     assert_eq!(machine.read_u64(INTERRUPTS), 0);
 }
 
 #[tokio::test]
 async fn while_stopped_not_even_an_error_changes_anything() {
     let machine = Machine::new();
-    machine.start(
-        CONTROL_RUN | CONTROL_LOOP,
-        &[copy(RAM + 0x8000, RAM + 0x9000, 64)],
-    );
+    machine.start(CONTROL_RUN | CONTROL_LOOP, &[copy(RAM + 0x8000, RAM + 0x9000, 64)]);
     machine.wait_progress(10);
     machine.close(Scope::All).await;
     let before = machine.frozen_things();
@@ -166,32 +120,14 @@ async fn while_stopped_not_even_an_error_changes_anything() {
 #[test]
 fn a_bad_descriptor_halts_the_engine_until_it_is_set_running_again() {
     let good = copy(RAM + 0x8000, TARGET, 64);
-    let no_alignment = Descriptor {
-        flags: FLAG_SEQUENCE,
-        sequence_iova: MAILBOX + 4,
-        ..good
-    };
+    let no_alignment = Descriptor { flags: FLAG_SEQUENCE, sequence_iova: MAILBOX + 4, ..good };
     let rows = [
         (copy(RAM, TARGET, 0), ErrorCode::Descriptor),
         (copy(RAM, TARGET, MAX_COPY + 1), ErrorCode::Descriptor),
         (copy(RAM, TARGET, u32::MAX), ErrorCode::Descriptor),
         (Descriptor { flags: 8, ..good }, ErrorCode::Descriptor),
-        (
-            Descriptor {
-                flags: FLAG_STAMP,
-                len: 7,
-                ..good
-            },
-            ErrorCode::Descriptor,
-        ),
-        (
-            Descriptor {
-                flags: FLAG_INTERRUPT,
-                vector: 4,
-                ..good
-            },
-            ErrorCode::Descriptor,
-        ),
+        (Descriptor { flags: FLAG_STAMP, len: 7, ..good }, ErrorCode::Descriptor),
+        (Descriptor { flags: FLAG_INTERRUPT, vector: 4, ..good }, ErrorCode::Descriptor),
         (no_alignment, ErrorCode::Descriptor),
         (copy(0x1000, TARGET, 64), ErrorCode::Unmapped),
         (copy(RAM, TARGET, MAX_COPY), ErrorCode::Unmapped),
@@ -201,30 +137,17 @@ fn a_bad_descriptor_halts_the_engine_until_it_is_set_running_again() {
         (copy(RAM, 0x6000_0000, 64), ErrorCode::NoMemory),
     ];
     let machine = Machine::new();
-    let read_only = WindowSpec {
-        iova: 0x5000_0000,
-        size: 4096,
-        offset: 0,
-        readable: true,
-        writable: false,
-    };
+    let read_only =
+        WindowSpec { iova: 0x5000_0000, size: 4096, offset: 0, readable: true, writable: false };
     let fd = machine.peer.try_clone_fd().expect("fd");
     machine.map.map(read_only, Some(fd)).expect("mapped");
-    let no_file = WindowSpec {
-        iova: 0x6000_0000,
-        writable: true,
-        ..read_only
-    };
+    let no_file = WindowSpec { iova: 0x6000_0000, writable: true, ..read_only };
     machine.map.map(no_file, None).expect("recorded");
     for (bad, code) in rows {
         machine.start(CONTROL_RUN, &[good, bad, good]);
         wait_until("halted", || machine.read_u32(STATUS) & STATUS_HALTED != 0);
         let status = machine.read_u32(STATUS);
-        assert_eq!(
-            status,
-            STATUS_HALTED | ((code as u32) << STATUS_ERROR_SHIFT),
-            "{bad:?}"
-        );
+        assert_eq!(status, STATUS_HALTED | ((code as u32) << STATUS_ERROR_SHIFT), "{bad:?}");
         assert_eq!(machine.read_u32(HEAD), 1);
         assert_eq!(machine.read_u32(CONTROL), 0);
         machine.put(1, good);
@@ -238,18 +161,12 @@ fn a_bad_descriptor_halts_the_engine_until_it_is_set_running_again() {
     machine.write_u64(RING_BASE, 0x7000_0000);
     machine.write_u32(CONTROL, CONTROL_RUN | CONTROL_LOOP);
     wait_until("halted", || machine.read_u32(STATUS) & STATUS_HALTED != 0);
-    assert_eq!(
-        machine.read_u32(STATUS) >> STATUS_ERROR_SHIFT,
-        ErrorCode::Ring as u32
-    );
+    assert_eq!(machine.read_u32(STATUS) >> STATUS_ERROR_SHIFT, ErrorCode::Ring as u32);
 }
 
 #[test]
 fn the_evidence_fits_each_moment_and_a_message() {
-    let machine = Machine::with(CopyEngineConfig {
-        vectors: 16,
-        ..CopyEngineConfig::default()
-    });
+    let machine = Machine::with(CopyEngineConfig { vectors: 16, ..CopyEngineConfig::default() });
     let many = vec![to_peer(); 40];
     machine.start(CONTROL_RUN, &many);
     machine.wait_idle();
@@ -263,10 +180,7 @@ fn the_evidence_fits_each_moment_and_a_message() {
     assert_eq!(prepared.memory_hash, None);
     for moment in [Moment::StopArrived, Moment::StartArrived] {
         let arrived = machine.device.evidence(moment);
-        assert_eq!(
-            values(&arrived.counters, CounterKind::Received),
-            [(1, 11), (15, 22)]
-        );
+        assert_eq!(values(&arrived.counters, CounterKind::Received), [(1, 11), (15, 22)]);
     }
     let stopped = machine.device.evidence(Moment::Stopped);
     assert_eq!(stopped.memory_hash, Some(machine.device.memory.hash()));

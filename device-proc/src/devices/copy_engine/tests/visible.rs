@@ -17,10 +17,7 @@ fn registers_are_accessed_as_documented_and_not_otherwise() {
     let refused = |bar: u32, offset: u64, width: usize| {
         let mut data = vec![0; width];
         let error = AccessError::NoRegister { offset, width };
-        assert_eq!(
-            machine.device.region_read(bar, offset, &mut data),
-            Err(error)
-        );
+        assert_eq!(machine.device.region_read(bar, offset, &mut data), Err(error));
         assert_eq!(machine.device.region_write(bar, offset, &data), Err(error));
     };
     refused(REGISTER_BAR, CONTROL, 8);
@@ -37,13 +34,7 @@ fn registers_are_accessed_as_documented_and_not_otherwise() {
     let bad_value = |register: u64, value: u64, width: usize| {
         let bytes = value.to_le_bytes();
         let result = machine.try_write(register, bytes.get(..width).expect("4 or 8"));
-        assert_eq!(
-            result,
-            Err(AccessError::BadValue {
-                offset: register,
-                value
-            })
-        );
+        assert_eq!(result, Err(AccessError::BadValue { offset: register, value }));
     };
     bad_value(CONTROL, 4, 4);
     bad_value(CONTROL, u64::from(CONTROL_RUN), 4);
@@ -74,11 +65,7 @@ fn a_probe_tells_ram_from_peer_from_nothing() {
     for (iova, len, found) in rows {
         machine.write_u64(PROBE_IOVA, iova);
         machine.write_u64(PROBE_LEN, len);
-        assert_eq!(
-            machine.read_u32(PROBE_RESULT),
-            found,
-            "{len:#x} bytes at {iova:#x}"
-        );
+        assert_eq!(machine.read_u32(PROBE_RESULT), found, "{len:#x} bytes at {iova:#x}");
     }
 }
 
@@ -92,27 +79,14 @@ async fn a_reset_brings_registers_and_memory_to_zero() {
     machine.device.reset().expect("reset");
     machine.gate().open(Scope::All);
     let_others_run();
-    for register in [
-        RING_BASE,
-        BYTES,
-        DESCRIPTORS,
-        INTERRUPTS,
-        PROBE_IOVA,
-        PROBE_LEN,
-    ] {
+    for register in [RING_BASE, BYTES, DESCRIPTORS, INTERRUPTS, PROBE_IOVA, PROBE_LEN] {
         assert_eq!(machine.read_u64(register), 0, "register {register:#x}");
     }
     for register in [CONTROL, STATUS, RING_ENTRIES, DOORBELL, HEAD, PROBE_RESULT] {
         assert_eq!(machine.read_u32(register), 0, "register {register:#x}");
     }
     assert_eq!(machine.device.memory.load_u64(0x100), Ok(0));
-    assert!(
-        machine
-            .device
-            .evidence(Moment::PrepareStopped)
-            .counters
-            .is_empty()
-    );
+    assert!(machine.device.evidence(Moment::PrepareStopped).counters.is_empty());
 }
 
 #[tokio::test]
@@ -136,43 +110,19 @@ async fn a_saved_engine_goes_on_in_another_process() {
     assert_eq!(again, saved);
     assert_eq!(target.peer.load_u64(8), Ok(0), "the gate is closed");
     target.gate().open(Scope::All);
-    wait_until("it goes on", || {
-        target
-            .peer
-            .load_u64(8)
-            .is_ok_and(|sequence| sequence > done)
-    });
+    wait_until("it goes on", || target.peer.load_u64(8).is_ok_and(|sequence| sequence > done));
 
-    let smaller = Machine::with(CopyEngineConfig {
-        memory_size: 4096,
-        ..CopyEngineConfig::default()
-    });
-    assert!(
-        smaller.device.load(&mut saved.as_slice()).is_err(),
-        "another memory size"
-    );
-    let fewer = Machine::with(CopyEngineConfig {
-        vectors: 1,
-        ..CopyEngineConfig::default()
-    });
-    assert!(
-        fewer.device.load(&mut saved.as_slice()).is_err(),
-        "other vectors"
-    );
+    let smaller =
+        Machine::with(CopyEngineConfig { memory_size: 4096, ..CopyEngineConfig::default() });
+    assert!(smaller.device.load(&mut saved.as_slice()).is_err(), "another memory size");
+    let fewer = Machine::with(CopyEngineConfig { vectors: 1, ..CopyEngineConfig::default() });
+    assert!(fewer.device.load(&mut saved.as_slice()).is_err(), "other vectors");
 }
 
 #[test]
 fn a_saved_state_that_contradicts_itself_is_refused() {
-    let shape = Shape {
-        memory_size: SIZE,
-        vectors: 4,
-    };
-    let good = State {
-        ring_entries: 4,
-        head: 3,
-        run: true,
-        ..State::default()
-    };
+    let shape = Shape { memory_size: SIZE, vectors: 4 };
+    let good = State { ring_entries: 4, head: 3, run: true, ..State::default() };
     let check = |state: &State| {
         let mut saved = Vec::new();
         state::save(shape, state, &mut saved).expect("saved");
@@ -180,50 +130,16 @@ fn a_saved_state_that_contradicts_itself_is_refused() {
     };
     assert_eq!(check(&good).expect("good"), good);
     let bad = [
-        State {
-            head: 4,
-            ..good.clone()
-        },
-        State {
-            doorbell: 4,
-            ..good.clone()
-        },
-        State {
-            ring_entries: MAX_ENTRIES + 1,
-            ..good.clone()
-        },
-        State {
-            ring_base: 1,
-            ..good.clone()
-        },
-        State {
-            ring_base: u64::MAX - 63,
-            ..good.clone()
-        },
-        State {
-            error: 1,
-            ..good.clone()
-        },
-        State {
-            error: 99,
-            run: false,
-            ..good.clone()
-        },
-        State {
-            probe_result: 3,
-            ..good.clone()
-        },
-        State {
-            sequences: vec![state::Sequence::default(); 1025],
-            ..good.clone()
-        },
-        State {
-            sequences: vec![state::Sequence {
-                executed: 1,
-                stored: 2,
-            }],
-            ..good.clone()
-        },
+        State { head: 4, ..good.clone() },
+        State { doorbell: 4, ..good.clone() },
+        State { ring_entries: MAX_ENTRIES + 1, ..good.clone() },
+        State { ring_base: 1, ..good.clone() },
+        State { ring_base: u64::MAX - 63, ..good.clone() },
+        State { error: 1, ..good.clone() },
+        State { error: 99, run: false, ..good.clone() },
+        State { probe_result: 3, ..good.clone() },
+        State { sequences: vec![state::Sequence::default(); 1025], ..good.clone() },
+        State { sequences: vec![state::Sequence { executed: 1, stored: 2 }], ..good.clone() },
     ];
     for state in bad {
         assert!(check(&state).is_err(), "{state:?}");
@@ -235,19 +151,12 @@ fn impossible_configurations_are_refused() {
     let default = CopyEngineConfig::default;
     assert_eq!(default().check(), Ok(()));
     for memory_size in [0, 2048, 4097, 3 << 20, MAX_MEMORY_SIZE * 2] {
-        let config = CopyEngineConfig {
-            memory_size,
-            ..default()
-        };
+        let config = CopyEngineConfig { memory_size, ..default() };
         assert_eq!(config.check(), Err(ConfigError::MemorySize(memory_size)));
     }
     for vectors in [0, 17] {
         assert_eq!(
-            CopyEngineConfig {
-                vectors,
-                ..default()
-            }
-            .check(),
+            CopyEngineConfig { vectors, ..default() }.check(),
             Err(ConfigError::Vectors(vectors))
         );
     }
