@@ -28,7 +28,7 @@ use machine::{Blueprint, VmmError};
 use options::SlowError;
 use rounds::{Run, on_own_thread};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use standstill::coordinator::{Machine, MachineError, StartError};
+use standstill::coordinator::{Machine, MachineError, MachineEvent, StartError};
 use std::cell::OnceCell;
 use std::io::{self, IsTerminal, Write};
 use std::path::Path;
@@ -39,6 +39,7 @@ use thiserror::Error;
 use timeline::{Timeline, TimelineError};
 use tokio::runtime::Runtime;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::broadcast::{self, error::RecvError};
 use tracing_subscriber::EnvFilter;
 
 /// How long the devices may take to end by themselves before they are killed.
@@ -65,6 +66,16 @@ enum DemoError {
         round: u32,
         /// Why.
         source: Box<MachineError>,
+    },
+    /// A device process ended by itself.
+    #[error("device {device:?} is lost: {why}{}", proof.as_ref().map(|p| format!(" ({p})")).unwrap_or_default())]
+    Lost {
+        /// Its name.
+        device: String,
+        /// Why it does not count any more.
+        why: String,
+        /// How its process ended, once that is known.
+        proof: Option<String>,
     },
     /// The VMM's side failed.
     #[error("the machine's VMM side failed")]
@@ -116,7 +127,9 @@ impl DemoError {
                 "try fewer --devices; RUST_LOG=info shows what the devices say. Each needs a \
                  process and some file descriptors (ulimit -u, ulimit -n)",
             ),
-            Self::Round { .. } => Some("RUST_LOG=info shows what the devices say"),
+            Self::Round { .. } | Self::Lost { .. } => {
+                Some("RUST_LOG=info shows what the devices say")
+            }
             Self::Vmm(VmmError::Folder(_)) => Some("set TMPDIR to a folder that can be written"),
             Self::Vmm(_) | Self::Connect | Self::NoTraffic { .. } => {
                 Some("try fewer --devices; RUST_LOG=info shows what the devices say")
@@ -252,8 +265,37 @@ async fn demonstrate(
         print_line(&summary::headline(args, vmm.pairs().len()));
     }
     progress.say("rounds", usize::try_from(args.rounds).unwrap_or(usize::MAX));
+    let lost = device_lost(machine.events());
     let run = Run::new(args, machine, vmm, progress.bar.clone());
-    run.all().await
+    tokio::select! {
+        ended = run.all() => ended,
+        lost = lost => Err(lost),
+    }
+}
+
+/// Waits until a device process is lost outside any transition: a transition reports its own.
+async fn device_lost(mut events: broadcast::Receiver<MachineEvent>) -> DemoError {
+    let (device, why) = loop {
+        match events.recv().await {
+            Ok(MachineEvent::DeviceLost { device, why }) => break (device, why),
+            Ok(_) | Err(RecvError::Lagged(_)) => {}
+            // The machine is gone: whoever waits for it learns that.
+            Err(RecvError::Closed) => std::future::pending().await,
+        }
+    };
+    let fenced = async {
+        loop {
+            match events.recv().await {
+                Ok(MachineEvent::DeviceFenced { device: fenced, proof }) if fenced == device => {
+                    return Some(proof);
+                }
+                Ok(_) | Err(RecvError::Lagged(_)) => {}
+                Err(RecvError::Closed) => return None,
+            }
+        }
+    };
+    let proof = tokio::time::timeout(LAST_GRACE, fenced).await.ok().flatten();
+    DemoError::Lost { device, why, proof }
 }
 
 /// What is going on, for a person at a terminal; silent elsewhere.
