@@ -19,14 +19,14 @@ use crate::participant::LocalAnswer;
 use crate::process::Exit;
 use crate::report::TransitionReport;
 use ractor::{Actor, ActorProcessingErr, ActorRef, SupervisionEvent};
-use standstill_protocol::transition::{MachineState, Operation, ParticipantId, Timer};
+use standstill_protocol::transition::{HeldReason, MachineState, Operation, ParticipantId, Timer};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::oneshot;
 
 pub(crate) use start::start;
-use state::State;
+use state::{Standing, State};
 
 /// How ended device processes are told: by name, `None` where no end was seen.
 pub(crate) type Exits = Vec<(String, Option<Exit>)>;
@@ -136,10 +136,27 @@ impl State {
     }
 
     fn accept_hold(&mut self) -> Result<(), MachineError> {
-        if self.machine != MachineState::Held {
+        if self.machine != MachineState::Held || self.active.is_some() {
             return Err(MachineError::NotHeld(self.machine));
         }
-        self.held.clear();
+        for reason in std::mem::take(&mut self.held) {
+            match reason {
+                HeldReason::FenceUnproven(id) => {
+                    if let Some(device) = self.device(id)
+                        && let Standing::Lost(why) = &device.standing
+                    {
+                        let why = format!("{why}; not proven gone, taken as it is by the owner");
+                        device.standing = Standing::Fenced(why);
+                    }
+                }
+                HeldReason::LocalHung(id) => {
+                    if let Some(local) = self.local(id) {
+                        local.hung = true;
+                    }
+                }
+                _ => {}
+            }
+        }
         self.machine = MachineState::Stopped;
         Ok(())
     }

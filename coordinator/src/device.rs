@@ -10,10 +10,12 @@ use ractor::{Actor, ActorProcessingErr, ActorRef};
 use standstill_protocol::channel::Readiness;
 use standstill_protocol::transition::ParticipantId;
 use std::time::Duration;
-use tokio::task::JoinHandle;
+use tokio::task::{AbortHandle, JoinHandle};
 
-/// How often the locks of a dead process's files are tried.
-const LOCK_INTERVAL: Duration = Duration::from_millis(2);
+/// How soon the locks of a dead process's files are tried again at first; twice as late each time …
+const FIRST_RETRY: Duration = Duration::from_millis(2);
+/// … but not later than this.
+const LAST_RETRY: Duration = Duration::from_millis(64);
 /// How long a dead process's last lines are waited for; a grandchild may keep the pipe open.
 const LOG_GRACE: Duration = Duration::from_millis(200);
 
@@ -68,8 +70,13 @@ pub(crate) struct State {
     process: DeviceProcess,
     files: Vec<BackingFile>,
     fence: Option<Fence>,
+    /// The proof of the fence, once there is one.
+    proven: Option<(Exit, usize)>,
+    /// One try of the locks is due already.
+    retrying: bool,
+    retry_after: Duration,
     coordinator: ActorRef<CoordinatorMessage>,
-    tasks: Vec<JoinHandle<()>>,
+    tasks: Vec<AbortHandle>,
     log: Option<JoinHandle<()>>,
 }
 
@@ -86,26 +93,34 @@ impl State {
             FenceProgress::WaitingForExit => {
                 if let Some(obstacle) = fence.obstacle() {
                     tracing::warn!(device = self.name, error = %obstacle, "fence is obstructed");
-                    myself.send_after(LOCK_INTERVAL, || Message::TryLocks);
+                    self.retry(myself);
                 }
             }
             FenceProgress::WaitingForLocks { held } => {
                 tracing::trace!(device = self.name, held, "waiting for locks of backing files");
-                myself.send_after(LOCK_INTERVAL, || Message::TryLocks);
+                self.retry(myself);
             }
             FenceProgress::Proven(proof) => {
                 let (exit, locks) = (proof.exit(), proof.locks());
                 self.fence = None;
+                self.proven = Some((exit, locks));
                 tracing::info!(device = self.name, %exit, locks, "fenced");
                 self.tell(ProcessEvent::Fenced { exit, locks });
             }
+        }
+    }
+
+    fn retry(&mut self, myself: &ActorRef<Message>) {
+        if !std::mem::replace(&mut self.retrying, true) {
+            myself.send_after(self.retry_after, || Message::TryLocks);
+            self.retry_after = (self.retry_after * 2).min(LAST_RETRY);
         }
     }
 }
 
 impl Drop for State {
     fn drop(&mut self) {
-        self.tasks.iter().for_each(JoinHandle::abort);
+        self.tasks.iter().for_each(AbortHandle::abort);
     }
 }
 
@@ -138,14 +153,19 @@ impl Actor for DeviceActor {
                 }
             })
         });
+        let tasks = [Some(exit.abort_handle()), log.as_ref().map(JoinHandle::abort_handle)];
+        let tasks = tasks.into_iter().flatten().collect();
         Ok(State {
             id,
             name,
             process,
             files: Vec::new(),
             fence: None,
+            proven: None,
+            retrying: false,
+            retry_after: FIRST_RETRY,
             coordinator,
-            tasks: vec![exit],
+            tasks,
             log,
         })
     }
@@ -158,13 +178,16 @@ impl Actor for DeviceActor {
     ) -> Result<(), ActorProcessingErr> {
         match message {
             Message::BackingFiles(files) => state.files = files,
-            Message::Fence => {
-                if state.fence.is_none() {
-                    let files = std::mem::take(&mut state.files);
-                    state.fence = Some(Fence::begin(&state.process, files));
+            Message::Fence => match state.proven {
+                Some((exit, locks)) => state.tell(ProcessEvent::Fenced { exit, locks }),
+                None => {
+                    if state.fence.is_none() {
+                        let files = std::mem::take(&mut state.files);
+                        state.fence = Some(Fence::begin(&state.process, files));
+                    }
+                    state.poll_fence(&myself);
                 }
-                state.poll_fence(&myself);
-            }
+            },
             Message::Expect(grace) => {
                 myself.send_after(grace, || Message::Kill);
             }
@@ -184,16 +207,23 @@ impl Actor for DeviceActor {
                 }
                 state.poll_fence(&myself);
                 if let Some(log) = state.log.take() {
-                    state.tasks.push(tokio::spawn(async move {
-                        // Either way there is nothing more to wait for.
-                        let _ = tokio::time::timeout(LOG_GRACE, log).await;
+                    let rest = tokio::spawn(async move {
+                        let reading = log.abort_handle();
+                        if tokio::time::timeout(LOG_GRACE, log).await.is_err() {
+                            // A grandchild has the pipe; what it says is nobody's log.
+                            reading.abort();
+                        }
                         let _ = myself.cast(Message::LogEnded);
-                    }));
+                    });
+                    state.tasks.push(rest.abort_handle());
                 } else {
                     state.tell(ProcessEvent::Gone);
                 }
             }
-            Message::TryLocks => state.poll_fence(&myself),
+            Message::TryLocks => {
+                state.retrying = false;
+                state.poll_fence(&myself);
+            }
             Message::LogEnded => state.tell(ProcessEvent::Gone),
         }
         Ok(())

@@ -312,7 +312,8 @@ pub struct Machine {
 #[derive(Debug)]
 struct Inner {
     actor: ActorRef<coordinator::Message>,
-    events: broadcast::Sender<MachineEvent>,
+    /// Weak: the actor has the sender, so that readers learn when it ends.
+    events: broadcast::WeakSender<MachineEvent>,
 }
 
 impl Drop for Inner {
@@ -384,9 +385,9 @@ pub struct DeviceStatus {
 impl Machine {
     pub(crate) fn new(
         actor: ActorRef<coordinator::Message>,
-        events: broadcast::Sender<MachineEvent>,
+        events: &broadcast::Sender<MachineEvent>,
     ) -> Self {
-        Self { inner: Arc::new(Inner { actor, events }) }
+        Self { inner: Arc::new(Inner { actor, events: events.downgrade() }) }
     }
 
     async fn ask<T>(
@@ -471,10 +472,12 @@ impl Machine {
     }
 
     /// What happens from now on. A reader that falls more than 1024 events behind loses the
-    /// oldest and is told how many.
+    /// oldest and is told how many. The stream ends with the machine.
     #[must_use]
     pub fn events(&self) -> broadcast::Receiver<MachineEvent> {
-        self.inner.events.subscribe()
+        // Of a machine that is gone there is nothing to hear.
+        let events = self.inner.events.upgrade();
+        events.map_or_else(|| broadcast::channel(1).1, |events| events.subscribe())
     }
 
     /// Ends every device process: asks it to, and kills it after the grace. Returns how each

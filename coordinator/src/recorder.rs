@@ -173,10 +173,12 @@ impl Recorder {
         commands.is_some_and(|all| all.iter().all(|command| command.answered_ns.is_some()))
     }
 
-    /// Whether a hook has returned from its last call.
-    pub(crate) fn has_returned(&self, id: HookId) -> bool {
-        let last = self.hooks.iter().rev().find(|hook| hook.id == id);
-        last.is_some_and(|hook| hook.returned_ns.is_some())
+    /// Whether a hook's last call has left what it stands for stopped; `None` if it has not
+    /// returned. After an error things are as before the call.
+    pub(crate) fn left_stopped(&self, id: HookId) -> Option<bool> {
+        let last = self.hooks.iter().rev().find(|hook| hook.id == id)?;
+        last.returned_ns?;
+        Some((last.moment == HookMoment::Stop) != last.error.is_some())
     }
 
     pub(crate) fn finish(

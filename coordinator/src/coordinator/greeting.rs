@@ -80,6 +80,8 @@ impl State {
             .try_send(&CoordinatorMessage::Welcome(welcome), &[])
             .map_err(|error| protocol(ProtocolError::Send(error)))?;
         channel.set_version(version);
+        // What has files has sent them; kernels that cannot say so leave it at that.
+        let _ = channel.refuse_fds();
         // An actor that is gone is seen at the socket.
         let _ = device.actor.cast(DeviceMessage::BackingFiles(files));
         Ok(())

@@ -41,7 +41,8 @@ impl State {
                 if grace.is_zero() { DeviceMessage::Kill } else { DeviceMessage::Expect(grace) };
             let _ = device.actor.cast(message);
         }
-        let deadline = self.after(grace + self.deadlines.fence, || Message::ShutdownExpired);
+        let deadline =
+            self.after(grace.saturating_add(self.deadlines.fence), || Message::ShutdownExpired);
         self.ending = Some(Ending { reply, deadline });
         self.maybe_ended();
     }

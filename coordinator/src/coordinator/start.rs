@@ -116,7 +116,7 @@ impl Prepared {
             let (flags, peer_dma) = (local.migration(), local.peer_dma());
             let thread = participant::local_device(id, &name, local, answer(&myself))?;
             let state = MigrationState::Running;
-            locals.push(Local { id, name, flags, peer_dma, state, thread });
+            locals.push(Local { id, name, flags, peer_dma, state, hung: false, thread });
         }
         let mut hooks = Vec::with_capacity(builder.hooks.len());
         for ((spec, hook), number) in builder.hooks.into_iter().zip(0..) {
@@ -177,6 +177,7 @@ async fn device(
 ) -> io::Result<Device> {
     let tail = LogTail::default();
     let pid = process.pid();
+    let pidfd = process.pidfd().try_clone_to_owned()?;
     let origin = Origin { device: spec.name.clone(), incarnation: 1 };
     let arguments =
         Arguments { id, origin, process, tail: tail.clone(), coordinator: myself.clone() };
@@ -187,6 +188,7 @@ async fn device(
         id,
         spec,
         pid,
+        pidfd,
         actor,
         channel: Some(channel),
         tail,
@@ -230,7 +232,7 @@ impl State {
         deadline.abort();
         match self.plan(Operation::Pause).check() {
             Ok(()) => {
-                let machine = Machine::new(self.myself.clone(), self.events.clone());
+                let machine = Machine::new(self.myself.clone(), &self.events);
                 // Whoever has given up waiting drops the machine, and so ends it.
                 let _ = reply.send(Ok(machine));
             }

@@ -11,6 +11,7 @@ use crate::process::Exit;
 use crate::recorder::Recorder;
 use crate::report::{Names, TransitionReport};
 use ractor::{ActorId, ActorRef};
+use rustix::process::Signal;
 use standstill_protocol::channel::CoordinatorEnd;
 use standstill_protocol::message::{Command, Epoch, Hello, OrphanPolicy, PeerDma, Term};
 use standstill_protocol::migration::{MigrationFlags, MigrationState};
@@ -63,6 +64,8 @@ pub(super) struct Device {
     pub(super) id: ParticipantId,
     pub(super) spec: DeviceSpec,
     pub(super) pid: u32,
+    /// Of its own, so that all can be killed at once.
+    pub(super) pidfd: OwnedFd,
     pub(super) actor: ActorRef<DeviceMessage>,
     /// `None` once it was read to its end.
     pub(super) channel: Option<CoordinatorEnd>,
@@ -129,6 +132,8 @@ pub(super) struct Local {
     pub(super) flags: MigrationFlags,
     pub(super) peer_dma: PeerDma,
     pub(super) state: MigrationState,
+    /// It hangs, and the owner has taken that as it is: it is left out until it answers.
+    pub(super) hung: bool,
     pub(super) thread: LocalThread<Command>,
 }
 
@@ -279,10 +284,10 @@ impl State {
 
 impl Drop for State {
     fn drop(&mut self) {
-        // All are killed before the first is waited for, which their actors do.
+        // All are killed before the first is waited for, which their actors' ends do.
         for device in self.devices.iter().filter(|device| device.exit.is_none()) {
-            // A device process whose channel ends and whose actor dies is killed in any case.
-            let _ = device.actor.cast(DeviceMessage::Kill);
+            // Fails only if it is gone.
+            let _ = rustix::process::pidfd_send_signal(&device.pidfd, Signal::KILL);
         }
     }
 }

@@ -2,7 +2,7 @@
 //! back.
 
 use super::Message;
-use super::state::{Active, Standing, State, Timers};
+use super::state::{Active, Local, Standing, State, Timers};
 use crate::device::Message as DeviceActorMessage;
 use crate::error::MachineError;
 use crate::machine::MachineEvent;
@@ -11,7 +11,7 @@ use crate::recorder::Recorder;
 use crate::report::{TransitionReport, nanos};
 use standstill_protocol::channel::{Frame, SendError};
 use standstill_protocol::message::{Command, CoordinatorMessage, PeerDma};
-use standstill_protocol::migration::MigrationFlags;
+use standstill_protocol::migration::{Activity, MigrationFlags};
 use standstill_protocol::transition::{
     Answer, Effect, Event, HeldReason, HookId, HookMoment, Loss, MachineState, Member, MemberKind,
     OnLoss, Operation, Outcome, ParticipantId, Plan, PlanError, Timer, Transition,
@@ -48,7 +48,7 @@ impl State {
                 lease_ns: 0,
             })
         });
-        let locals = self.locals.iter().map(|local| Member {
+        let locals = self.locals.iter().filter(|local| !local.hung).map(|local| Member {
             id: local.id,
             kind: MemberKind::Local,
             state: local.state,
@@ -113,10 +113,18 @@ impl State {
 
     fn admit(&self, operation: Operation) -> Result<Transition, MachineError> {
         let under_way = self.active.as_ref().map(|active| active.operation);
-        let possible = match operation {
-            Operation::Resume => self.machine != MachineState::Held,
-            _ => true,
-        };
+        // A held machine can be stopped again, and be proven stopped by that, unless it depends on
+        // something that cannot be asked.
+        let possible = self.machine != MachineState::Held
+            || (operation != Operation::Resume
+                && !self.held.iter().any(|reason| {
+                    matches!(
+                        reason,
+                        HeldReason::HookHung(_)
+                            | HeldReason::TakenOverStopped
+                            | HeldReason::Superseded
+                    )
+                }));
         if under_way.is_some() || !possible || self.ending.is_some() {
             return Err(MachineError::State { operation, machine: self.machine, under_way });
         }
@@ -312,30 +320,39 @@ impl State {
                 };
                 if let Some(local) = self.local(id) {
                     local.state = state;
+                    local.hung = false;
                 }
                 if let Some(active) = &mut self.active {
                     active.recorder.local(id, &command, state, why);
                 }
                 let Command { term, epoch, phase, .. } = command;
                 self.feed(Event::Answer { from: id, term, epoch, phase, state, answer });
-                self.proven(|reason| *reason == HeldReason::LocalHung(id));
+                // One that comes late and runs proves nothing.
+                if state.activity() == Activity::Stopped {
+                    self.proven(|reason| *reason == HeldReason::LocalHung(id));
+                }
             }
             LocalAnswer::Hook(id, moment, result) => {
                 let failed = result.is_err();
                 if let Some(active) = &mut self.active {
                     active.recorder.hook_returned(id, moment, result.err());
                 }
-                if let Some(entry) = self.hooks.iter_mut().find(|entry| entry.hook.id == id)
-                    && std::mem::take(&mut entry.hung)
-                    && !failed
-                {
-                    entry.hook.stopped = moment == HookMoment::Stop;
-                }
                 self.feed(match failed {
                     false => Event::HookDone(id, moment),
                     true => Event::HookFailed(id, moment),
                 });
-                self.proven(|reason| *reason == HeldReason::HookHung(id));
+                let Some(entry) = self.hooks.iter_mut().find(|entry| entry.hook.id == id) else {
+                    return;
+                };
+                if std::mem::take(&mut entry.hung) {
+                    // After an error things are as before the call.
+                    entry.hook.stopped = (moment == HookMoment::Stop) != failed;
+                    if entry.hook.stopped {
+                        self.proven(|reason| *reason == HeldReason::HookHung(id));
+                    } else {
+                        self.returned_running(id);
+                    }
+                }
             }
         }
     }
@@ -368,24 +385,12 @@ impl State {
         self.held = match &outcome {
             Outcome::Held { reasons, fenced } => reasons
                 .iter()
-                // What was proven while the machine was being held is no reason any more.
-                .filter(|reason| match reason {
-                    HeldReason::FenceUnproven(id) => fenced.iter().all(|(who, _)| who != id),
-                    HeldReason::LocalHung(id) => !active.recorder.has_answered(*id),
-                    HeldReason::HookHung(id) => !active.recorder.has_returned(*id),
-                    _ => true,
-                })
-                .copied()
+                .filter_map(|&reason| self.still_held(reason, fenced, &active))
                 .collect(),
+            // An attempt that was undone has proven nothing.
+            Outcome::RolledBack => std::mem::take(&mut self.held),
             _ => Vec::new(),
         };
-        for reason in &self.held {
-            if let HeldReason::HookHung(id) = reason
-                && let Some(entry) = self.hooks.iter_mut().find(|entry| entry.hook.id == *id)
-            {
-                entry.hung = true;
-            }
-        }
         if self.machine == MachineState::Held && self.held.is_empty() {
             self.machine = MachineState::Stopped;
         }
@@ -404,6 +409,49 @@ impl State {
         self.emit(MachineEvent::Transition(Arc::clone(&report)));
         // Whoever asked may have given up; the machine is where it is all the same.
         let _ = reply.send(Ok(report));
+    }
+
+    /// What is left of a reason at the end of the hold: some of it may be proven by then.
+    fn still_held(
+        &mut self,
+        reason: HeldReason,
+        fenced: &[(ParticipantId, Loss)],
+        active: &Active,
+    ) -> Option<HeldReason> {
+        match reason {
+            HeldReason::FenceUnproven(id) => {
+                (!fenced.iter().any(|&(who, _)| who == id)).then_some(reason)
+            }
+            HeldReason::LocalHung(id) => {
+                let answered = active.recorder.has_answered(id);
+                let stopped = |local: &mut Local| local.state.activity() == Activity::Stopped;
+                (!answered || !self.local(id).is_some_and(stopped)).then_some(reason)
+            }
+            HeldReason::HookHung(id) => {
+                let entry = self.hooks.iter_mut().find(|entry| entry.hook.id == id)?;
+                match active.recorder.left_stopped(id) {
+                    None => {
+                        entry.hung = true;
+                        Some(reason)
+                    }
+                    Some(stopped) => {
+                        entry.hook.stopped = stopped;
+                        (!stopped).then_some(HeldReason::HookFailed(id))
+                    }
+                }
+            }
+            _ => Some(reason),
+        }
+    }
+
+    /// A hook that hung has returned, and what it stands for runs: that is no proof, but it can be
+    /// called again.
+    fn returned_running(&mut self, id: HookId) {
+        for reason in &mut self.held {
+            if *reason == HeldReason::HookHung(id) {
+                *reason = HeldReason::HookFailed(id);
+            }
+        }
     }
 
     /// The machine has stood from the beginning of the first pause to the end of this resume.

@@ -13,6 +13,7 @@
 use super::{DeviceProcess, Exit};
 use rustix::fs::{FileType, FlockOperation, Mode, OFlags};
 use rustix::io::Errno;
+use standstill_protocol::channel::close_at_once;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use thiserror::Error;
@@ -67,6 +68,7 @@ impl BackingFile {
         match FileType::from_raw_mode(status.st_mode) {
             FileType::RegularFile | FileType::BlockDevice => {}
             other => {
+                close_at_once(received);
                 return Err(BackingFileError::Kind { found: kind_name(other) });
             }
         }

@@ -38,6 +38,7 @@ mod blocking;
 mod error;
 mod latency;
 mod readiness;
+mod rights;
 #[cfg(test)]
 mod tests;
 
@@ -61,6 +62,13 @@ use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU16, Ordering};
+
+/// Closes an fd that came from a peer, without waiting for what a socket has still to send.
+pub fn close_at_once(fd: OwnedFd) {
+    // Fails for what is no socket, which does not linger.
+    let _ = sockopt::set_socket_linger(&fd, None);
+    drop(fd);
+}
 
 /// Room for the fds of one message.
 const FD_ROOM: usize = rustix::cmsg_space!(ScmRights(MAX_FDS));
@@ -327,24 +335,55 @@ impl<Tx, Rx: Message> Channel<Tx, Rx> {
                 fds.extend(some);
             }
         }
-        if received.bytes == 0 {
+        let (length, flags) = (received.bytes, received.flags);
+        let message = self.message_of(length, flags, &buffer, fds.len());
+        match message {
+            Ok(message) => Ok(Some(Received { message, fds })),
+            Err(error) => {
+                fds.into_iter().for_each(close_at_once);
+                Err(error)
+            }
+        }
+    }
+
+    /// The message in a packet that came with that many fds.
+    fn message_of(
+        &self,
+        length: usize,
+        flags: ReturnFlags,
+        buffer: &[u8; MAX_PACKET],
+        fds: usize,
+    ) -> Result<Rx, RecvError> {
+        if length == 0 {
             return Err(self.empty_or_end());
         }
-        if received.flags.contains(ReturnFlags::TRUNC) || received.bytes > MAX_PACKET {
-            return Err(RecvError::Oversized { length: received.bytes });
+        if flags.contains(ReturnFlags::TRUNC) || length > MAX_PACKET {
+            return Err(RecvError::Oversized { length });
         }
-        if received.flags.contains(ReturnFlags::CTRUNC) || fds.len() > MAX_FDS {
-            return Err(RecvError::FdsTruncated { received: fds.len() });
+        if flags.contains(ReturnFlags::CTRUNC) || fds > MAX_FDS {
+            return Err(RecvError::FdsTruncated { received: fds });
         }
-        let message: Rx = codec::decode(&buffer[..received.bytes], self.version())?;
-        if fds.len() != message.fd_count() {
+        let message: Rx = codec::decode(&buffer[..length], self.version())?;
+        if fds != message.fd_count() {
             return Err(RecvError::Fds {
                 message: message.name(),
                 announced: message.fd_count(),
-                received: fds.len(),
+                received: fds,
             });
         }
-        Ok(Some(Received { message, fds }))
+        Ok(message)
+    }
+
+    /// Lets no more fds come in: a peer that tries gets EPERM. (Linux 6.16 and later.)
+    ///
+    /// The last reference to a file can take its time to close, and that would be ours: a hostile
+    /// peer passes a socket that lingers, or a file of a file system of its own.
+    ///
+    /// # Errors
+    ///
+    /// ENOPROTOOPT from older kernels; nothing has changed then.
+    pub fn refuse_fds(&self) -> io::Result<()> {
+        rights::refuse(self.socket.as_fd())
     }
 
     /// A receive of no bytes is an empty packet, which is an error of the peer's, or the end.

@@ -253,3 +253,92 @@ async fn under_stay_stopped_a_hang_leaves_everybody_stopped() {
     assert!(matches!(first, MachineEvent::DeviceFenced { .. }), "{first:?}");
     within(LONG, "resume", stopped.resume()).await.unwrap();
 }
+
+/// A late error says that things are as before the call: the vCPUs run.
+#[tokio::test]
+async fn a_hook_that_fails_late_is_no_proof_that_anything_stopped() {
+    let trace = Trace::new().unwrap();
+    let gate = Gate::closed().unwrap();
+    let key = gate.key();
+    let mut hung = false;
+    let hook = TracedHook::new("vcpus", &trace).unwrap().doing(move |call| match call {
+        Call::Stop if !std::mem::replace(&mut hung, true) => {
+            key.wait()?;
+            Err("the vCPUs would not stop".into())
+        }
+        _ => Ok(()),
+    });
+    let machine = start(
+        builder()
+            .device(honest("d0", &trace))
+            .hook(HookSpec::new("vcpus", Slot::Before).deadline(SHORT), hook),
+    )
+    .await;
+    within(SHORT, "pause", machine.pause()).await.unwrap_err();
+    assert_machine(&machine, MachineState::Held).await;
+    // While it hangs, stopping the rest once more proves nothing either.
+    let refused = within(Duration::ZERO, "pause", machine.pause()).await.unwrap_err();
+    assert!(refused.to_string().contains("held"), "{refused}");
+
+    gate.open();
+    // Once it has returned it can be called again; until then the pause is refused.
+    let stopped = async {
+        loop {
+            if let Ok(stopped) = machine.pause().await {
+                return stopped;
+            }
+            assert_machine(&machine, MachineState::Held).await;
+            machine.resume().await.unwrap_err();
+        }
+    };
+    let stopped = within(LONG, "the second pause", stopped).await;
+    assert_eq!(stopped.report().outcome, Outcome::Done, "{}", stopped.report());
+    assert_eq!(stopped.report().hooks.len(), 1, "it was called again: {}", stopped.report());
+    within(LONG, "resume", stopped.resume()).await.unwrap();
+}
+
+/// The owner's decision holds: what was taken as it is does not hold the machine up again.
+#[tokio::test]
+async fn a_machine_goes_on_without_what_its_owner_has_given_up() {
+    let trace = Trace::new().unwrap();
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let lock = file.reopen().unwrap();
+    flock(&lock, FlockOperation::LockExclusive).unwrap();
+    let script = Script::honest().backing_file(file.path()).on(Phase::PrepareStop, [Step::Exit(1)]);
+    let gate = Gate::closed().unwrap();
+    let key = gate.key();
+    let local = TracedLocal::new("local", &trace).unwrap().doing(move |phase| match phase {
+        Phase::PrepareStop => Ok(key.wait()?),
+        _ => Ok(()),
+    });
+    let mut short = deadlines();
+    short.fence = SHORT;
+    short.first_phase = SHORT;
+    let machine = start(
+        builder()
+            .deadlines(short)
+            .device(honest("d0", &trace).deadlines(LONG, LONG))
+            .device(script.device("d1", &trace).unwrap())
+            .local_device("local", local),
+    )
+    .await;
+    within(LONG, "pause", machine.pause()).await.unwrap_err();
+    assert_machine(&machine, MachineState::Held).await;
+    machine.accept_hold().await.unwrap();
+    assert_usable(&machine).await;
+    let status = machine.status().await.unwrap();
+    let lost = status.devices.iter().find(|device| device.name == "d1").unwrap();
+    assert!(lost.lost.as_ref().unwrap().contains("taken as it is"), "{status:?}");
+    gate.open();
+    drop(lock);
+}
+
+#[tokio::test]
+async fn the_event_stream_ends_with_the_machine() {
+    let trace = Trace::new().unwrap();
+    let machine = start(builder().device(honest("d0", &trace))).await;
+    let mut events = machine.events();
+    machine.shutdown().await.unwrap();
+    let end = async { while events.recv().await.is_ok() {} };
+    within(LONG, "the end of the events", end).await;
+}
