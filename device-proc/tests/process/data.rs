@@ -52,7 +52,7 @@ fn registers_are_out_of_reach_while_stopped_and_work_after_the_start() {
 }
 
 #[test]
-fn an_interrupt_while_stopped_is_raised_on_the_eventfd_installed_at_the_start() {
+fn invariant_3_an_interrupt_while_stopped_is_raised_on_the_eventfd_installed_at_the_start() {
     let device = Device::welcomed("raise-when-stopped");
     let mut client = Client::connect(&device.socket());
     let first = new_eventfd();
