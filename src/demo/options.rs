@@ -19,7 +19,7 @@ Examples:
       Eight devices, a hundred rounds.
   standstill demo --single-phase
       Leave the first phase of the stop out, and see that the checks notice. So that it shows on
-      any machine, every second device then takes 5 ms to become quiet on its way to the stop,
+      any machine, every second device then takes 20 ms to become quiet on its way to the stop,
       unless --slow-prepare says otherwise.
   standstill demo --slow-prepare engine3=15ms --slow-stop engine5=20ms --timeline round.svg
       Two slow devices: the machine takes as long as the slowest, not as long as all together.
@@ -79,7 +79,7 @@ pub(crate) struct Slow {
 /// How long every second device takes to become quiet where the first phase is left out (on its
 /// way through the second, then): real devices differ, and the longer one of them goes on, the
 /// more certainly its peers are written to.
-const UNEQUAL: Duration = Duration::from_millis(5);
+const UNEQUAL: Duration = Duration::from_millis(20);
 /// The longest time that a device can be told to take.
 const SLOWEST: Duration = Duration::from_secs(60);
 
