@@ -195,14 +195,8 @@ impl TransitionReport {
     /// answer is missing.
     #[must_use]
     pub fn barrier_ns(&self, phase: Phase) -> Option<u64> {
-        let commands = || {
-            self.participants
-                .iter()
-                .flat_map(|participant| &participant.commands)
-                .filter(|command| command.phase == phase && !command.undo)
-        };
-        let began = commands().map(|command| command.sent_ns).min()?;
-        commands()
+        let began = self.forward(phase).map(|command| command.sent_ns).min()?;
+        self.forward(phase)
             .map(|command| Some(command.sent_ns - began + command.net_ns()?))
             .collect::<Option<Vec<_>>>()?
             .into_iter()
@@ -225,15 +219,17 @@ impl TransitionReport {
         net
     }
 
+    /// The commands of a phase that belong to no undo.
+    fn forward(&self, phase: Phase) -> impl Iterator<Item = &CommandReport> {
+        self.participants
+            .iter()
+            .flat_map(|participant| &participant.commands)
+            .filter(move |command| command.phase == phase && !command.undo)
+    }
+
     fn gross_ns(&self, phase: Phase) -> Option<u64> {
-        let commands = || {
-            self.participants
-                .iter()
-                .flat_map(|participant| &participant.commands)
-                .filter(|command| command.phase == phase && !command.undo)
-        };
-        let began = commands().map(|command| command.sent_ns).min()?;
-        let ended = commands().filter_map(|command| command.answered_ns).max()?;
+        let began = self.forward(phase).map(|command| command.sent_ns).min()?;
+        let ended = self.forward(phase).filter_map(|command| command.answered_ns).max()?;
         Some(ended - began)
     }
 

@@ -125,7 +125,6 @@ impl State {
 
     fn broke_protocol(&mut self, id: ParticipantId, error: ProtocolError) {
         let Some(device) = self.device(id) else { return };
-        let error: ProtocolError = error;
         tracing::warn!(
             device = device.spec.name,
             error = &error as &dyn std::error::Error,

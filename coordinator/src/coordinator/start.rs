@@ -1,6 +1,8 @@
 //! From a description to a running machine.
 
-use super::state::{Allowance, Device, EndingReply, HookEntry, Local, Standing, Starting, State};
+use super::state::{
+    Allowance, Device, EndingReply, HookEntry, Local, Standing, Starting, State, cast_after,
+};
 use super::{CoordinatorActor, Message};
 use crate::device::{Arguments, DeviceActor};
 use crate::error::StartError;
@@ -127,14 +129,7 @@ impl Prepared {
             hooks.push(HookEntry { hook, hung: false, thread });
         }
         let hello = builder.deadlines.hello;
-        let deadline = {
-            let myself = myself.clone();
-            tokio::spawn(async move {
-                tokio::time::sleep(hello).await;
-                let _ = myself.cast(Message::HelloExpired);
-            })
-            .abort_handle()
-        };
+        let deadline = cast_after(&myself, hello, || Message::HelloExpired);
         let mut state = State {
             myself,
             name: builder.name,

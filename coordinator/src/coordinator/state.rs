@@ -22,7 +22,7 @@ use standstill_protocol::transition::{
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use tokio::sync::{broadcast, oneshot};
 use tokio::task::AbortHandle;
 use uuid::Uuid;
@@ -210,6 +210,21 @@ pub(super) struct Declaration {
     pub(super) _ram: OwnedFd,
 }
 
+/// Casts a message to the coordinator actor after a time.
+pub(super) fn cast_after(
+    actor: &ActorRef<Message>,
+    time: Duration,
+    message: impl FnOnce() -> Message + Send + 'static,
+) -> AbortHandle {
+    let actor = actor.clone();
+    tokio::spawn(async move {
+        tokio::time::sleep(time).await;
+        // An actor that is gone has no deadlines.
+        let _ = actor.cast(message());
+    })
+    .abort_handle()
+}
+
 impl State {
     pub(super) fn device(&mut self, id: ParticipantId) -> Option<&mut Device> {
         self.devices.get_mut(usize::try_from(id.0).ok()?)
@@ -228,16 +243,10 @@ impl State {
     /// Casts a message to this actor after a time.
     pub(super) fn after(
         &self,
-        time: std::time::Duration,
+        time: Duration,
         message: impl FnOnce() -> Message + Send + 'static,
     ) -> AbortHandle {
-        let myself = self.myself.clone();
-        tokio::spawn(async move {
-            tokio::time::sleep(time).await;
-            // An actor that is gone has no deadlines.
-            let _ = myself.cast(message());
-        })
-        .abort_handle()
+        cast_after(&self.myself, time, message)
     }
 
     pub(super) fn emit(&self, event: MachineEvent) {

@@ -455,7 +455,6 @@ impl Transition {
 
     fn finish(&mut self, out: &mut Vec<Effect>) {
         let undone = self.mode == Mode::Undo;
-        let taken_over = self.plan.operation == Operation::TakeOver;
         self.mode = Mode::Over;
         self.stages.clear();
         self.disarm(out, |_| true);
@@ -484,7 +483,6 @@ impl Transition {
         } else if !undone {
             Outcome::Done
         } else if machine == MachineState::Stopped
-            && !taken_over
             && (stays || self.plan.operation == Operation::Load)
         {
             Outcome::Stopped

@@ -3,7 +3,9 @@
 use super::super::outcome::HeldReason;
 use super::super::plan::{HookMoment, Member, MemberKind, Operation, Row, row};
 use super::super::undo::UndoStep;
-use super::{Aim, Asked, Effect, Mode, Participant, Standing, Timer, Transition, stopped};
+use super::{
+    Aim, Asked, Effect, Mode, Participant, Standing, Timer, Transition, budget_of, stopped,
+};
 use crate::message::{Command, Phase, Query};
 use crate::migration::{Activity, MigrationState};
 
@@ -19,11 +21,8 @@ impl Transition {
                 continue;
             }
             let Some(target) = self.target(participant, aim) else { continue };
-            let Member { id, first_ns, second_ns, lease_ns, .. } = participant.member;
-            let budget_ns = match phase {
-                Phase::PrepareStop | Phase::PrepareStart => first_ns,
-                _ => second_ns,
-            };
+            let Member { id, lease_ns, .. } = participant.member;
+            let budget_ns = budget_of(&participant.member, phase);
             let forward = self.mode == Mode::Forward;
             let command = Command {
                 term: self.plan.term,
