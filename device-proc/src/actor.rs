@@ -314,6 +314,8 @@ impl<D: Device> State<D> {
             CoordinatorMessage::Abort(abort) => self.feed(Event::Abort(abort)).await,
             CoordinatorMessage::Query(query) => self.feed(Event::Query(query)).await,
             CoordinatorMessage::Memory(declaration) => self.declare(declaration, fds),
+            // Not answered: a coordinator that revokes learns that it was not done.
+            CoordinatorMessage::Revoke(_) => tracing::warn!("revocations are not supported"),
             CoordinatorMessage::Shutdown(shutdown) => {
                 self.shutdown_grace = Duration::from_nanos(shutdown.grace_ns);
                 self.feed(Event::Shutdown(shutdown.term)).await;
@@ -397,6 +399,7 @@ impl<D: Device> State<D> {
         let beat = Heartbeat {
             sequence: self.sequence,
             progress: self.parts.device.progress().unwrap_or(0),
+            pending: false,
             dropped_logs: log::dropped(),
         };
         match control.outbox.try_send(&DeviceMessage::Heartbeat(beat)) {

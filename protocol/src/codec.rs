@@ -25,8 +25,8 @@ mod limits;
 #[cfg(test)]
 mod tests;
 
-pub(crate) use limits::counters;
 pub use limits::{LimitError, Message};
+pub(crate) use limits::{counters, files};
 
 use bincode::config::{Configuration, Fixint, Limit, LittleEndian};
 use bincode::de::read::Reader;
@@ -247,7 +247,7 @@ pub fn encode<M: Message>(
 /// Reads the message that a packet holds.
 ///
 /// `version` is the one that was agreed on, 0 before that; then only messages of the handshake are
-/// accepted. Memory is allocated for the message's texts and counters only.
+/// accepted. Memory is allocated for the message's texts and lists only.
 ///
 /// # Errors
 ///

@@ -27,6 +27,8 @@ pub const MAX_NAME: usize = 64;
 pub const MAX_TEXT: usize = 512;
 /// The most file descriptors in one message.
 pub const MAX_FDS: usize = 16;
+/// The most files in one [`Hello`] or [`Revocation`]: a PCI device has six BARs.
+pub const MAX_FILES: usize = 8;
 
 /// Which coordinator speaks: grows with each one that takes a machine over.
 #[derive(
@@ -140,6 +142,8 @@ pub enum CoordinatorMessage {
     Memory(MemoryDeclaration),
     /// End the process.
     Shutdown(Shutdown),
+    /// Windows onto these files lead nowhere any more.
+    Revoke(Revocation),
 }
 
 /// Device process to coordinator.
@@ -153,7 +157,7 @@ pub enum DeviceMessage {
     Refused(Refused),
     /// Answer to a query.
     Status(Status),
-    /// Answer to a memory declaration: it is in force.
+    /// Answer to a memory declaration or a revocation: it is in force.
     MemoryAccepted(MemoryAccepted),
     /// Sign of life.
     Heartbeat(Heartbeat),
@@ -182,6 +186,25 @@ pub struct Hello {
     pub state: MigrationState,
     /// How many backing files' fds come with this message, at most [`MAX_FDS`].
     pub backing_files: u8,
+    /// The files behind the device's memory BARs, at most [`MAX_FILES`]: when this process is gone,
+    /// peers' windows onto them are revoked.
+    #[serde(deserialize_with = "crate::codec::files")]
+    pub memory: Vec<FileIdentity>,
+}
+
+/// Which file an fd is open on: what `fstat(2)` says of it, the same in every process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct FileIdentity {
+    /// `st_dev`.
+    pub device: u64,
+    /// `st_ino`.
+    pub inode: u64,
+}
+
+impl fmt::Display for FileIdentity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:#x}:{}", self.device, self.inode)
+    }
 }
 
 /// What a device can.
@@ -223,6 +246,12 @@ pub struct Welcome {
     pub heartbeat_ns: u64,
     /// What to do when the coordinator goes away.
     pub orphan: OrphanPolicy,
+    /// True if a socket comes with this message, the first of its fds: bound to the path at which
+    /// later coordinators find the device, and not listening yet. (Whoever calls `listen(2)` is
+    /// whom `SO_PEERCRED` shows to those who connect.)
+    pub listener: bool,
+    /// True if a pipe comes with this message, the last of its fds: standard error from now on.
+    pub log: bool,
 }
 
 /// What a device process does when its coordinator goes away.
@@ -293,6 +322,20 @@ pub struct MemoryDeclaration {
     pub sequence: u64,
     /// How many fds come with this message: 1 to [`MAX_FDS`].
     pub ram_fds: u8,
+}
+
+/// These files belonged to a process that is gone. Windows onto them are taken out of the IOVA map,
+/// once nobody uses them; a DMA through one fails like one through no window at all. A file that was
+/// declared RAM stays what it is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Revocation {
+    /// The coordinator's term.
+    pub term: Term,
+    /// Number of the revocation, echoed in the answer; counted with the memory declarations.
+    pub sequence: u64,
+    /// The files: 1 to [`MAX_FILES`].
+    #[serde(deserialize_with = "crate::codec::files")]
+    pub files: Vec<FileIdentity>,
 }
 
 /// End the process in good order.
@@ -441,10 +484,10 @@ pub struct Status {
     pub moving_to: Option<MigrationState>,
 }
 
-/// Answer to a [`MemoryDeclaration`].
+/// Answer to a [`MemoryDeclaration`] or a [`Revocation`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MemoryAccepted {
-    /// The declaration's number.
+    /// Its number.
     pub sequence: u64,
 }
 
@@ -455,6 +498,9 @@ pub struct Heartbeat {
     pub sequence: u64,
     /// Grows while the data threads work; its unit is the device's own.
     pub progress: u64,
+    /// True if the data threads have something to do. Progress that stands still meanwhile, in a
+    /// device that runs, is a hung data thread.
+    pub pending: bool,
     /// Log lines that were dropped rather than waited for.
     pub dropped_logs: u64,
 }
@@ -472,4 +518,6 @@ pub enum DeviceEvent {
     LeaseExpired(MigrationState),
     /// The device cannot go on; at most [`MAX_TEXT`] bytes.
     Failed(String),
+    /// Another coordinator, with this higher term, has the device; nothing more comes.
+    Superseded(Term),
 }

@@ -109,6 +109,7 @@ fn a_hostile_length_in_a_hello_is_refused_without_memory_for_it() {
         epoch: Epoch(0),
         state: MigrationState::Running,
         backing_files: 0,
+        memory: Vec::new(),
     });
     let good = packet(&hello);
     let kind_at = HEADER + 4 + 4;

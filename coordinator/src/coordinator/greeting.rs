@@ -75,6 +75,8 @@ impl State {
             epoch,
             heartbeat_ns,
             orphan,
+            listener: false,
+            log: false,
         };
         channel
             .try_send(&CoordinatorMessage::Welcome(welcome), &[])

@@ -132,7 +132,7 @@ mod tests {
             outbox.send(numbered(sent), |error| panic!("{error}")).unwrap();
             sent += 1;
         }
-        let beat = Heartbeat { sequence: 0, progress: 0, dropped_logs: 0 };
+        let beat = Heartbeat { sequence: 0, progress: 0, pending: false, dropped_logs: 0 };
         assert!(!outbox.try_send(&DeviceMessage::Heartbeat(beat)).unwrap(), "dropped, not queued");
 
         let received = tokio::task::spawn_blocking(move || {

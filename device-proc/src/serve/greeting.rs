@@ -169,6 +169,7 @@ impl Greeting {
             epoch: Epoch(0),
             state: MigrationState::Running,
             backing_files: u8::try_from(files.len()).unwrap_or(u8::MAX),
+            memory: Vec::new(),
         };
         let fds: Vec<_> = files.iter().map(AsFd::as_fd).collect();
         channel.send(&DeviceMessage::Hello(hello), &fds, PATIENCE).map_err(GreetingError::Send)?;

@@ -186,6 +186,8 @@ pub(crate) fn welcome(orphan: OrphanPolicy) -> Welcome {
         epoch: Epoch(0),
         heartbeat_ns: 0,
         orphan,
+        listener: false,
+        log: false,
     }
 }
 

@@ -37,6 +37,8 @@ mod asynchronous;
 mod blocking;
 mod error;
 mod latency;
+mod listener;
+mod peer;
 mod readiness;
 mod rights;
 #[cfg(test)]
@@ -45,6 +47,7 @@ mod tests;
 pub use asynchronous::AsyncChannel;
 pub use error::{FromFdError, RecvError, SendError};
 pub use latency::prefer_short_waits;
+pub use listener::{ControlListener, bind};
 pub use readiness::{Readiness, ReadyGuard, StableFd};
 
 use crate::codec::{self, EncodeError, HANDSHAKE_VERSION, MAX_PACKET, Message};
@@ -211,6 +214,17 @@ impl<Tx, Rx> Channel<Tx, Rx> {
     pub fn peer_credentials(&self) -> io::Result<PeerCredentials> {
         let found = nix::sys::socket::getsockopt(&self.socket, PeerCred)?;
         Ok(PeerCredentials { pid: found.pid(), uid: found.uid(), gid: found.gid() })
+    }
+
+    /// A pidfd of the process that [`peer_credentials`](Self::peer_credentials) tells of: unlike
+    /// its number it can never mean another process. Close-on-exec. (Linux 6.5 and later.)
+    ///
+    /// # Errors
+    ///
+    /// Those of getsockopt(2): ENOPROTOOPT from older kernels, ESRCH (EINVAL before 6.17) if the
+    /// process was reaped.
+    pub fn peer_pidfd(&self) -> io::Result<OwnedFd> {
+        peer::pidfd(self.socket.as_fd())
     }
 
     /// True if the peer has closed its end; messages of it may still be queued.

@@ -32,7 +32,7 @@ fn command(phase: Phase, epoch: u64) -> CoordinatorMessage {
 }
 
 fn heartbeat(sequence: u64) -> DeviceMessage {
-    DeviceMessage::Heartbeat(Heartbeat { sequence, progress: 0, dropped_logs: 0 })
+    DeviceMessage::Heartbeat(Heartbeat { sequence, progress: 0, pending: false, dropped_logs: 0 })
 }
 
 fn hello(backing_files: u8) -> DeviceMessage {
@@ -50,6 +50,7 @@ fn hello(backing_files: u8) -> DeviceMessage {
         epoch: Epoch(0),
         state: MigrationState::Running,
         backing_files,
+        memory: Vec::new(),
     })
 }
 
@@ -229,4 +230,35 @@ fn the_peers_credentials_are_those_of_who_made_the_pair() {
     };
     assert_eq!(device.peer_credentials().unwrap(), this);
     assert_eq!(coordinator.peer_credentials().unwrap(), this);
+}
+
+#[test]
+fn whoever_listens_is_whom_a_later_coordinator_sees() {
+    let folder = std::env::temp_dir().join(format!("standstill-listener-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    let path = folder.join("device.sock");
+    let bound = bind(&path).unwrap();
+    let refused = CoordinatorEnd::connect(&path).unwrap_err();
+    assert_eq!(refused.kind(), io::ErrorKind::ConnectionRefused, "nobody listens yet");
+
+    let listener = ControlListener::from_fd(bound).unwrap();
+    assert!(listener.try_accept().unwrap().is_none());
+    let coordinator = CoordinatorEnd::connect(&path).unwrap();
+    let device = listener.try_accept().unwrap().unwrap();
+    let here = i32::try_from(std::process::id()).unwrap();
+    assert_eq!(coordinator.peer_credentials().unwrap().pid, here);
+    assert_eq!(device.peer_credentials().unwrap().pid, here);
+    let flags = fcntl_getfd(coordinator.peer_pidfd().unwrap()).unwrap();
+    assert!(flags.contains(FdFlags::CLOEXEC));
+
+    let taken = bind(&path).unwrap_err();
+    assert_eq!(taken.kind(), io::ErrorKind::AddrInUse, "somebody listens there");
+    drop(listener);
+    let stale = bind(&path).expect("a socket that nobody listens on is replaced");
+    drop(stale);
+    std::fs::remove_file(&path).unwrap();
+    std::fs::write(&path, "a file").unwrap();
+    assert!(bind(&path).is_err(), "what is no socket is left alone");
+    assert_eq!(std::fs::read(&path).unwrap(), b"a file");
+    std::fs::remove_dir_all(&folder).unwrap();
 }

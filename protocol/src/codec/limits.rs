@@ -3,12 +3,14 @@
 #![forbid(unsafe_code)]
 
 use crate::message::{
-    Command, CoordinatorMessage, Counter, DeviceEvent, DeviceMessage, Hello, MAX_COUNTERS, MAX_FDS,
-    MAX_NAME, MAX_TEXT, MemoryDeclaration, Phase, VersionRange,
+    Command, CoordinatorMessage, Counter, DeviceEvent, DeviceMessage, FileIdentity, Hello,
+    MAX_COUNTERS, MAX_FDS, MAX_FILES, MAX_NAME, MAX_TEXT, MemoryDeclaration, Phase, VersionRange,
+    Welcome,
 };
-use serde::Serialize;
 use serde::de::{DeserializeOwned, Deserializer, Error as _, SeqAccess, Visitor};
+use serde::{Deserialize, Serialize};
 use std::fmt;
+use std::marker::PhantomData;
 use thiserror::Error;
 
 /// A field is out of its range.
@@ -39,6 +41,14 @@ pub enum LimitError {
         count: u8,
         /// The fewest that are allowed.
         min: u8,
+    },
+    /// There are too many files, or none where there must be one.
+    #[error("{count} files, allowed are {min} to {MAX_FILES}")]
+    Files {
+        /// How many there are.
+        count: usize,
+        /// The fewest that are allowed.
+        min: usize,
     },
     /// A range of versions is empty or begins at 0, which is the handshake's.
     #[error("protocol versions {} to {} are no range from 1 upwards", .0.min, .0.max)]
@@ -92,6 +102,7 @@ impl Message for CoordinatorMessage {
             Self::Query(_) => "Query",
             Self::Memory(_) => "Memory",
             Self::Shutdown(_) => "Shutdown",
+            Self::Revoke(_) => "Revoke",
         }
     }
 
@@ -101,6 +112,9 @@ impl Message for CoordinatorMessage {
 
     fn fd_count(&self) -> usize {
         match self {
+            Self::Welcome(Welcome { listener, log, .. }) => {
+                usize::from(*listener) + usize::from(*log)
+            }
             Self::Command(Command { phase: Phase::Save | Phase::Load, .. }) => 1,
             Self::Memory(MemoryDeclaration { ram_fds, .. }) => usize::from(*ram_fds),
             _ => 0,
@@ -126,6 +140,7 @@ impl Message for CoordinatorMessage {
                 Ok(())
             }
             Self::Memory(memory) => fds("ram_fds", memory.ram_fds, 1),
+            Self::Revoke(revocation) => file_count(revocation.files.len(), 1),
             Self::Abort(_) | Self::Query(_) | Self::Shutdown(_) => Ok(()),
         }
     }
@@ -161,7 +176,8 @@ impl Message for DeviceMessage {
                 versions(hello.versions)?;
                 text("kind", &hello.kind, MAX_NAME)?;
                 text("program_version", &hello.program_version, MAX_NAME)?;
-                fds("backing_files", hello.backing_files, 0)
+                fds("backing_files", hello.backing_files, 0)?;
+                file_count(hello.memory.len(), 0)
             }
             Self::Reached(reached) => {
                 let count = reached.evidence.counters.len();
@@ -191,39 +207,56 @@ fn fds(field: &'static str, count: u8, min: u8) -> Result<(), LimitError> {
     Ok(())
 }
 
+fn file_count(count: usize, min: usize) -> Result<(), LimitError> {
+    if (min..=MAX_FILES).contains(&count) { Ok(()) } else { Err(LimitError::Files { count, min }) }
+}
+
 fn versions(range: VersionRange) -> Result<(), LimitError> {
     if range.min == 0 || range.min > range.max { Err(LimitError::Versions(range)) } else { Ok(()) }
 }
 
 /// Reads the counters of an [`Evidence`](crate::message::Evidence).
+pub(crate) fn counters<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<Counter>, D::Error> {
+    bounded::<_, _, MAX_COUNTERS>(from, |count| LimitError::Counters { count })
+}
+
+/// Reads the files of a [`Hello`] or a [`Revocation`](crate::message::Revocation).
+pub(crate) fn files<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<FileIdentity>, D::Error> {
+    bounded::<_, _, MAX_FILES>(from, |count| LimitError::Files { count, min: 0 })
+}
+
+/// Reads a sequence of at most `MAX` items.
 ///
 /// serde's own reader of a `Vec` believes a length prefix up to 1 MiB; this one refuses what is
 /// beyond the limit before it allocates.
-pub(crate) fn counters<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<Counter>, D::Error> {
-    struct Bounded;
+fn bounded<'de, T: Deserialize<'de>, D: Deserializer<'de>, const MAX: usize>(
+    from: D,
+    too_many: fn(usize) -> LimitError,
+) -> Result<Vec<T>, D::Error> {
+    struct Bounded<T, const MAX: usize>(fn(usize) -> LimitError, PhantomData<T>);
 
-    impl<'de> Visitor<'de> for Bounded {
-        type Value = Vec<Counter>;
+    impl<'de, T: Deserialize<'de>, const MAX: usize> Visitor<'de> for Bounded<T, MAX> {
+        type Value = Vec<T>;
 
         fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-            write!(f, "at most {MAX_COUNTERS} counters")
+            write!(f, "at most {MAX} items")
         }
 
-        fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<Self::Value, A::Error> {
+        fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<Vec<T>, A::Error> {
             let announced = items.size_hint().unwrap_or(0);
-            if announced > MAX_COUNTERS {
-                return Err(A::Error::custom(LimitError::Counters { count: announced }));
+            if announced > MAX {
+                return Err(A::Error::custom((self.0)(announced)));
             }
             let mut read = Vec::with_capacity(announced);
-            while let Some(counter) = items.next_element()? {
-                if read.len() == MAX_COUNTERS {
-                    return Err(A::Error::custom(LimitError::Counters { count: read.len() + 1 }));
+            while let Some(item) = items.next_element()? {
+                if read.len() == MAX {
+                    return Err(A::Error::custom((self.0)(read.len() + 1)));
                 }
-                read.push(counter);
+                read.push(item);
             }
             Ok(read)
         }
     }
 
-    from.deserialize_seq(Bounded)
+    from.deserialize_seq(Bounded::<T, MAX>(too_many, PhantomData))
 }

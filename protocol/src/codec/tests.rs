@@ -55,6 +55,7 @@ fn hello() -> Hello {
         epoch: Epoch(0),
         state: MigrationState::Running,
         backing_files: 0,
+        memory: Vec::new(),
     }
 }
 

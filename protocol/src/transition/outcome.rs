@@ -78,6 +78,8 @@ pub enum Loss {
     Protocol,
     /// It refused a step that could not be done without it.
     Refused,
+    /// It gave no signs of life, or its data threads had something to do and made no progress.
+    Hung,
 }
 
 impl fmt::Display for Loss {
@@ -88,6 +90,7 @@ impl fmt::Display for Loss {
             Self::Disconnected => "its control channel was closed",
             Self::Protocol => "it broke the protocol",
             Self::Refused => "it refused",
+            Self::Hung => "it hangs",
         })
     }
 }

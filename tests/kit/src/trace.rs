@@ -76,6 +76,11 @@ pub enum What {
         /// Its number.
         sequence: u64,
     },
+    /// The device was told that files are gone.
+    Revoked {
+        /// Number of the revocation.
+        sequence: u64,
+    },
     /// A hook was called.
     Called(Call),
     /// A hook is about to return.

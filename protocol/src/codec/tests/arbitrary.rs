@@ -51,9 +51,15 @@ fn coordinator_message() -> impl Strategy<Value = CoordinatorMessage> {
             (1..=u16::MAX, machine(), text(MAX_NAME), any::<u64>()),
             (term(), epoch(), any::<u64>()),
             select(vec![OrphanPolicy::Exit, OrphanPolicy::Keep]),
+            any::<[bool; 2]>(),
         )
             .prop_map(
-                |((version, machine, name, incarnation), (term, epoch, heartbeat_ns), orphan)| {
+                |(
+                    (version, machine, name, incarnation),
+                    (term, epoch, heartbeat_ns),
+                    orphan,
+                    [listener, log],
+                )| {
                     M::Welcome(Welcome {
                         version,
                         machine,
@@ -63,6 +69,8 @@ fn coordinator_message() -> impl Strategy<Value = CoordinatorMessage> {
                         epoch,
                         heartbeat_ns,
                         orphan,
+                        listener,
+                        log,
                     })
                 }
             ),
@@ -81,7 +89,14 @@ fn coordinator_message() -> impl Strategy<Value = CoordinatorMessage> {
         )),
         (term(), any::<u64>())
             .prop_map(|(term, grace_ns)| M::Shutdown(Shutdown { term, grace_ns })),
+        (term(), any::<u64>(), vec(file(), 1..=MAX_FILES)).prop_map(|(term, sequence, files)| {
+            M::Revoke(Revocation { term, sequence, files })
+        }),
     ]
+}
+
+fn file() -> impl Strategy<Value = FileIdentity> {
+    any::<[u64; 2]>().prop_map(|[device, inode]| FileIdentity { device, inode })
 }
 
 fn evidence() -> impl Strategy<Value = Evidence> {
@@ -112,11 +127,13 @@ fn any_hello() -> impl Strategy<Value = Hello> {
     (
         (versions(), text(MAX_NAME), text(MAX_NAME), capabilities),
         (option::of(machine()), term(), epoch(), state(), 0..=16_u8),
+        vec(file(), 0..=MAX_FILES),
     )
         .prop_map(
             |(
                 (versions, kind, program_version, capabilities),
                 (machine, term, epoch, state, backing_files),
+                memory,
             )| Hello {
                 versions,
                 kind,
@@ -127,6 +144,7 @@ fn any_hello() -> impl Strategy<Value = Hello> {
                 epoch,
                 state,
                 backing_files,
+                memory,
             },
         )
 }
@@ -152,17 +170,18 @@ fn device_message() -> impl Strategy<Value = DeviceMessage> {
             }
         ),
         any::<u64>().prop_map(|sequence| M::MemoryAccepted(MemoryAccepted { sequence })),
-        any::<[u64; 3]>().prop_map(|[sequence, progress, dropped_logs]| M::Heartbeat(Heartbeat {
-            sequence,
-            progress,
-            dropped_logs
-        })),
+        (any::<[u64; 3]>(), any::<bool>()).prop_map(
+            |([sequence, progress, dropped_logs], pending)| {
+                M::Heartbeat(Heartbeat { sequence, progress, pending, dropped_logs })
+            }
+        ),
         prop_oneof![
             Just(DeviceEvent::ClientConnected),
             Just(DeviceEvent::ClientDisconnected),
             state().prop_map(DeviceEvent::ClientState),
             state().prop_map(DeviceEvent::LeaseExpired),
             text(MAX_TEXT).prop_map(DeviceEvent::Failed),
+            term().prop_map(DeviceEvent::Superseded),
         ]
         .prop_map(M::Event),
     ]

@@ -213,6 +213,7 @@ impl RogueDevice {
             epoch: Epoch(0),
             state: MigrationState::Running,
             backing_files: u8::from(file.is_some()),
+            memory: Vec::new(),
         };
         let fds: Vec<_> = file.iter().map(AsFd::as_fd).collect();
         match &self.channel {
@@ -343,6 +344,10 @@ impl RogueDevice {
                 self.perform(Cause::Memory(memory.sequence));
             }
             CoordinatorMessage::Shutdown(_) => self.perform(Cause::Shutdown),
+            CoordinatorMessage::Revoke(revocation) => {
+                self.trace(What::Revoked { sequence: revocation.sequence });
+                self.perform(Cause::Memory(revocation.sequence));
+            }
         }
         Ok(())
     }

@@ -48,7 +48,12 @@ pub(crate) fn send_message(socket: impl AsFd, message: &DeviceMessage) -> Result
 }
 
 pub(crate) fn heartbeat(sequence: u64) -> DeviceMessage {
-    DeviceMessage::Heartbeat(Heartbeat { sequence, progress: sequence, dropped_logs: 0 })
+    DeviceMessage::Heartbeat(Heartbeat {
+        sequence,
+        progress: sequence,
+        pending: false,
+        dropped_logs: 0,
+    })
 }
 
 fn bytes(message: &DeviceMessage) -> Result<Vec<u8>, Error> {
