@@ -327,3 +327,26 @@ async fn a_local_device_that_answers_late_ends_the_hold_only_if_it_has_stopped()
         assert_all_in(&machine, &trace, &["d0", "local"], MigrationState::Running).await;
     }
 }
+
+/// Its thread is gone: no answer will ever come, so only the owner can end the hold.
+#[tokio::test]
+async fn a_hook_that_panics_is_one_that_hangs() {
+    let trace = Trace::new().unwrap();
+    let hook = TracedHook::new("vcpus", &trace).unwrap().doing(|_| panic!("a bug in the VMM"));
+    let machine = start(
+        builder()
+            .device(honest("d0", &trace))
+            .hook(HookSpec::new("vcpus", Slot::Between).deadline(SHORT), hook),
+    )
+    .await;
+    let error = within(SHORT, "pause", machine.pause()).await.unwrap_err();
+    let report = report_of(&error);
+    let Outcome::Held { reasons, .. } = &report.outcome else { panic!("{report}") };
+    assert!(matches!(reasons[..], [HeldReason::HookHung(_)]), "{report}");
+    assert_all_in(&machine, &trace, &["d0"], MigrationState::Stop).await;
+    assert_refused(&machine, "panicked").await;
+    machine.accept_hold().await.unwrap();
+    assert_machine(&machine, MachineState::Stopped).await;
+    assert_usable(&machine).await;
+    assert_eq!(calls(&trace, "vcpus"), [What::Called(Call::Stop)], "it is asked no more");
+}
