@@ -4,10 +4,12 @@
 //! change takes its time) holds nobody up. Neither can be fenced: one that hangs makes the
 //! transition end in *Held*. One that panics is one that never returns.
 
-use standstill_protocol::message::{Command, PeerDma};
+use standstill_protocol::message::{Command, PeerDma, Phase};
 use standstill_protocol::migration::{MigrationFlags, MigrationState};
 use standstill_protocol::transition::{HookId, HookMoment, ParticipantId};
 use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
 
@@ -64,16 +66,24 @@ pub(crate) enum LocalAnswer {
     Hook(HookId, HookMoment, Result<(), String>),
 }
 
-/// The thread of a local device. It ends when this is dropped and the device's call has returned.
+/// The thread of a local device or hook. It ends when this is dropped and the call has returned.
 #[derive(Debug)]
 pub(crate) struct LocalThread<T> {
-    calls: Sender<T>,
+    calls: Sender<(u64, T)>,
+    /// Grows with each hold.
+    holds: Arc<AtomicU64>,
 }
 
 impl<T> LocalThread<T> {
     /// False if the thread is gone.
     pub(crate) fn call(&self, call: T) -> bool {
-        self.calls.send(call).is_ok()
+        self.calls.send((self.holds.load(Ordering::Acquire), call)).is_ok()
+    }
+
+    /// A hold begins: whatever leads back to running and was not begun yet is void. A local device
+    /// that hangs and returns must not carry out what an undo told it meanwhile.
+    pub(crate) fn hold(&self) {
+        self.holds.fetch_add(1, Ordering::AcqRel);
     }
 }
 
@@ -84,8 +94,12 @@ pub(crate) fn local_device(
     mut device: Box<dyn LocalDevice>,
     answer: impl Fn(LocalAnswer) + Send + 'static,
 ) -> io::Result<LocalThread<Command>> {
-    spawn(name, move |calls: Receiver<Command>| {
-        for command in calls {
+    spawn(name, move |calls: Receiver<(u64, Command)>, holds| {
+        for (told_at, command) in calls {
+            let starts = matches!(command.phase, Phase::PrepareStart | Phase::Start);
+            if starts && told_at != holds.load(Ordering::Acquire) {
+                continue;
+            }
             let result = device
                 .set_state(command.target, &command)
                 .map_err(|(error, state)| (error.to_string(), state));
@@ -101,8 +115,9 @@ pub(crate) fn hook(
     mut hook: Box<dyn Hook>,
     answer: impl Fn(LocalAnswer) + Send + 'static,
 ) -> io::Result<LocalThread<HookMoment>> {
-    spawn(name, move |calls: Receiver<HookMoment>| {
-        for moment in calls {
+    spawn(name, move |calls: Receiver<(u64, HookMoment)>, _| {
+        // One that hangs is told nothing more, so nothing of it can be void.
+        for (_, moment) in calls {
             let result = match moment {
                 HookMoment::Stop => hook.stop(),
                 HookMoment::Start => hook.start(),
@@ -114,11 +129,13 @@ pub(crate) fn hook(
 
 fn spawn<T: Send + 'static>(
     name: &str,
-    body: impl FnOnce(Receiver<T>) + Send + 'static,
+    body: impl FnOnce(Receiver<(u64, T)>, Arc<AtomicU64>) + Send + 'static,
 ) -> io::Result<LocalThread<T>> {
     let (calls, receiver) = channel();
+    let holds = Arc::new(AtomicU64::new(0));
+    let seen = Arc::clone(&holds);
     // The kernel keeps 15 bytes of a thread's name.
     let name: String = name.chars().take(15).collect();
-    thread::Builder::new().name(name).spawn(move || body(receiver))?;
-    Ok(LocalThread { calls })
+    thread::Builder::new().name(name).spawn(move || body(receiver, seen))?;
+    Ok(LocalThread { calls, holds })
 }

@@ -189,6 +189,9 @@ impl State {
             Effect::Fence(id, why) => self.fence(id, why, events),
             Effect::RunHook(id, moment) => self.run_hook(id, moment),
             Effect::Arm(timer, budget_ns) => {
+                if timer == Timer::Hold {
+                    self.locals.iter().for_each(|local| local.thread.hold());
+                }
                 let Some(number) = self.active.as_ref().map(|active| active.number) else { return };
                 let handle = self.after(Duration::from_nanos(budget_ns), move || {
                     Message::Expired(number, timer)
