@@ -1,6 +1,8 @@
 //! From start to welcome, and every way to end.
 
 use crate::child::{Device, PATIENCE, spawn, wait, welcome};
+use crate::client::Client;
+use crate::probe::{DOORBELL, NUMBER};
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 use standstill_device_proc::serve::{
@@ -26,6 +28,7 @@ fn the_greeting_says_what_the_device_is() {
     assert!(hello.capabilities.progress);
     assert_eq!((hello.machine, hello.term, hello.epoch), (None, Term(0), Epoch(0)));
     assert_eq!((hello.state, hello.backing_files), (MigrationState::Running, 1));
+    assert_eq!(hello.memory.len(), 1, "one memory BAR");
     device.process.kill().unwrap();
 }
 
@@ -167,9 +170,16 @@ fn heartbeats_carry_the_progress() {
     for expected in 0..3 {
         match device.next() {
             DeviceMessage::Heartbeat(beat) => {
-                assert_eq!((beat.sequence, beat.progress), (expected, 0));
+                assert_eq!((beat.sequence, beat.progress, beat.pending), (expected, 0, false));
             }
             other => panic!("expected a heartbeat, got {other:?}"),
         }
     }
+    let mut client = Client::connect(&device.socket());
+    client.write_u32(0, NUMBER, 5).unwrap();
+    client.write_u32(0, DOORBELL, 1).unwrap();
+    crate::child::until("the progress is told", || match device.next() {
+        DeviceMessage::Heartbeat(beat) => (beat.progress, beat.pending) == (5, true),
+        _ => false,
+    });
 }
