@@ -6,6 +6,7 @@ use standstill_protocol::message::{
     Reached, Refused, Shutdown, Status, Term, Welcome,
 };
 use standstill_protocol::migration::MigrationState;
+use std::io::ErrorKind;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ExitStatus, Stdio};
@@ -66,7 +67,16 @@ impl Device {
 
     /// Connects as a later coordinator, and is greeted.
     pub(crate) fn connect(&self) -> (CoordinatorEnd, Hello) {
-        let channel = CoordinatorEnd::connect(&self.control_path()).unwrap();
+        let mut connected = None;
+        until("there is room for one more", || {
+            connected = match CoordinatorEnd::connect(&self.control_path()) {
+                Ok(channel) => Some(channel),
+                Err(error) if error.kind() == ErrorKind::WouldBlock => None,
+                Err(error) => panic!("{error}"),
+            };
+            connected.is_some()
+        });
+        let channel = connected.unwrap();
         let DeviceMessage::Hello(hello) = channel.recv(PATIENCE).unwrap().message else {
             panic!("no Hello");
         };

@@ -107,7 +107,7 @@ fn a_device_that_is_to_be_kept_outlives_its_coordinator() {
     let accept = CoordinatorMessage::Welcome(welcome(OrphanPolicy::Keep));
     channel.send(&accept, &[], PATIENCE).unwrap();
     drop(channel);
-    let mut client = crate::client::Client::connect(&socket);
+    let mut client = Client::connect(&socket);
     client.write_u32(0, 0, 5).unwrap();
     assert_eq!(client.read_u32(0, 0), Ok(5));
     let pid = rustix::process::Pid::from_raw(i32::try_from(process.id()).unwrap()).unwrap();
@@ -138,7 +138,7 @@ fn without_a_coordinator_a_device_runs_until_it_is_told_to_end() {
     crate::child::until("the data socket is there", || {
         std::os::unix::net::UnixStream::connect(&socket).is_ok()
     });
-    let mut client = crate::client::Client::connect(&socket);
+    let mut client = Client::connect(&socket);
     client.write_u32(0, 0, 5).unwrap();
     let pid = rustix::process::Pid::from_raw(i32::try_from(process.id()).unwrap()).unwrap();
     rustix::process::kill_process(pid, rustix::process::Signal::INT).unwrap();

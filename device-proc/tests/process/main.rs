@@ -22,6 +22,14 @@ fn stranger() {
     }
 }
 
+/// Not a test: what a parent of a device process does. Without its variable it is empty.
+#[test]
+fn parent() {
+    if let Ok(folder) = std::env::var(takeover::PARENT_VARIABLE) {
+        takeover::be_a_parent(folder.as_ref());
+    }
+}
+
 /// Not a test: what a device process of these tests does. Without its variable it is empty.
 #[test]
 fn device_process() {

@@ -88,7 +88,7 @@ fn the_greeting_names_the_file_that_clients_map() {
     device.send(&CoordinatorMessage::Welcome(crate::child::welcome(
         standstill_protocol::message::OrphanPolicy::Exit,
     )));
-    let mut client = vfio_user::Client::new(&device.socket()).unwrap();
+    let client = vfio_user::Client::new(&device.socket()).unwrap();
     let region = client.region(2).unwrap();
     let file = region.file_offset.as_ref().expect("the fd came").file();
     assert_eq!(hello.memory, [identity(file)]);

@@ -3,7 +3,8 @@
 use crate::child::{Device, PATIENCE, command, until, wait, welcome};
 use crate::client::Client;
 use crate::probe::{LET_GO, NUMBER};
-use rustix::process::{Pid, Signal, getuid, kill_process};
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, getuid, kill_process, prlimit};
 use standstill_device_proc::serve::EXIT_ORPHANED;
 use standstill_protocol::channel::{CoordinatorEnd, RecvError, bind};
 use standstill_protocol::message::{
@@ -15,9 +16,13 @@ use std::io::{BufRead, BufReader};
 use std::os::fd::AsFd;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
+use std::time::Duration;
 
 /// Tells this program to be a stranger to the device that listens there.
 pub(crate) const STRANGER_VARIABLE: &str = "STANDSTILL_TEST_STRANGER";
+
+/// Tells this program to be the parent of a device process, and in which folder.
+pub(crate) const PARENT_VARIABLE: &str = "STANDSTILL_TEST_PARENT";
 
 /// All that comes on a connection until its end.
 fn rest(channel: &CoordinatorEnd) -> Vec<DeviceMessage> {
@@ -202,7 +207,6 @@ fn many_that_connect_cost_no_more_than_one() {
     assert!(open_fds() <= before + 2, "{} fds, {before} before", open_fds());
     // When they go, the next one gets through.
     drop((silent, crowd));
-    until("there is room", || CoordinatorEnd::connect(&device.control_path()).is_ok());
     device.take_over(2);
     assert_obeys(&device, 1);
     // Those who come and go without a word leave nothing behind either.
@@ -321,6 +325,120 @@ fn a_kept_device_without_a_coordinator_still_ends_when_it_is_told_to() {
     let pid = Pid::from_raw(i32::try_from(device.process.id()).unwrap()).unwrap();
     kill_process(pid, Signal::TERM).unwrap();
     assert_eq!(wait(&mut device.process).code(), Some(0));
+}
+
+#[test]
+fn a_save_that_nobody_reads_does_not_hold_a_take_over_up() {
+    let mut device = Device::kept("", None);
+    device.go(1, Phase::PrepareStop, S::RunningP2p);
+    device.go(1, Phase::Stop, S::StopCopy);
+    let (_reader, writer) = std::io::pipe().unwrap();
+    let save = CoordinatorMessage::Command(command(2, Phase::Save, S::StopCopy));
+    device.send_with(&save, &[writer.as_fd()]);
+    assert_eq!(device.query(2).moving_to, Some(S::StopCopy));
+    let old = device.take_over(2);
+    until("the save is given up", || device.query(0).moving_to.is_none());
+    assert_eq!(device.query(0).state, S::StopCopy);
+    assert_eq!(rest(&old), [superseded(2)]);
+    device.resume(1);
+}
+
+#[test]
+fn half_a_load_is_left_to_the_next_coordinator_as_an_error() {
+    let mut device = Device::kept("", None);
+    device.pause(1);
+    let (reader, _writer) = std::io::pipe().unwrap();
+    let load = CoordinatorMessage::Command(command(2, Phase::Load, S::Stop));
+    device.send_with(&load, &[reader.as_fd()]);
+    assert_eq!(device.query(2).moving_to, Some(S::Stop));
+    let (lost, _unused) = CoordinatorEnd::pair().unwrap();
+    drop(std::mem::replace(&mut device.channel, lost));
+    device.take_over(2);
+    until("the load is given up", || device.query(0).moving_to.is_none());
+    assert_eq!(device.query(0).state, S::Error);
+    device.go(1, Phase::Reset, S::Stop);
+    device.resume(2);
+}
+
+/// CPU time of a process so far, in clock ticks of 10 ms.
+fn cpu_ticks(process: u32) -> u64 {
+    let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).unwrap();
+    // Behind the name, which may contain anything: fields 14 and 15 of proc(5).
+    let fields: Vec<_> = stat.rsplit(')').next().unwrap().split_whitespace().collect();
+    fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
+}
+
+#[test]
+fn a_device_without_free_fds_neither_spins_nor_forgets_who_waits() {
+    let device = Device::kept("", None);
+    let pid = Pid::from_raw(i32::try_from(device.process.id()).unwrap()).unwrap();
+    let none = Rlimit { current: Some(0), ..getrlimit(Resource::Nofile) };
+    let usual = prlimit(Some(pid), Resource::Nofile, none).unwrap();
+    let candidate = CoordinatorEnd::connect(&device.control_path()).unwrap();
+    let before = cpu_ticks(device.process.id());
+    let nothing = candidate.recv(Duration::from_secs(1));
+    assert!(matches!(nothing, Err(RecvError::TimedOut { .. })), "{nothing:?}");
+    let used = cpu_ticks(device.process.id()) - before;
+    assert!(used < 30, "{used} ticks of CPU time in a second of waiting");
+    assert_obeys(&device, 1);
+    prlimit(Some(pid), Resource::Nofile, usual).unwrap();
+    let hello = candidate.recv(PATIENCE).unwrap().message;
+    assert!(matches!(hello, DeviceMessage::Hello(_)));
+}
+
+/// Starts a device that is to end with this process, as its parent; lives until its standard input
+/// ends.
+pub(crate) fn be_a_parent(folder: &Path) {
+    let (channel, stdin) = CoordinatorEnd::pair().unwrap();
+    let mut child = crate::child::spawn(&folder.join("data.sock"), "", stdin.into());
+    channel.recv(PATIENCE).unwrap();
+    let listener = bind(&folder.join("control.sock")).unwrap();
+    let exit = Welcome { listener: true, ..welcome(OrphanPolicy::Exit) };
+    channel.send(&CoordinatorMessage::Welcome(exit), &[listener.as_fd()], PATIENCE).unwrap();
+    std::io::copy(&mut std::io::stdin(), &mut std::io::sink()).unwrap();
+    let _ = child.kill();
+    let _ = child.wait();
+}
+
+#[test]
+fn a_device_that_was_taken_over_does_not_end_with_its_parent() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut parent = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "parent", "--nocapture", "--test-threads=1"])
+        .env(PARENT_VARIABLE, folder.path())
+        .stdin(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let path = folder.path().join("control.sock");
+    let mut connected = None;
+    until("the device listens", || {
+        connected = CoordinatorEnd::connect(&path).ok();
+        connected.is_some()
+    });
+    let channel = connected.unwrap();
+    let hello = channel.recv(PATIENCE).unwrap().message;
+    assert!(matches!(hello, DeviceMessage::Hello(_)));
+    let device = Pid::from_raw(channel.peer_credentials().unwrap().pid).unwrap();
+    let exit = Welcome { term: Term(2), ..welcome(OrphanPolicy::Exit) };
+    channel.send(&CoordinatorMessage::Welcome(exit), &[], PATIENCE).unwrap();
+    channel.set_version(1);
+    let query = |epoch| {
+        let query = Query { term: Term(2), epoch: Epoch(epoch) };
+        channel.send(&CoordinatorMessage::Query(query), &[], PATIENCE).unwrap();
+        assert!(matches!(channel.recv(PATIENCE).unwrap().message, DeviceMessage::Status(_)));
+    };
+    query(1);
+    parent.kill().unwrap();
+    parent.wait().unwrap();
+    // A signal would have come before the parent could be waited for.
+    query(2);
+    drop(channel);
+    let pidfd = rustix::process::pidfd_open(device, rustix::process::PidfdFlags::empty());
+    if let Ok(pidfd) = pidfd {
+        let mut fds = [PollFd::new(&pidfd, PollFlags::IN)];
+        let patience = PATIENCE.try_into().unwrap();
+        assert_eq!(poll(&mut fds, Some(&patience)), Ok(1), "it ends with its coordinator");
+    }
 }
 
 /// Another user connects, or, where this user cannot become another one, the same.
