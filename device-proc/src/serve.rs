@@ -34,6 +34,11 @@
 //! No device process is left behind: before it is welcomed, and after with the orphan policy
 //! `exit`, it ends with its coordinator (end of the control channel, and `PR_SET_PDEATHSIG` for
 //! the case that it cannot look).
+//!
+//! With the orphan policy `keep` it outlives its coordinator, also one that breaks the protocol: it
+//! stays in the state that it has reached, serves its client, and waits at the socket that came with
+//! the welcome for a coordinator of a higher term. Once it was taken over its parent means nothing
+//! to it, whatever the policy.
 
 #![forbid(unsafe_code)]
 

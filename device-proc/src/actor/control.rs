@@ -75,8 +75,16 @@ impl<D: Device> State<D> {
         let watch = Watch::start(Arc::clone(&channel), self.myself.clone(), id)
             .map_err(ActorError::Watch)?;
         let Welcome { machine, term, epoch, orphan, heartbeat_ns, listener, log, .. } = welcome;
+        if self.machine.is_some() {
+            // Not the first: the parent is not the coordinator any more, and its death means
+            // nothing. Before it is told, since it may end at once. The thread is the one that has
+            // asked for the signal, the process's first.
+            if let Err(error) = rustix::process::set_parent_process_death_signal(None) {
+                tracing::warn!(%error, "this process still ends with its parent");
+            }
+        }
         if let Some(old) = &self.control {
-            let superseded = DeviceMessage::Event(DeviceEvent::Superseded(welcome.term));
+            let superseded = DeviceMessage::Event(DeviceEvent::Superseded(term));
             // It may not read any more, or be gone: nobody waits for it.
             let told = old.outbox.try_send(&superseded);
             tracing::debug!(?told, "the old coordinator");
@@ -127,10 +135,6 @@ impl<D: Device> State<D> {
                 tracing::debug!(%error, "it is not told so");
             }
             return;
-        }
-        // The parent is not the coordinator of this process any more: its death means nothing.
-        if let Err(error) = rustix::process::set_parent_process_death_signal(None) {
-            tracing::warn!(%error, "this process still ends with its parent");
         }
         if let Err(error) = self.join(newcomer).await {
             // The old connection stays.

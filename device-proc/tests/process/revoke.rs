@@ -83,6 +83,19 @@ fn a_revocation_that_cannot_be_carried_out_is_not_answered() {
 }
 
 #[test]
+fn the_next_coordinator_is_not_answered_what_the_last_one_asked() {
+    let mut device = Device::kept("", None);
+    let copy = HalfWay::begin(&device, false);
+    revoke(&device, 1, 7, vec![identity(&copy.memory)]);
+    device.query(1);
+    device.take_over(2);
+    revoke(&device, 2, 8, vec![identity(&copy.memory)]);
+    device.query(1);
+    copy.let_go();
+    assert_eq!(accepted(&device), 8);
+}
+
+#[test]
 fn the_greeting_names_the_file_that_clients_map() {
     let (device, hello) = Device::start("");
     device.send(&CoordinatorMessage::Welcome(crate::child::welcome(

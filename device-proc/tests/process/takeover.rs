@@ -226,8 +226,11 @@ fn a_coordinator_that_does_not_read_is_left_behind() {
     }
     let old = device.take_over(2);
     assert_obeys(&device, 1);
-    let left = rest(&old);
-    assert!(left.len() < 450, "the queue was not full");
+    let mut left = rest(&old);
+    // If there was room for all of it, there was for the last word.
+    if left.len() >= 450 {
+        assert_eq!(left.pop(), Some(superseded(2)));
+    }
     assert!(left.iter().all(|message| matches!(message, DeviceMessage::Status(_))));
 }
 
