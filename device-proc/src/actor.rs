@@ -5,17 +5,22 @@
 //! something, an arc has ended, a lease has run out. It feeds the lifecycle and carries out, in
 //! order, what that gives back.
 //!
+//! The coordinator may change while all that goes on. Whoever takes over gets the device as it is;
+//! the old connection ends unread, and what is still under way from it carries its id.
+//!
 //! The way of a command from its packet to its answer is short: if the device's hooks and the
 //! drains have nothing to wait for, all of it happens in one call of the actor, on its thread. If
 //! they have, the rest of the arc becomes a task of its own and the actor goes on answering
 //! queries and sending heartbeats.
 //!
 //! Its mailbox is bounded by those who cast: the control channel's watcher casts one message and
-//! waits until it was handled, the client's thread waits for its answer, and each timer and each
-//! arc casts once.
+//! waits until it was handled, the client's thread waits for its answer, whoever listens for later
+//! coordinators waits for its own, and each timer, each arc and each revocation casts once.
 
 #![forbid(unsafe_code)]
 
+pub(crate) mod control;
+pub(crate) mod introduction;
 pub(crate) mod parts;
 
 mod arc;
@@ -27,35 +32,37 @@ mod outbox;
 mod scripted;
 mod stream;
 mod stream_fd;
+mod takeover;
 mod watch;
+mod windows;
 
 pub use outbox::OutboxError;
 pub use parts::InfoError;
 
 use crate::device::Device;
-use crate::log;
+use crate::memory::RevokeError;
 use arc::{ArcOutcome, Spent};
 use budget::Overtaken;
+use control::{ConnectionId, Control, Newcomer};
+use introduction::{Facts, Introduction};
 use job::{Arrival, Job};
-use outbox::Outbox;
 use parts::Parts;
 use ractor::{Actor, ActorProcessingErr, ActorRef};
-use standstill_protocol::channel::{DeviceEnd, Received, RecvError, SendError};
+use standstill_protocol::channel::{Received, RecvError};
 use standstill_protocol::lifecycle::{ClientRequest, Effect, Event, ExitReason, Lifecycle};
 use standstill_protocol::message::{
-    CoordinatorMessage, DeviceEvent, DeviceMessage, Epoch, Heartbeat, MAX_TEXT, MemoryAccepted,
-    MemoryDeclaration, Refusal, RefusalKind, Welcome,
+    CoordinatorMessage, DeviceEvent, DeviceMessage, Epoch, OrphanPolicy, Refusal, RefusalKind,
 };
 use standstill_protocol::migration::{Activity, MigrationFlags, MigrationState};
 use std::collections::VecDeque;
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::mpsc::SyncSender;
 use std::time::{Duration, Instant};
+use takeover::Listening;
 use thiserror::Error;
 use tokio::sync::oneshot;
 use tokio::task::AbortHandle;
-use watch::Watch;
+use uuid::Uuid;
 
 /// The most packets that are handled before others get their turn.
 const MOST_PACKETS: usize = 64;
@@ -64,7 +71,7 @@ const MOST_PACKETS: usize = 64;
 #[derive(Debug)]
 pub(crate) enum Message {
     /// The control channel has packets.
-    Readable,
+    Readable(ConnectionId),
     /// An arc that could not be taken at once has ended; where it led to.
     ArcFinished(ArcOutcome, Activity),
     /// A reset has ended; what the device may do now.
@@ -72,11 +79,17 @@ pub(crate) enum Message {
     /// A state stream has ended.
     StreamFinished(Result<(), Refusal>),
     /// A message that had to wait cannot be sent.
-    SendFailed(OutboxError),
+    SendFailed(ConnectionId, OutboxError),
+    /// A revocation has ended: its number, and how many windows it has taken away.
+    Revoked(ConnectionId, u64, Result<usize, RevokeError>),
+    /// Somebody wants to take over: what is there to tell.
+    Facts(oneshot::Sender<Facts>),
+    /// Another coordinator has welcomed the device; answered when that was decided.
+    TakeOver(Box<Newcomer>, oneshot::Sender<()>),
     /// A stop's lease has run out.
     LeaseExpired(Epoch),
     /// It is time for a heartbeat.
-    HeartbeatDue,
+    HeartbeatDue(ConnectionId),
     /// The client wants something.
     Client(ClientRequest, ClientReply),
     /// A client came or went; answered when the coordinator was told.
@@ -129,7 +142,7 @@ pub(crate) struct Arguments<D> {
     pub(crate) parts: Arc<Parts<D>>,
     pub(crate) migration: MigrationFlags,
     /// `None`: standalone.
-    pub(crate) control: Option<(Arc<DeviceEnd>, Welcome)>,
+    pub(crate) control: Option<(Newcomer, Arc<Introduction>)>,
     /// Told once, how it ended.
     pub(crate) ended: oneshot::Sender<Outcome>,
 }
@@ -138,14 +151,6 @@ pub(crate) struct Arguments<D> {
 #[derive(Debug)]
 pub(crate) struct DeviceActor<D>(pub(crate) std::marker::PhantomData<fn() -> D>);
 
-/// The connection to the coordinator.
-#[derive(Debug)]
-struct Control {
-    channel: Arc<DeviceEnd>,
-    outbox: Outbox,
-    watch: Watch,
-}
-
 /// What the actor knows.
 #[derive(Debug)]
 pub(crate) struct State<D> {
@@ -153,6 +158,16 @@ pub(crate) struct State<D> {
     parts: Arc<Parts<D>>,
     lifecycle: Lifecycle,
     control: Option<Control>,
+    /// The id of the latest connection.
+    connections: ConnectionId,
+    /// What later coordinators are told; `None` if there was none at first.
+    introduction: Option<Arc<Introduction>>,
+    listening: Option<Listening>,
+    /// The machine of the first `Welcome`.
+    machine: Option<Uuid>,
+    orphan: OrphanPolicy,
+    /// How many revocations are under way.
+    revocations: usize,
     /// What gate, accesses and interrupts are set to.
     in_force: Activity,
     /// The latest command, until it begins.
@@ -163,8 +178,6 @@ pub(crate) struct State<D> {
     overtaken: Arc<Overtaken>,
     client_reply: Option<ClientReply>,
     lease: Option<AbortHandle>,
-    heartbeat: Option<Duration>,
-    sequence: u64,
     shutdown_grace: Duration,
     /// `None` once the process is ending.
     ended: Option<oneshot::Sender<Outcome>>,
@@ -186,19 +199,26 @@ impl<D: Device> Actor for DeviceActor<D> {
             parts,
             lifecycle: Lifecycle::new(migration),
             control: None,
+            connections: ConnectionId::default(),
+            introduction: None,
+            listening: None,
+            machine: None,
+            orphan: OrphanPolicy::Exit,
+            revocations: 0,
             in_force: Activity::Full,
             arrival: None,
             job: None,
             overtaken: Arc::default(),
             client_reply: None,
             lease: None,
-            heartbeat: None,
-            sequence: 0,
             shutdown_grace: Duration::ZERO,
             ended: Some(ended),
         };
-        if let Some((channel, welcome)) = control {
-            state.join(channel, &welcome).await;
+        if let Some((newcomer, introduction)) = control {
+            state.introduction = Some(introduction);
+            if let Err(error) = state.join(newcomer).await {
+                state.end(Err(error));
+            }
         }
         Ok(state)
     }
@@ -217,25 +237,9 @@ impl<D: Device> Actor for DeviceActor<D> {
 }
 
 impl<D: Device> State<D> {
-    /// A coordinator has accepted this device.
-    async fn join(&mut self, channel: Arc<DeviceEnd>, welcome: &Welcome) {
-        let watch = match Watch::start(Arc::clone(&channel), self.myself.clone()) {
-            Ok(watch) => watch,
-            Err(error) => return self.end(Err(ActorError::Watch(error))),
-        };
-        let outbox = Outbox::new(Arc::clone(&channel));
-        self.control = Some(Control { channel, outbox, watch });
-        let Welcome { term, epoch, orphan, .. } = *welcome;
-        self.feed(Event::Welcome { term, epoch, orphan }).await;
-        if welcome.heartbeat_ns > 0 {
-            self.heartbeat = Some(Duration::from_nanos(welcome.heartbeat_ns));
-            self.heartbeat_due();
-        }
-    }
-
     async fn handle(&mut self, message: Message) {
         match message {
-            Message::Readable => self.receive().await,
+            Message::Readable(id) => self.receive(id).await,
             Message::ArcFinished(outcome, after) => {
                 let event = self.arc_ended(outcome, after);
                 self.feed(event).await;
@@ -248,9 +252,24 @@ impl<D: Device> State<D> {
                 self.forget_overtaken_job();
                 self.feed(result.map_or_else(Event::StreamFailed, |()| Event::StreamDone)).await;
             }
-            Message::SendFailed(error) => self.end(Err(error.into())),
+            Message::SendFailed(id, error) if self.is_present(id) => self.lose(error.into()).await,
+            Message::SendFailed(_, error) => tracing::debug!(%error, "to a coordinator of before"),
+            Message::Revoked(id, sequence, result) => self.revoked(id, sequence, result),
+            Message::Facts(asked) => {
+                // Who asked may have been given up.
+                let _ = asked.send(self.facts());
+            }
+            Message::TakeOver(newcomer, done) => {
+                self.take_over(*newcomer).await;
+                // As above.
+                let _ = done.send(());
+            }
             Message::LeaseExpired(epoch) => self.feed(Event::LeaseExpired(epoch)).await,
-            Message::HeartbeatDue => self.heartbeat_due(),
+            Message::HeartbeatDue(id) => {
+                if let Some(interval) = self.heartbeat_interval(id) {
+                    self.heartbeat_due(id, interval);
+                }
+            }
             Message::Client(request, reply) => self.client(request, reply).await,
             Message::ClientPresent(present, told) => {
                 let event = if present {
@@ -277,19 +296,20 @@ impl<D: Device> State<D> {
     }
 
     /// Reads the control channel until it is empty.
-    async fn receive(&mut self) {
+    async fn receive(&mut self, id: ConnectionId) {
         for _ in 0..MOST_PACKETS {
-            let Some(control) = &self.control else { return };
+            // What is left of an earlier connection is not read.
+            let Some(control) = self.control.as_ref().filter(|control| control.id == id) else {
+                return;
+            };
             match control.channel.try_recv() {
-                Ok(Some(received)) => self.received(received).await,
+                Ok(Some(received)) => self.received(id, received).await,
                 Ok(None) => return control.watch.handled(true),
                 Err(RecvError::Disconnected) => {
                     tracing::warn!("the coordinator has closed the control channel");
-                    // Its watcher ends with it.
-                    self.control = None;
-                    return self.feed(Event::Disconnected).await;
+                    return self.disconnected().await;
                 }
-                Err(error) => return self.end(Err(ActorError::Protocol(error))),
+                Err(error) => return self.lose(ActorError::Protocol(error)).await,
             }
             if self.ended.is_none() {
                 return;
@@ -300,7 +320,7 @@ impl<D: Device> State<D> {
         }
     }
 
-    async fn received(&mut self, received: Received<CoordinatorMessage>) {
+    async fn received(&mut self, id: ConnectionId, received: Received<CoordinatorMessage>) {
         let Received { message, fds } = received;
         match message {
             CoordinatorMessage::Command(command) => {
@@ -314,36 +334,18 @@ impl<D: Device> State<D> {
             CoordinatorMessage::Abort(abort) => self.feed(Event::Abort(abort)).await,
             CoordinatorMessage::Query(query) => self.feed(Event::Query(query)).await,
             CoordinatorMessage::Memory(declaration) => self.declare(declaration, fds),
-            // Not answered: a coordinator that revokes learns that it was not done.
-            CoordinatorMessage::Revoke(_) => tracing::warn!("revocations are not supported"),
+            CoordinatorMessage::Revoke(revocation) => self.revoke(id, revocation),
             CoordinatorMessage::Shutdown(shutdown) => {
                 self.shutdown_grace = Duration::from_nanos(shutdown.grace_ns);
                 self.feed(Event::Shutdown(shutdown.term)).await;
             }
             CoordinatorMessage::Welcome(_) => {
-                self.end(Err(ActorError::UnexpectedMessage("Welcome")));
+                self.lose(ActorError::UnexpectedMessage("Welcome")).await;
             }
             CoordinatorMessage::Reject(_) => {
-                self.end(Err(ActorError::UnexpectedMessage("Reject")));
+                self.lose(ActorError::UnexpectedMessage("Reject")).await;
             }
         }
-    }
-
-    fn declare(&mut self, declaration: MemoryDeclaration, fds: Vec<OwnedFd>) {
-        if declaration.term != self.lifecycle.term() {
-            tracing::debug!(term = declaration.term.0, "memory declaration of another term");
-            return;
-        }
-        for fd in fds {
-            if let Err(error) = self.parts.memory.declare_ram(fd) {
-                // Not accepted, so not answered; what it is behind counts as a peer's.
-                tracing::error!(%error, sequence = declaration.sequence, "memory declaration");
-                self.send(DeviceMessage::Event(DeviceEvent::Failed(error.to_string())));
-                return;
-            }
-        }
-        let accepted = MemoryAccepted { sequence: declaration.sequence };
-        self.send(DeviceMessage::MemoryAccepted(accepted));
     }
 
     /// Tells the lifecycle, and carries out what it says, and so on.
@@ -372,44 +374,6 @@ impl<D: Device> State<D> {
         );
     }
 
-    /// Sends to the coordinator, if there is one; never lost, never waited for.
-    fn send(&mut self, message: DeviceMessage) {
-        let Some(control) = &mut self.control else {
-            return;
-        };
-        let myself = self.myself.clone();
-        let failed = move |error| {
-            // If the actor is gone, so is the process.
-            let _ = myself.cast(Message::SendFailed(error));
-        };
-        match control.outbox.send(clipped(message), failed) {
-            Ok(()) => {}
-            // What it had sent before is still to be read; the end comes after it.
-            Err(OutboxError::Send(SendError::Disconnected)) => {
-                tracing::debug!("nobody is there to be told");
-            }
-            Err(error) => self.end(Err(error.into())),
-        }
-    }
-
-    fn heartbeat_due(&mut self) {
-        let (Some(interval), Some(control)) = (self.heartbeat, &self.control) else {
-            return;
-        };
-        let beat = Heartbeat {
-            sequence: self.sequence,
-            progress: self.parts.device.progress().unwrap_or(0),
-            pending: false,
-            dropped_logs: log::dropped(),
-        };
-        match control.outbox.try_send(&DeviceMessage::Heartbeat(beat)) {
-            // One that is dropped leaves a gap in the sequence.
-            Ok(_) => self.sequence += 1,
-            Err(error) => tracing::debug!(%error, "heartbeat"),
-        }
-        self.cast_after(interval, Message::HeartbeatDue);
-    }
-
     fn cast_after(&self, after: Duration, message: Message) -> AbortHandle {
         let myself = self.myself.clone();
         let task = tokio::spawn(async move {
@@ -434,23 +398,6 @@ impl<D: Device> State<D> {
             ExitReason::HandedOver => Ok(Ended::HandedOver),
             ExitReason::Orphaned => Err(ActorError::Orphaned),
         });
-    }
-}
-
-/// The message with its texts cut to what may travel.
-fn clipped(mut message: DeviceMessage) -> DeviceMessage {
-    match &mut message {
-        DeviceMessage::Refused(refused) => clip(&mut refused.refusal.text),
-        DeviceMessage::Event(DeviceEvent::Failed(text)) => clip(text),
-        _ => {}
-    }
-    message
-}
-
-fn clip(text: &mut String) {
-    if text.len() > MAX_TEXT {
-        let end = (0..=MAX_TEXT).rev().find(|&end| text.is_char_boundary(end));
-        text.truncate(end.unwrap_or(0));
     }
 }
 

@@ -130,6 +130,19 @@ pub enum Moment {
     StartArrived,
 }
 
+/// What a device's data threads are at; travels with each heartbeat.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Progress {
+    /// Grows while the data threads work, for example by one with each request served; in a unit of
+    /// the device's own. It may wrap.
+    pub done: u64,
+    /// True if the device itself has something to do that must not take longer than the
+    /// coordinator's patience, such as a doorbell that was rung and is not served. False if it only
+    /// waits for the world (a receive queue without packets, a disk that takes its time) or is not
+    /// allowed to work: a device that says true and makes no progress is restarted.
+    pub pending: bool,
+}
+
 /// A device, written once, served over any transport.
 ///
 /// Hooks are `async`: while one waits, the process goes on answering queries. A hook that blocks
@@ -234,8 +247,10 @@ pub trait Device: Send + Sync + 'static {
         Evidence::default()
     }
 
-    /// Grows while the device's data threads work; `None` if the device has none.
-    fn progress(&self) -> Option<u64> {
+    /// What the device's data threads are at; `None` if the device has none, or cannot tell. Asked
+    /// for each heartbeat; should take microseconds. A device whose threads have work and make no
+    /// progress for longer than the coordinator's patience, while it runs, is treated as hung.
+    fn progress(&self) -> Option<Progress> {
         None
     }
 }

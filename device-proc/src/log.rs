@@ -11,8 +11,9 @@
 #![forbid(unsafe_code)]
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{FileType, fstat};
 use std::io::{self, Write};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use tracing_subscriber::EnvFilter;
@@ -70,6 +71,20 @@ pub fn start(format: LogFormat) {
     if let Err(error) = started {
         tracing::debug!(%error, "the log lines go elsewhere already");
     }
+}
+
+/// Makes a pipe this process's standard error, so that its log lines go there from now on; those
+/// that found no reader before count as dropped.
+///
+/// # Errors
+///
+/// `InvalidInput` if it is no pipe: a line goes whole and without waiting only into one. Otherwise
+/// those of dup2(2). Standard error stays what it was.
+pub(crate) fn attach(pipe: &OwnedFd) -> io::Result<()> {
+    if FileType::from_raw_mode(fstat(pipe)?.st_mode) != FileType::Fifo {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "no pipe"));
+    }
+    Ok(nix::unistd::dup2_stderr(pipe)?)
 }
 
 /// Writes a line to standard error, or drops and counts it.

@@ -2,8 +2,8 @@
 //! All DMA passes here, and here passes the [gate](crate::gate).
 //!
 //! The runtime owns a [`MemoryMap`] and keeps it as the client says ([`MemoryMap::map`],
-//! [`MemoryMap::unmap`]) and as the coordinator says ([`MemoryMap::declare_ram`]). The device has
-//! a [`Dma`] and opens an [`Access`] for each transaction:
+//! [`MemoryMap::unmap`]) and as the coordinator says ([`MemoryMap::declare_ram`],
+//! [`MemoryMap::revoke`]). The device has a [`Dma`] and opens an [`Access`] for each transaction:
 //!
 //! ```
 //! # use standstill_device_proc::memory::{Dma, DmaError, Span};
@@ -28,15 +28,18 @@
 #[expect(unsafe_code, reason = "madvise is unsafe; this module does nothing else")]
 mod advise;
 mod dma;
+mod revoke;
 mod shared;
 mod window;
 
 pub use dma::{Access, AccessKind, Dma, DmaError, MAX_SPANS, Span};
+pub use revoke::RevokeError;
 pub use shared::{MAX_SHARED_MEMORY, SharedAccessError, SharedMemory, SharedMemoryError};
 pub use window::WindowSpec;
 
 use crate::gate::Gate;
 use nix::libc;
+use standstill_protocol::message::FileIdentity;
 use std::collections::HashMap;
 use std::fs::File;
 use std::io;
@@ -46,7 +49,7 @@ use std::sync::{
 };
 use std::time::{Duration, Instant};
 use thiserror::Error;
-use window::{FileFacts, FileId, Window};
+use window::{FileFacts, Window};
 
 /// Granularity of windows in bytes; what `pgsizes` of the vfio-user version exchange promises.
 pub const PAGE: u64 = 4096;
@@ -203,9 +206,9 @@ struct Shared {
 #[derive(Debug, Default)]
 struct Changes {
     /// Kept open, so that a file's identity cannot be given to another.
-    ram: Vec<(FileId, OwnedFd)>,
+    ram: Vec<(FileIdentity, OwnedFd)>,
     /// Open files behind windows, so that many windows of one file need one fd.
-    files: HashMap<(FileId, bool), Weak<File>>,
+    files: HashMap<(FileIdentity, bool), Weak<File>>,
     /// Bytes in mapped windows.
     mapped: u64,
 }
@@ -417,12 +420,12 @@ impl Shared {
 }
 
 impl Changes {
-    fn is_ram(&self, id: FileId) -> bool {
+    fn is_ram(&self, id: FileIdentity) -> bool {
         self.ram.iter().any(|(ram, _)| *ram == id)
     }
 
     /// The open file to map: one that other windows use already, or this one.
-    fn file(&mut self, id: FileId, writable: bool, fd: OwnedFd) -> Arc<File> {
+    fn file(&mut self, id: FileIdentity, writable: bool, fd: OwnedFd) -> Arc<File> {
         if let Some(file) = self.files.get(&(id, writable)).and_then(Weak::upgrade) {
             return file;
         }

@@ -34,6 +34,11 @@
 //! No device process is left behind: before it is welcomed, and after with the orphan policy
 //! `exit`, it ends with its coordinator (end of the control channel, and `PR_SET_PDEATHSIG` for
 //! the case that it cannot look).
+//!
+//! With the orphan policy `keep` it outlives its coordinator, also one that breaks the protocol: it
+//! stays in the state that it has reached, serves its client, and waits at the socket that came with
+//! the welcome for a coordinator of a higher term. Once it was taken over its parent means nothing
+//! to it, whatever the policy.
 
 #![forbid(unsafe_code)]
 
@@ -42,6 +47,8 @@ pub(crate) mod panics;
 
 pub use greeting::GreetingError;
 
+use crate::actor::control::Newcomer;
+use crate::actor::introduction::Introduction;
 use crate::actor::parts::Parts;
 use crate::actor::{ActorError, Arguments, DeviceActor, Ended, InfoError, Message, Outcome};
 use crate::device::{Device, DeviceError, DeviceInfo, Handles};
@@ -53,10 +60,9 @@ use crate::vfio_user::ListenError;
 use crate::vfio_user::endpoint::Endpoint;
 use crate::vfio_user::listener::Listener;
 use crate::vfio_user::server;
-use greeting::Greeting;
 use ractor::{Actor, SpawnErr};
 use standstill_protocol::channel::{DeviceEnd, prefer_short_waits};
-use standstill_protocol::message::Welcome;
+use standstill_protocol::message::{Capabilities, MAX_FDS};
 use standstill_protocol::migration::MigrationFlags;
 use std::io;
 use std::marker::PhantomData;
@@ -213,26 +219,32 @@ fn greet_and_serve<D: Device>(
     interrupts.set_msix_vectors(info.msix_vectors);
     // Kept, and with them their locks, until the process ends.
     let backing_files = std::mem::take(&mut info.backing_files);
+    if backing_files.len() > MAX_FDS {
+        return Err(InfoError::BackingFiles(backing_files.len()).into());
+    }
     let (migration, peer_dma) = (info.migration, info.peer_dma);
     let parts = Arc::new(Parts::new(device, info, memory, interrupts)?);
-
     greeting::lock(&backing_files)?;
+    let introduction = Arc::new(Introduction {
+        kind: parts.kind.clone(),
+        program_version: options.program_version,
+        capabilities: Capabilities {
+            migration,
+            peer_dma,
+            progress: parts.device.progress().is_some(),
+        },
+        memory: parts.memory_files.clone(),
+        backing_files,
+    });
     let control = match control {
         None => None,
         Some(channel) => {
-            let greeting = Greeting {
-                kind: parts.kind.clone(),
-                program_version: options.program_version,
-                migration,
-                peer_dma,
-                progress: parts.device.progress().is_some(),
-            };
-            let welcome = greeting.exchange(&channel, &backing_files)?;
+            let newcomer = greeting::exchange(&introduction, channel)?;
             // The device's own data threads may leave no CPU idle.
             if let Err(error) = prefer_short_waits() {
                 tracing::debug!(%error, "no short waits for the control thread");
             }
-            Some((Arc::new(channel), welcome))
+            Some((newcomer, Arc::clone(&introduction)))
         }
     };
     let outcome = runtime.block_on(run(Arc::clone(&parts), migration, control, listener))?;
@@ -251,7 +263,7 @@ fn greet_and_serve<D: Device>(
 async fn run<D: Device>(
     parts: Arc<Parts<D>>,
     migration: MigrationFlags,
-    control: Option<(Arc<DeviceEnd>, Welcome)>,
+    control: Option<(Newcomer, Arc<Introduction>)>,
     listener: &Listener,
 ) -> Result<Outcome, ServeError> {
     let mut terminate =

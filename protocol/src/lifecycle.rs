@@ -17,6 +17,14 @@
 //! is always finished. A command of a later epoch overtakes an earlier one at the end of the arc
 //! that is being taken; the earlier one is then not answered. So a device is always in a state
 //! that has a name.
+//!
+//! # When the coordinator goes
+//!
+//! A device that is kept stays in the state that it has reached: an arc that was begun is finished,
+//! the rest of the command is not begun. A coordinator that takes over overtakes what its
+//! predecessor asked for in the same way. A lease is no command: it protects the client's data
+//! socket, whoever coordinates, so it outlives its coordinator and ends with the first command of
+//! the next one. A Stop that is overtaken by either and is finished all the same keeps its lease.
 
 use crate::message::{
     Abort, Command, DeviceEvent, Epoch, OrphanPolicy, Phase, Query, Refusal, RefusalKind, Status,
@@ -299,11 +307,10 @@ impl Lifecycle {
             Event::ResetDone => self.reset_ended(Ok(()), &mut out),
             Event::ResetFailed(refusal) => self.reset_ended(Err(refusal), &mut out),
             Event::LeaseExpired(epoch) => self.lease_expired(epoch, &mut out),
-            Event::Disconnected => {
-                if self.orphan == OrphanPolicy::Exit {
-                    out.push(Effect::Exit(ExitReason::Orphaned));
-                }
-            }
+            Event::Disconnected => match self.orphan {
+                OrphanPolicy::Exit => out.push(Effect::Exit(ExitReason::Orphaned)),
+                OrphanPolicy::Keep => self.overtake_command(&mut out),
+            },
             Event::Shutdown(term) if term == self.term => {
                 out.push(Effect::Exit(ExitReason::Shutdown));
             }
@@ -322,9 +329,18 @@ impl Lifecycle {
         self.given_up = epoch;
         self.last_phase = None;
         self.orphan = orphan;
+        // The lease stays: see the module's documentation.
+        self.overtake_command(out);
+    }
+
+    /// Nobody wants what was commanded any more: it ends with the present arc, unanswered.
+    fn overtake_command(&mut self, out: &mut Vec<Effect>) {
         self.next_command = None;
-        if let Some(Job { task: Task::Command(..), overtaken }) = &mut self.job {
-            *overtaken = true;
+        if let Some(job) = &mut self.job
+            && matches!(job.task, Task::Command(..))
+            && !job.overtaken
+        {
+            job.overtaken = true;
             out.push(Effect::Hurry);
         }
     }
@@ -390,14 +406,7 @@ impl Lifecycle {
         // An epoch that this device has not heard of yet can be given up too.
         self.epoch = abort.epoch;
         self.given_up = abort.epoch;
-        self.next_command = None;
-        if let Some(job) = &mut self.job
-            && matches!(job.task, Task::Command(..))
-            && !job.overtaken
-        {
-            job.overtaken = true;
-            out.push(Effect::Hurry);
-        }
+        self.overtake_command(out);
     }
 
     fn query(&mut self, query: Query, out: &mut Vec<Effect>) {

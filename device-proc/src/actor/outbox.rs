@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use thiserror::Error;
 use tokio::sync::mpsc;
+use tokio::task::AbortHandle;
 
 /// The most messages that wait.
 pub(super) const MOST_WAITING: usize = 256;
@@ -39,7 +40,21 @@ pub(super) struct Outbox {
     /// How many messages wait: the sending task's to count down.
     waiting: Arc<AtomicUsize>,
     /// Made when it is needed for the first time.
-    queue: Option<mpsc::Sender<DeviceMessage>>,
+    queue: Option<Queue>,
+}
+
+/// The way to the sending task, which ends when this is dropped: it may wait for a coordinator that
+/// does not read, and has a reference to the connection.
+#[derive(Debug)]
+struct Queue {
+    sender: mpsc::Sender<DeviceMessage>,
+    task: AbortHandle,
+}
+
+impl Drop for Queue {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
 }
 
 impl Outbox {
@@ -66,7 +81,7 @@ impl Outbox {
             None => self.queue.insert(self.start(failed)?),
         };
         self.waiting.fetch_add(1, Ordering::AcqRel);
-        queue.try_send(message).map_err(|_| OutboxError::Full)
+        queue.sender.try_send(message).map_err(|_| OutboxError::Full)
     }
 
     /// Sends now or not at all. True if it was sent.
@@ -85,14 +100,14 @@ impl Outbox {
     fn start(
         &self,
         failed: impl FnOnce(OutboxError) + Send + 'static,
-    ) -> Result<mpsc::Sender<DeviceMessage>, OutboxError> {
+    ) -> Result<Queue, OutboxError> {
         let second = self.channel.as_fd().try_clone_to_owned().map_err(OutboxError::Watch)?;
         let second = DeviceEnd::from_fd(second)?;
         second.set_version(self.channel.version());
         let second = AsyncChannel::new(second).map_err(OutboxError::Watch)?;
-        let (queue, mut waiting) = mpsc::channel(MOST_WAITING);
+        let (sender, mut waiting) = mpsc::channel(MOST_WAITING);
         let count = Arc::clone(&self.waiting);
-        tokio::spawn(async move {
+        let task = tokio::spawn(async move {
             while let Some(message) = waiting.recv().await {
                 if let Err(error) = second.send(&message, &[]).await {
                     failed(error.into());
@@ -101,7 +116,7 @@ impl Outbox {
                 count.fetch_sub(1, Ordering::AcqRel);
             }
         });
-        Ok(queue)
+        Ok(Queue { sender, task: task.abort_handle() })
     }
 }
 

@@ -5,6 +5,7 @@ use crate::gate::{Gate, InFlight};
 use crate::interrupt::Interrupts;
 use crate::memory::MemoryMap;
 use crate::pci::{BarUse, ConfigSpace, PciError, PciLayout};
+use standstill_protocol::message::FileIdentity;
 use standstill_protocol::migration::Activity;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -28,6 +29,8 @@ pub(crate) struct Parts<D> {
     msix: Mutex<Vec<u8>>,
     /// The memory behind each [`BarUse::Memory`] BAR.
     pub(crate) bar_memory: [Option<OwnedFd>; 6],
+    /// The files behind them, each once.
+    pub(crate) memory_files: Vec<FileIdentity>,
 }
 
 /// A device cannot be served as it describes itself.
@@ -77,9 +80,13 @@ impl<D: Device> Parts<D> {
         let layout = PciLayout::new(&info)?;
         let config = ConfigSpace::new(&info, &layout)?;
         let mut bar_memory = [const { None }; 6];
+        let mut memory_files = Vec::new();
         for (index, bar) in info.bars.into_iter().enumerate() {
             if let Some(Bar { size, backing: BarBacking::Memory(fd) }) = bar {
-                check_size(index, size, &fd)?;
+                let file = check_size(index, size, &fd)?;
+                if !memory_files.contains(&file) {
+                    memory_files.push(file);
+                }
                 bar_memory[index] = Some(fd);
             }
         }
@@ -97,6 +104,7 @@ impl<D: Device> Parts<D> {
             config: Mutex::new(config),
             msix: Mutex::new(vec![0; msix_size]),
             bar_memory,
+            memory_files,
         })
     }
 
@@ -128,12 +136,13 @@ impl<D: Device> Parts<D> {
     }
 }
 
-fn check_size(bar: usize, expected: u64, fd: &OwnedFd) -> Result<(), InfoError> {
+/// Which file it is, if it is large enough.
+fn check_size(bar: usize, expected: u64, fd: &OwnedFd) -> Result<FileIdentity, InfoError> {
     let facts =
         rustix::fs::fstat(fd).map_err(|errno| InfoError::Memory { bar, source: errno.into() })?;
     let actual = u64::try_from(facts.st_size).unwrap_or(0);
     if actual < expected {
         return Err(InfoError::MemorySize { bar, expected, actual });
     }
-    Ok(())
+    Ok(FileIdentity { device: facts.st_dev, inode: facts.st_ino })
 }

@@ -1,8 +1,9 @@
+use super::control::clipped;
 use super::scripted::{Scripted, parts};
 use super::*;
 use crate::vfio_user::endpoint::Endpoint;
 use rustix::io::Errno;
-use standstill_protocol::message::{Phase, Refused, Term};
+use standstill_protocol::message::{MAX_TEXT, Phase, Refused, Term};
 use std::marker::PhantomData;
 
 #[test]

@@ -1,23 +1,37 @@
 //! Tells the actor that the control channel has packets, once until it has looked.
 
 use super::Message;
+use super::control::ConnectionId;
 use ractor::ActorRef;
 use standstill_protocol::channel::{DeviceEnd, Readiness};
 use std::io;
 use std::sync::Arc;
 use tokio::sync::mpsc;
+use tokio::task::AbortHandle;
 
 /// The task that waits for packets; it ends when this is dropped.
 #[derive(Debug)]
 pub(super) struct Watch {
     handled: mpsc::Sender<bool>,
+    task: AbortHandle,
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        // It has a reference to the channel, which would stay open until the peer says something.
+        self.task.abort();
+    }
 }
 
 impl Watch {
-    pub(super) fn start(channel: Arc<DeviceEnd>, actor: ActorRef<Message>) -> io::Result<Self> {
+    pub(super) fn start(
+        channel: Arc<DeviceEnd>,
+        actor: ActorRef<Message>,
+        id: ConnectionId,
+    ) -> io::Result<Self> {
         let readiness = Readiness::new(channel)?;
         let (handled, mut answers) = mpsc::channel(1);
-        tokio::spawn(async move {
+        let task = tokio::spawn(async move {
             loop {
                 let ready = match readiness.readable().await {
                     Ok(ready) => ready,
@@ -27,7 +41,7 @@ impl Watch {
                         return;
                     }
                 };
-                if actor.cast(Message::Readable).is_err() {
+                if actor.cast(Message::Readable(id)).is_err() {
                     return;
                 }
                 match answers.recv().await {
@@ -38,7 +52,7 @@ impl Watch {
                 }
             }
         });
-        Ok(Self { handled })
+        Ok(Self { handled, task: task.abort_handle() })
     }
 
     /// The actor has looked; `emptied` if nothing was left.

@@ -29,6 +29,7 @@ pub use descriptor::{DESCRIPTOR_SIZE, Descriptor, FLAG_INTERRUPT, FLAG_SEQUENCE,
 
 use crate::device::{
     AccessError, Bar, BarBacking, Device, DeviceError, DeviceInfo, Handles, Moment, PciIdentity,
+    Progress,
 };
 use crate::memory::{SharedMemory, WindowClass};
 use engine::{Engine, Ring, Shared};
@@ -376,8 +377,12 @@ impl Device for CopyEngine {
         }
     }
 
-    fn progress(&self) -> Option<u64> {
-        Some(self.shared.lock().state.descriptors)
+    fn progress(&self) -> Option<Progress> {
+        // At the gate it is not the engine that takes its time.
+        let open = self.shared.handles.dma.is_open();
+        let current = self.shared.lock();
+        let state = &current.state;
+        Some(Progress { done: state.descriptors, pending: open && state.has_work() })
     }
 }
 

@@ -179,6 +179,13 @@ impl Dma {
         })
     }
 
+    /// Whether the gate is open for transactions of every kind. It may change at any time.
+    #[must_use]
+    pub fn is_open(&self) -> bool {
+        let gate = &self.shared.gate;
+        !gate.peer().is_closed() && !gate.ram().is_closed()
+    }
+
     /// What is behind a range; `None` if no window contains all of it.
     #[must_use]
     pub fn classify(&self, iova: u64, len: u64) -> Option<WindowClass> {

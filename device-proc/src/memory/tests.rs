@@ -1,3 +1,5 @@
+mod revoke;
+
 use super::*;
 use crate::gate::Scope;
 use proptest::prelude::*;

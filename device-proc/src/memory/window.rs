@@ -6,6 +6,7 @@ use super::WindowClass;
 use super::advise::exclude_from_core_dump;
 use crate::gate::InFlight;
 use rustix::fs::{FileType, Stat, fstat};
+use standstill_protocol::message::FileIdentity;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
@@ -13,17 +14,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use vm_memory::{FileOffset, MmapRegion};
 
-/// Identity of a file, whatever fd it comes with.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) struct FileId {
-    dev: u64,
-    ino: u64,
-}
-
 /// What `fstat` says about a file that is to be mapped.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct FileFacts {
-    pub(super) id: FileId,
+    pub(super) id: FileIdentity,
     pub(super) size: u64,
     /// Other files have no size that a mapping could be checked against.
     pub(super) is_regular: bool,
@@ -33,7 +27,7 @@ impl FileFacts {
     pub(super) fn of(fd: impl AsFd) -> io::Result<Self> {
         let stat: Stat = fstat(fd)?;
         Ok(Self {
-            id: FileId { dev: stat.st_dev, ino: stat.st_ino },
+            id: FileIdentity { device: stat.st_dev, inode: stat.st_ino },
             size: u64::try_from(stat.st_size).unwrap_or(0),
             is_regular: FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile,
         })
@@ -67,7 +61,7 @@ impl WindowSpec {
 pub(super) struct Window {
     pub(super) spec: WindowSpec,
     /// The file behind it; `None` for a window without fd.
-    pub(super) file: Option<FileId>,
+    pub(super) file: Option<FileIdentity>,
     region: Option<MmapRegion>,
     /// Set when its file was declared RAM, never cleared.
     ram: AtomicBool,
@@ -85,7 +79,7 @@ impl Window {
     pub(super) fn of_file(
         spec: WindowSpec,
         file: Arc<File>,
-        id: FileId,
+        id: FileIdentity,
         ram: bool,
     ) -> io::Result<Self> {
         let size =

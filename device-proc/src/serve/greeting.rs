@@ -1,18 +1,18 @@
 //! From standard input to a welcome.
 
 use super::{EXIT_NOT_WELCOMED, EXIT_ORPHANED, EXIT_PROTOCOL, EXIT_REJECTED, ServeError};
+use crate::actor::control::Newcomer;
+use crate::actor::introduction::{Facts, Introduction};
 use rustix::fs::{FlockOperation, Mode, OFlags, flock, open};
 use rustix::io::{Errno, fcntl_dupfd_cloexec};
 use rustix::net::{AddressFamily, SocketType, sockopt};
 use rustix::process::{Pid, Signal, getppid, set_parent_process_death_signal};
 use standstill_protocol::channel::{DeviceEnd, FromFdError, RecvError, SendError};
 use standstill_protocol::message::{
-    Capabilities, CoordinatorMessage, DeviceMessage, Epoch, Hello, MAX_FDS, OrphanPolicy, PeerDma,
-    Term, VERSIONS, VersionRange, Welcome,
+    CoordinatorMessage, DeviceMessage, OrphanPolicy, VERSIONS, VersionRange,
 };
-use standstill_protocol::migration::{MigrationFlags, MigrationState};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::mpsc::{RecvTimeoutError, sync_channel};
 use std::time::Duration;
 use thiserror::Error;
@@ -133,82 +133,43 @@ pub(super) fn lock(files: &[OwnedFd]) -> Result<(), ServeError> {
     Ok(())
 }
 
-/// What the device says of itself.
-#[derive(Debug)]
-pub(super) struct Greeting {
-    pub(super) kind: String,
-    pub(super) program_version: String,
-    pub(super) migration: MigrationFlags,
-    pub(super) peer_dma: PeerDma,
-    pub(super) progress: bool,
-}
-
-impl Greeting {
-    /// Greets the coordinator and waits for its welcome.
-    pub(super) fn exchange(
-        self,
-        channel: &DeviceEnd,
-        backing_files: &[OwnedFd],
-    ) -> Result<Welcome, ServeError> {
-        // `Parts` has checked the rest of what it says.
-        if backing_files.len() > MAX_FDS {
-            return Err(crate::actor::InfoError::BackingFiles(backing_files.len()).into());
+/// Greets the coordinator and waits for its welcome.
+pub(super) fn exchange(
+    introduction: &Introduction,
+    channel: DeviceEnd,
+) -> Result<Newcomer, ServeError> {
+    let (hello, files) = introduction
+        .hello(Facts::AT_FIRST)
+        .map_err(|error| ServeError::setup("a backing file for the coordinator", error))?;
+    let fds: Vec<_> = files.iter().map(AsFd::as_fd).collect();
+    channel.send(&DeviceMessage::Hello(hello), &fds, PATIENCE).map_err(GreetingError::Send)?;
+    drop(files);
+    let received = channel.recv(PATIENCE).map_err(|error| match error {
+        RecvError::TimedOut { .. } => GreetingError::Silence,
+        RecvError::Disconnected => GreetingError::Gone,
+        error => GreetingError::Protocol(error),
+    })?;
+    let welcome = match received.message {
+        CoordinatorMessage::Welcome(welcome) => welcome,
+        CoordinatorMessage::Reject(reject) => {
+            let (versions, reason) = (reject.versions, reject.reason);
+            return Err(GreetingError::Rejected { versions, reason }.into());
         }
-        let files = backing_files.iter().map(reopen).collect::<Result<Vec<_>, _>>()?;
-        let hello = Hello {
-            versions: VERSIONS,
-            kind: self.kind,
-            program_version: self.program_version,
-            capabilities: Capabilities {
-                migration: self.migration,
-                peer_dma: self.peer_dma,
-                progress: self.progress,
-            },
-            machine: None,
-            term: Term(0),
-            epoch: Epoch(0),
-            state: MigrationState::Running,
-            backing_files: u8::try_from(files.len()).unwrap_or(u8::MAX),
-            memory: Vec::new(),
-        };
-        let fds: Vec<_> = files.iter().map(AsFd::as_fd).collect();
-        channel.send(&DeviceMessage::Hello(hello), &fds, PATIENCE).map_err(GreetingError::Send)?;
-        let received = channel.recv(PATIENCE).map_err(|error| match error {
-            RecvError::TimedOut { .. } => GreetingError::Silence,
-            RecvError::Disconnected => GreetingError::Gone,
-            error => GreetingError::Protocol(error),
-        })?;
-        let welcome = match received.message {
-            CoordinatorMessage::Welcome(welcome) => welcome,
-            CoordinatorMessage::Reject(reject) => {
-                let (versions, reason) = (reject.versions, reject.reason);
-                return Err(GreetingError::Rejected { versions, reason }.into());
-            }
-            _ => return Err(GreetingError::Unexpected.into()),
-        };
-        if !(VERSIONS.min..=VERSIONS.max).contains(&welcome.version) {
-            return Err(GreetingError::Version { chosen: welcome.version }.into());
-        }
-        channel.set_version(welcome.version);
-        match welcome.orphan {
-            OrphanPolicy::Keep => die_with_parent(false)?,
-            OrphanPolicy::Exit => check_parent(channel)?,
-        }
-        tracing::info!(
-            name = %welcome.name, machine = %welcome.machine, incarnation = welcome.incarnation,
-            term = welcome.term.0, "welcomed"
-        );
-        Ok(welcome)
+        _ => return Err(GreetingError::Unexpected.into()),
+    };
+    if !(VERSIONS.min..=VERSIONS.max).contains(&welcome.version) {
+        return Err(GreetingError::Version { chosen: welcome.version }.into());
     }
-}
-
-/// The same file through an open file description of its own: the coordinator takes the lock
-/// through it as proof that this process and all its requests are gone, so it must not share ours.
-fn reopen(file: &OwnedFd) -> Result<OwnedFd, ServeError> {
-    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
-    let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
-    open(path, flags, Mode::empty())
-        .map_err(|errno| ServeError::setup("a backing file for the coordinator", errno))
+    channel.set_version(welcome.version);
+    match welcome.orphan {
+        OrphanPolicy::Keep => die_with_parent(false)?,
+        OrphanPolicy::Exit => check_parent(&channel)?,
+    }
+    tracing::info!(
+        name = %welcome.name, machine = %welcome.machine, incarnation = welcome.incarnation,
+        term = welcome.term.0, "welcomed"
+    );
+    Ok(Newcomer { channel, welcome, fds: received.fds })
 }
 
 /// The death of a parent that died before it was asked for is not told any more.

@@ -1,12 +1,13 @@
 //! Starting this test program as a device process, and speaking to it as a coordinator does.
 
-use standstill_protocol::channel::CoordinatorEnd;
+use standstill_protocol::channel::{CoordinatorEnd, bind};
 use standstill_protocol::message::{
     Abort, Command, CoordinatorMessage, DeviceMessage, Epoch, Hello, OrphanPolicy, Phase, Query,
     Reached, Refused, Shutdown, Status, Term, Welcome,
 };
 use standstill_protocol::migration::MigrationState;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::io::ErrorKind;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
@@ -22,6 +23,8 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 pub(crate) struct Device {
     pub(crate) process: Child,
     pub(crate) channel: CoordinatorEnd,
+    /// What the coordinator says that its term is.
+    pub(crate) term: Term,
     folder: TempDir,
 }
 
@@ -31,7 +34,7 @@ impl Device {
         let folder = tempfile::tempdir().unwrap();
         let (channel, stdin) = CoordinatorEnd::pair().unwrap();
         let process = spawn(&folder.path().join("data.sock"), script, stdin.into());
-        let device = Self { process, channel, folder };
+        let device = Self { process, channel, term: Term(1), folder };
         let DeviceMessage::Hello(hello) = device.next() else { panic!("no Hello") };
         (device, hello)
     }
@@ -42,6 +45,59 @@ impl Device {
         device.send(&CoordinatorMessage::Welcome(welcome(OrphanPolicy::Exit)));
         device.channel.set_version(1);
         device
+    }
+
+    /// Starts one that is kept and can be taken over, with its log in a pipe if there is one.
+    pub(crate) fn kept(script: &str, log: Option<BorrowedFd<'_>>) -> Self {
+        let (device, _) = Self::start(script);
+        let listener = bind(&device.control_path()).unwrap();
+        let message = Welcome { listener: true, log: log.is_some(), ..welcome(OrphanPolicy::Keep) };
+        let fds: Vec<_> = [Some(listener.as_fd()), log].into_iter().flatten().collect();
+        device.send_with(&CoordinatorMessage::Welcome(message), &fds);
+        device.channel.set_version(1);
+        // Answered once it listens.
+        device.query(0);
+        device
+    }
+
+    /// Where later coordinators find it.
+    pub(crate) fn control_path(&self) -> PathBuf {
+        self.folder.path().join("control.sock")
+    }
+
+    /// Connects as a later coordinator, and is greeted.
+    pub(crate) fn connect(&self) -> (CoordinatorEnd, Hello) {
+        let mut connected = None;
+        until("there is room for one more", || {
+            connected = match CoordinatorEnd::connect(&self.control_path()) {
+                Ok(channel) => Some(channel),
+                Err(error) if error.kind() == ErrorKind::WouldBlock => None,
+                Err(error) => panic!("{error}"),
+            };
+            connected.is_some()
+        });
+        let channel = connected.unwrap();
+        let DeviceMessage::Hello(hello) = channel.recv(PATIENCE).unwrap().message else {
+            panic!("no Hello");
+        };
+        (channel, hello)
+    }
+
+    /// Takes the device over with this term; the old connection, if that is still open.
+    pub(crate) fn take_over(&mut self, term: u64) -> CoordinatorEnd {
+        self.take_over_as(Welcome { term: Term(term), ..welcome(OrphanPolicy::Keep) }, &[])
+    }
+
+    pub(crate) fn take_over_as(
+        &mut self,
+        message: Welcome,
+        fds: &[BorrowedFd<'_>],
+    ) -> CoordinatorEnd {
+        let (channel, _) = self.connect();
+        self.term = message.term;
+        channel.send(&CoordinatorMessage::Welcome(message), fds, PATIENCE).unwrap();
+        channel.set_version(1);
+        std::mem::replace(&mut self.channel, channel)
     }
 
     pub(crate) fn socket(&self) -> PathBuf {
@@ -71,7 +127,8 @@ impl Device {
     }
 
     pub(crate) fn command(&self, epoch: u64, phase: Phase, target: MigrationState) {
-        self.send(&CoordinatorMessage::Command(command(epoch, phase, target)));
+        let command = Command { term: self.term, ..command(epoch, phase, target) };
+        self.send(&CoordinatorMessage::Command(command));
     }
 
     pub(crate) fn reached(&self) -> Reached {
@@ -93,7 +150,7 @@ impl Device {
         self.command(epoch, phase, target);
         let reached = self.reached();
         let found = (reached.term, reached.epoch, reached.phase, reached.state);
-        assert_eq!(found, (Term(1), Epoch(epoch), phase, target));
+        assert_eq!(found, (self.term, Epoch(epoch), phase, target));
         reached
     }
 
@@ -110,11 +167,11 @@ impl Device {
     }
 
     pub(crate) fn abort(&self, epoch: u64) {
-        self.send(&CoordinatorMessage::Abort(Abort { term: Term(1), epoch: Epoch(epoch) }));
+        self.send(&CoordinatorMessage::Abort(Abort { term: self.term, epoch: Epoch(epoch) }));
     }
 
     pub(crate) fn query(&self, epoch: u64) -> Status {
-        self.send(&CoordinatorMessage::Query(Query { term: Term(1), epoch: Epoch(epoch) }));
+        self.send(&CoordinatorMessage::Query(Query { term: self.term, epoch: Epoch(epoch) }));
         match self.answer() {
             DeviceMessage::Status(status) => status,
             other => panic!("expected Status, got {other:?}"),
@@ -123,7 +180,7 @@ impl Device {
 
     pub(crate) fn shut_down(mut self) {
         let grace_ns = 1_000_000_000;
-        self.send(&CoordinatorMessage::Shutdown(Shutdown { term: Term(1), grace_ns }));
+        self.send(&CoordinatorMessage::Shutdown(Shutdown { term: self.term, grace_ns }));
         let status = wait(&mut self.process);
         assert_eq!(status.code(), Some(0), "{status}");
         assert!(!self.socket().exists(), "the data socket goes with its process");

@@ -8,16 +8,16 @@ use standstill_protocol::message::{CoordinatorMessage, MemoryDeclaration, Phase,
 use standstill_protocol::migration::MigrationState as S;
 use std::os::fd::AsFd;
 
-const IOVA: u64 = 0x1_0000;
+pub(crate) const IOVA: u64 = 0x1_0000;
 
 /// A window of the device, and a copy into it that has come half-way.
-struct HalfWay {
-    memory: SharedMemory,
+pub(crate) struct HalfWay {
+    pub(crate) memory: SharedMemory,
     _client: Client,
 }
 
 impl HalfWay {
-    fn begin(device: &Device, ram: bool) -> Self {
+    pub(crate) fn begin(device: &Device, ram: bool) -> Self {
         let memory = SharedMemory::create("window", 4096).unwrap();
         if ram {
             let declaration = MemoryDeclaration { term: Term(1), sequence: 1, ram_fds: 1 };
@@ -39,11 +39,11 @@ impl HalfWay {
         byte[0]
     }
 
-    fn is_whole(&self) -> bool {
+    pub(crate) fn is_whole(&self) -> bool {
         self.byte(COPY_SIZE - 1) != 0
     }
 
-    fn let_go(&self) {
+    pub(crate) fn let_go(&self) {
         self.memory.store_u64(COPY_SIZE, 1).unwrap();
     }
 }

@@ -1,6 +1,8 @@
 //! From start to welcome, and every way to end.
 
 use crate::child::{Device, PATIENCE, spawn, wait, welcome};
+use crate::client::Client;
+use crate::probe::{DOORBELL, NUMBER};
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 use standstill_device_proc::serve::{
@@ -26,6 +28,7 @@ fn the_greeting_says_what_the_device_is() {
     assert!(hello.capabilities.progress);
     assert_eq!((hello.machine, hello.term, hello.epoch), (None, Term(0), Epoch(0)));
     assert_eq!((hello.state, hello.backing_files), (MigrationState::Running, 1));
+    assert_eq!(hello.memory.len(), 1, "one memory BAR");
     device.process.kill().unwrap();
 }
 
@@ -104,7 +107,7 @@ fn a_device_that_is_to_be_kept_outlives_its_coordinator() {
     let accept = CoordinatorMessage::Welcome(welcome(OrphanPolicy::Keep));
     channel.send(&accept, &[], PATIENCE).unwrap();
     drop(channel);
-    let mut client = crate::client::Client::connect(&socket);
+    let mut client = Client::connect(&socket);
     client.write_u32(0, 0, 5).unwrap();
     assert_eq!(client.read_u32(0, 0), Ok(5));
     let pid = rustix::process::Pid::from_raw(i32::try_from(process.id()).unwrap()).unwrap();
@@ -135,7 +138,7 @@ fn without_a_coordinator_a_device_runs_until_it_is_told_to_end() {
     crate::child::until("the data socket is there", || {
         std::os::unix::net::UnixStream::connect(&socket).is_ok()
     });
-    let mut client = crate::client::Client::connect(&socket);
+    let mut client = Client::connect(&socket);
     client.write_u32(0, 0, 5).unwrap();
     let pid = rustix::process::Pid::from_raw(i32::try_from(process.id()).unwrap()).unwrap();
     rustix::process::kill_process(pid, rustix::process::Signal::INT).unwrap();
@@ -167,9 +170,16 @@ fn heartbeats_carry_the_progress() {
     for expected in 0..3 {
         match device.next() {
             DeviceMessage::Heartbeat(beat) => {
-                assert_eq!((beat.sequence, beat.progress), (expected, 0));
+                assert_eq!((beat.sequence, beat.progress, beat.pending), (expected, 0, false));
             }
             other => panic!("expected a heartbeat, got {other:?}"),
         }
     }
+    let mut client = Client::connect(&device.socket());
+    client.write_u32(0, NUMBER, 5).unwrap();
+    client.write_u32(0, DOORBELL, 1).unwrap();
+    crate::child::until("the progress is told", || match device.next() {
+        DeviceMessage::Heartbeat(beat) => (beat.progress, beat.pending) == (5, true),
+        _ => false,
+    });
 }

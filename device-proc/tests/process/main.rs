@@ -10,7 +10,25 @@ mod control;
 mod copy;
 mod data;
 mod greeting;
+mod revoke;
 mod state;
+mod takeover;
+
+/// Not a test: what a stranger of these tests does. Without its variable it is empty.
+#[test]
+fn stranger() {
+    if let Ok(path) = std::env::var(takeover::STRANGER_VARIABLE) {
+        takeover::be_a_stranger(path.as_ref());
+    }
+}
+
+/// Not a test: what a parent of a device process does. Without its variable it is empty.
+#[test]
+fn parent() {
+    if let Ok(folder) = std::env::var(takeover::PARENT_VARIABLE) {
+        takeover::be_a_parent(folder.as_ref());
+    }
+}
 
 /// Not a test: what a device process of these tests does. Without its variable it is empty.
 #[test]

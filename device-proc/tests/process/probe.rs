@@ -5,6 +5,7 @@
 //! | 0x00 | a number that is kept and saved |
 //! | 0x08 | written: raises that MSI-X vector |
 //! | 0x10 | written: lets a hook end that the script holds |
+//! | 0x20 | written: rings a doorbell that is never served |
 //! | 0x18 | written: begins a write of [`COPY_SIZE`] bytes by DMA to that IOVA, on a thread of its own |
 //!
 //! That write stops half-way, in the middle of its transaction, until the client writes something
@@ -16,6 +17,7 @@
 
 use standstill_device_proc::device::{
     AccessError, Bar, BarBacking, Device, DeviceError, DeviceInfo, Handles, Moment, PciIdentity,
+    Progress,
 };
 use standstill_device_proc::interrupt::Interrupts;
 use standstill_device_proc::memory::{AccessKind, Dma, Span};
@@ -24,7 +26,7 @@ use standstill_protocol::message::{Counter, CounterKind, Evidence, PeerDma};
 use standstill_protocol::migration::MigrationFlags;
 use std::fs::File;
 use std::io::{Read, Write};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 use tokio::sync::Notify;
 
@@ -34,6 +36,7 @@ pub(crate) const NUMBER: u64 = 0x00;
 pub(crate) const RAISE: u64 = 0x08;
 pub(crate) const LET_GO: u64 = 0x10;
 pub(crate) const COPY: u64 = 0x18;
+pub(crate) const DOORBELL: u64 = 0x20;
 /// What a half-way copy writes, in bytes; 8 more bytes behind it let it go on.
 pub(crate) const COPY_SIZE: u64 = 4088;
 pub(crate) const MEMORY_SIZE: u64 = 256 << 10;
@@ -44,6 +47,7 @@ struct Probe {
     dma: Dma,
     number: AtomicU32,
     let_go: Notify,
+    rung: AtomicBool,
 }
 
 /// Runs as a device process; does not return.
@@ -93,6 +97,7 @@ fn build(handles: Handles, script: Vec<String>) -> Result<(Probe, DeviceInfo), D
         dma: handles.dma,
         number: AtomicU32::new(0),
         let_go: Notify::new(),
+        rung: AtomicBool::new(false),
     };
     Ok((probe, info))
 }
@@ -144,6 +149,7 @@ impl Device for Probe {
                 self.interrupts.raise(value.try_into().map_err(|_| bad)?);
             }
             LET_GO => self.let_go.notify_one(),
+            DOORBELL => self.rung.store(true, Ordering::SeqCst),
             COPY => {
                 let dma = self.dma.clone();
                 std::thread::spawn(move || copy_half_way(&dma, value.into()));
@@ -197,7 +203,8 @@ impl Device for Probe {
         Evidence { memory_hash: None, counters: vec![counter] }
     }
 
-    fn progress(&self) -> Option<u64> {
-        Some(u64::from(self.number.load(Ordering::SeqCst)))
+    fn progress(&self) -> Option<Progress> {
+        let done = u64::from(self.number.load(Ordering::SeqCst));
+        Some(Progress { done, pending: self.rung.load(Ordering::SeqCst) })
     }
 }

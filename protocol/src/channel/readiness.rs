@@ -13,7 +13,7 @@ use tokio::io::Interest;
 use tokio::io::unix::{AsyncFd, AsyncFdReadyGuard};
 use tokio::runtime::Handle;
 
-use super::Channel;
+use super::{Channel, ControlListener};
 
 /// An owner of one fd that stays the same and open for as long as the owner lives.
 ///
@@ -39,6 +39,8 @@ unsafe impl StableFd for TcpStream {}
 unsafe impl StableFd for TcpListener {}
 // SAFETY: its fd is that of a field of type `OwnedFd`, which nothing replaces.
 unsafe impl<Tx, Rx> StableFd for Channel<Tx, Rx> {}
+// SAFETY: its fd is that of a field of type `OwnedFd`, which nothing replaces.
+unsafe impl StableFd for ControlListener {}
 // SAFETY: as the shared value; this reference keeps it alive.
 unsafe impl<F: StableFd + ?Sized> StableFd for Arc<F> {}
 

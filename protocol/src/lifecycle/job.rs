@@ -154,6 +154,7 @@ impl Lifecycle {
                     }
                 }
                 if self.is_overtaken() {
+                    self.keep_promised_lease(out);
                     self.end_job(out);
                 } else {
                     self.walk(master, target, out);
@@ -169,6 +170,17 @@ impl Lifecycle {
                     self.refuse(refusal, out);
                 }
             }
+        }
+    }
+
+    /// An overtaken Stop that has stopped the device all the same, with nothing to follow it, must
+    /// not leave the client without its data socket for longer than was meant.
+    fn keep_promised_lease(&mut self, out: &mut Vec<Effect>) {
+        let Some(Job { task: Task::Command(command, _), .. }) = self.job else { return };
+        let stopped = self.coordinator.activity() == Activity::Stopped;
+        if command.lease_ns > 0 && stopped && self.next_command.is_none() {
+            self.lease = Some(command.epoch);
+            out.push(Effect::ArmLease(command.lease_ns, command.epoch));
         }
     }
 

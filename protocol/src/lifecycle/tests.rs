@@ -361,6 +361,29 @@ fn a_device_without_its_coordinator_follows_its_orphan_policy() {
 }
 
 #[test]
+fn a_kept_device_stays_in_exactly_the_state_that_it_reached() {
+    use MigrationState as S;
+    let mut device = device();
+    device.step(Event::Command(command(1, Phase::Stop, S::Stop)));
+    device.step(Event::Command(command(2, Phase::Stop, S::StopCopy)));
+    assert_eq!(device.step(Event::Disconnected), [], "overtaken already");
+    assert_eq!(device.step(Event::ArcDone), [], "the arc is finished, nothing more is begun");
+    assert_eq!((device.state(), device.is_busy()), (S::RunningP2p, false));
+
+    device.step(Event::Command(command(3, Phase::Start, S::Running)));
+    assert_eq!(device.step(Event::Disconnected), [Effect::Hurry]);
+    device.step(Event::ArcDone);
+    assert_eq!(device.state(), S::Running);
+
+    // What the client asked for is the client's.
+    let stop = Event::Client(ClientRequest::SetState(S::Stop));
+    device.step(stop);
+    assert_eq!(device.step(Event::Disconnected), []);
+    carry_out(&mut device, Event::ArcDone);
+    assert_eq!(device.client_state(), S::Stop);
+}
+
+#[test]
 fn only_the_present_coordinator_ends_the_process() {
     let mut device = device();
     for term in [0, 1, 3] {

@@ -115,3 +115,49 @@ fn a_device_without_p2p_states_goes_back_to_running() {
     carry_out(&mut device, Event::LeaseExpired(Epoch(1)));
     assert_eq!(device.state(), S::Running);
 }
+
+#[test]
+fn a_lease_survives_the_loss_of_its_coordinator_and_a_take_over() {
+    use MigrationState as S;
+    let mut device = leased(S::Stop);
+    assert_eq!(device.step(Event::Disconnected), []);
+    let (term, orphan) = (Term(3), OrphanPolicy::Keep);
+    assert_eq!(device.step(Event::Welcome { term, epoch: Epoch(0), orphan }), []);
+    let effects = carry_out(&mut device, Event::LeaseExpired(Epoch(1)));
+    assert_eq!(effects.last(), Some(&Effect::Notify(DeviceEvent::LeaseExpired(S::RunningP2p))));
+}
+
+#[test]
+fn the_first_command_of_the_next_coordinator_ends_a_lease() {
+    use MigrationState as S;
+    let mut device = leased(S::Stop);
+    let (term, orphan) = (Term(3), OrphanPolicy::Keep);
+    device.step(Event::Welcome { term, epoch: Epoch(0), orphan });
+    let stop = Command { term, ..command(1, Phase::Stop, S::Stop) };
+    assert_eq!(device.step(Event::Command(stop)).first(), Some(&Effect::DisarmLease));
+}
+
+#[test]
+fn a_stop_that_is_finished_without_its_coordinator_keeps_its_lease() {
+    use MigrationState as S;
+    let taken_over = Event::Welcome { term: Term(3), epoch: Epoch(0), orphan: OrphanPolicy::Keep };
+    for loss in [Event::Disconnected, taken_over] {
+        let mut device = device();
+        command_to(&mut device, 1, Phase::PrepareStop, S::RunningP2p);
+        let stop = Command { lease_ns: LEASE, ..command(1, Phase::Stop, S::Stop) };
+        device.step(Event::Command(stop));
+        assert_eq!(device.step(loss.clone()), [Effect::Hurry]);
+        assert_eq!(device.step(Event::ArcDone), [Effect::ArmLease(LEASE, Epoch(1))]);
+        let effects = carry_out(&mut device, Event::LeaseExpired(Epoch(1)));
+        assert_eq!(effects.last(), Some(&Effect::Notify(DeviceEvent::LeaseExpired(S::RunningP2p))));
+
+        // One that was cut off has stopped nothing.
+        let mut device = self::device();
+        command_to(&mut device, 1, Phase::PrepareStop, S::RunningP2p);
+        device.step(Event::Command(stop));
+        device.step(loss);
+        let failed = Event::ArcFailed { refusal: refusal(), restored: true };
+        assert_eq!(device.step(failed), []);
+        assert_eq!(device.state(), S::RunningP2p);
+    }
+}

@@ -269,6 +269,7 @@ impl Rig {
                 self.excuse();
                 self.given_up = Some(abort.epoch);
             }
+            Event::Disconnected => self.excuse(),
             Event::Client(_) => self.client_waits = true,
             Event::ArcDone => {
                 let Some(Effect::Arc(arc)) = self.outstanding.take() else { unreachable!() };

@@ -19,7 +19,7 @@ fn a_ring_is_executed_once() {
     assert_eq!(machine.peer.load_u64(8), Ok(1), "sequence stored");
     assert_eq!(machine.ram.load_u64(0x9000), Ok(1), "copied back");
     assert_eq!(machine.ram.load_u64(0x9060).expect("inside") >> 32, 0, "not one byte more");
-    assert_eq!(machine.device.progress(), Some(3));
+    assert_eq!(machine.device.progress(), Some(Progress { done: 3, pending: false }));
 }
 
 #[tokio::test]
@@ -34,7 +34,9 @@ async fn closed_for_peers_the_engine_stands_still_and_goes_on_afterwards() {
     let_others_run();
     assert_eq!(machine.frozen_things(), before);
     assert_eq!(machine.gate().in_flight(Scope::All), 0);
+    assert!(!machine.device.progress().expect("it has a thread").pending, "held by the gate");
     machine.gate().open(Scope::All);
+    assert!(machine.device.progress().expect("it has a thread").pending, "it goes on for ever");
     machine.wait_progress(100);
 }
 
