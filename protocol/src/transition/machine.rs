@@ -501,7 +501,8 @@ impl Transition {
                 MachineState::Running
             }
             Operation::Load if !self.told && self.ran() => MachineState::Running,
-            Operation::Resume if !undone => MachineState::Running,
+            // Whom a resume found running is left alone by its undo.
+            Operation::Resume if !undone || self.all_ran() => MachineState::Running,
             Operation::TakeOver => MachineState::Running,
             _ => MachineState::Stopped,
         };
@@ -532,6 +533,16 @@ impl Transition {
             }
         }
         left.unwrap_or(all)
+    }
+
+    /// True if everybody who is left ran when the transition began; if nobody is, everybody.
+    fn all_ran(&self) -> bool {
+        let ran = |participant: &&Participant| !stopped(participant.original);
+        let left = || self.participants.iter().filter(|p| p.standing == Standing::Live);
+        match left().next() {
+            Some(_) => left().all(|participant| ran(&participant)),
+            None => self.participants.iter().all(|participant| ran(&participant)),
+        }
     }
 
     fn note(&mut self, subject: Subject, kind: FailureKind) {

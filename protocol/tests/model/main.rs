@@ -10,6 +10,8 @@ use machine::report;
 use machine::scenario::{Faults, Scenario, Successor};
 use machine::world::Checked;
 use stateright::Checker;
+use standstill_protocol::migration::MigrationState;
+use standstill_protocol::transition::{OnFailure, Operation};
 
 fn passes(scenario: Scenario) {
     let (checker, cost) = report::check(Checked::new(scenario));
@@ -24,23 +26,43 @@ fn passes(scenario: Scenario) {
     checker.assert_properties();
 }
 
-#[test]
-fn two_devices_without_faults() {
-    passes(Scenario::new("nothing fails", 2));
+
+fn every(total: u8) -> Faults {
+    Faults { crashes: 1, refusals: 1, errors: 1, timeouts: 1, unproven: 1, repeats: 1, total }
 }
 
 #[test]
-fn two_devices_that_fail() {
-    let faults = Faults { crashes: 1, refusals: 1, errors: 1, timeouts: 1, unproven: 1, repeats: 0 };
-    passes(Scenario { faults, ..Scenario::new("every fault once", 2) });
-}
-
-#[test]
-fn two_devices_after_death() {
-    passes(Scenario { successor: Successor::AfterDeath, ..Scenario::new("take-over", 2) });
-}
-
-#[test]
-fn two_devices_beside() {
-    passes(Scenario { successor: Successor::BesideTheFirst, ..Scenario::new("take-over beside", 2) });
+fn measure() {
+    let only = std::env::var("ONLY").ok();
+    let after = |name, devices, total| Scenario {
+        successor: Successor::AfterDeath,
+        faults: every(total),
+        ..Scenario::new(name, devices)
+    };
+    let beside = |name, devices, total| Scenario {
+        successor: Successor::BesideTheFirst,
+        faults: every(total),
+        ..Scenario::new(name, devices)
+    };
+    let faults = |name, devices, total| Scenario { faults: every(total), ..Scenario::new(name, devices) };
+    for scenario in [
+        faults("faults 2", 2, 2),
+        Scenario { on_failure: OnFailure::StayStopped, ..faults("stay 2", 2, 2) },
+        Scenario { hook: true, last_is_optional: true, ..faults("hook opt 2", 2, 2) },
+        Scenario { operations: &[Operation::SwitchOver, Operation::Resume], from: MigrationState::PreCopy, ..faults("switch 2", 2, 2) },
+        after("after 1", 2, 1),
+        after("after 2", 2, 2),
+        beside("beside 1", 2, 1),
+        faults("faults 1", 3, 1),
+        after("after 0", 3, 0),
+        after("after 1", 3, 1),
+        beside("beside 0", 3, 0),
+        faults("faults 2", 3, 2),
+        faults("faults 3", 2, 3),
+    ] {
+        let name = format!("{} n{}", scenario.name, scenario.devices);
+        if only.as_ref().is_none_or(|only| *only == name) {
+            passes(Scenario{faults: if scenario.faults.total==0 {Faults::default()} else {scenario.faults}, ..scenario});
+        }
+    }
 }

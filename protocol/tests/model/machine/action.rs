@@ -6,14 +6,14 @@ use std::fmt;
 /// One step of the world. Coordinator 0 is the first one, 1 the one that takes over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Action {
-    /// A device reads the next message of a coordinator.
-    Read { device: usize, from: usize },
+    /// A device reads the next message of a coordinator; `kept`: and that message comes again.
+    Read { device: usize, from: usize, kept: bool },
     /// A device has finished the arc that it was taking.
     ArcDone { device: usize },
     /// A device's hook fails; it is back where the arc began, or in ERROR.
     ArcFails { device: usize, restored: bool },
-    /// A coordinator reads the next message of a device.
-    Hear { coordinator: usize, device: usize },
+    /// A coordinator reads the next message of a device; `kept`: and that message comes again.
+    Hear { coordinator: usize, device: usize, kept: bool },
     /// A timer of a coordinator runs out.
     Expire { coordinator: usize, timer: Timer },
     /// The fence that a coordinator asked for is proven.
@@ -35,8 +35,9 @@ pub(crate) enum Action {
 impl fmt::Display for Action {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match *self {
-            Self::Read { device, from } => {
-                write!(f, "device {device} reads the next message of coordinator {from}")
+            Self::Read { device, from, kept } => {
+                let kept = if kept { ", which will come again" } else { "" };
+                write!(f, "device {device} reads the next message of coordinator {from}{kept}")
             }
             Self::ArcDone { device } => write!(f, "device {device} finishes its arc"),
             Self::ArcFails { device, restored: true } => {
@@ -45,8 +46,9 @@ impl fmt::Display for Action {
             Self::ArcFails { device, restored: false } => {
                 write!(f, "device {device} fails at its arc and is in ERROR")
             }
-            Self::Hear { coordinator, device } => {
-                write!(f, "coordinator {coordinator} reads the next message of device {device}")
+            Self::Hear { coordinator, device, kept } => {
+                let kept = if kept { ", which will come again" } else { "" };
+                write!(f, "coordinator {coordinator} reads the next message of device {device}{kept}")
             }
             Self::Expire { coordinator, timer } => {
                 write!(f, "coordinator {coordinator}: the timer {timer:?} runs out")

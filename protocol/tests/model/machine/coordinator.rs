@@ -231,6 +231,21 @@ impl Coordinator {
         }
     }
 
+    fn finish(&mut self, outcome: Outcome) {
+        // Fences that are still under way at the end of a hold are given up with it.
+        if let Outcome::Held { reasons, .. } = &outcome
+            && self.hold_expired
+        {
+            for (device, seat) in self.seats.iter_mut().enumerate() {
+                let given_up = reasons.contains(&HeldReason::FenceUnproven(participant(device)));
+                if seat.fence == Fence::Asked && given_up {
+                    seat.fence = Fence::Unproven;
+                }
+            }
+        }
+        self.outcome = Some(outcome);
+    }
+
     /// Whatever is waited for has a deadline.
     fn check_deadlines(&self, notes: &mut Notes<'_>) {
         if self.outcome.is_some() {
@@ -383,7 +398,7 @@ impl World {
             Effect::Disarm(timer) => shared.edit(|c| c.timers.retain(|armed| *armed != timer)),
             Effect::Finish(outcome) => {
                 notes.say(|| format!("coordinator {number} is done: {outcome:?}"));
-                shared.edit(|c| c.outcome = Some(outcome));
+                shared.edit(|c| c.finish(outcome));
                 self.check_end(number, notes);
             }
         }
@@ -399,7 +414,10 @@ impl World {
         let none = coordinator.standing().all(|(device, _)| {
             let device = &self.devices[device];
             let stopping = device.arc.is_some_and(|arc| arc.after == Activity::Stopped);
-            !stopping && device.lifecycle.state().activity() != Activity::Stopped
+            // ERROR is not STOP: who fails after it was asked is found out by its answer.
+            let state = device.lifecycle.state();
+            let stopped = state.activity() == Activity::Stopped && state != MigrationState::Error;
+            !stopping && !stopped
         });
         notes.check(Rule::StoppedIsNotStarted, none);
     }
@@ -447,7 +465,13 @@ impl World {
         let given_up = coordinator.hold_expired || coordinator.superseded;
         let idle = coordinator.standing().all(|(device, _)| {
             let device = &self.devices[device];
-            device.arc.is_none() && device.links[number].down.is_empty()
+            // What was given up and leads nowhere may still be on its way.
+            let state = device.lifecycle.state();
+            let leads_on = |message: &Message| match message {
+                Message::Command(command) => command.target != state,
+                _ => false,
+            };
+            device.arc.is_none() && !device.links[number].down.iter().any(leads_on)
         });
         notes.check(Rule::NothingRunsHalf, given_up || idle);
         notes.check(Rule::OutcomeIsTrue, oracle::is_true(self, coordinator, outcome));

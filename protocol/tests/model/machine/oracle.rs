@@ -65,6 +65,10 @@ pub(crate) fn is_true(world: &World, coordinator: &Coordinator, outcome: &Outcom
         {
             is == MigrationState::Running
         }
+        // A resume goes back to STOP; who has not left STOP_COPY stays there.
+        (Operation::Resume, MigrationState::StopCopy) => {
+            matches!(is, MigrationState::Stop | MigrationState::StopCopy)
+        }
         (_, original) => is == original,
     };
     let stopped = |_: &Seat, is: MigrationState| {

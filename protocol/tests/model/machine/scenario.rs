@@ -23,6 +23,19 @@ pub(crate) struct Faults {
     pub(crate) unproven: u8,
     /// Messages that are delivered once more, at any later moment.
     pub(crate) repeats: u8,
+    /// All of these together.
+    pub(crate) total: u8,
+}
+
+impl Faults {
+    /// One fault happens. When the last one has, all states without a fault to come are one.
+    pub(crate) fn spend(&mut self, kind: impl Fn(&mut Self) -> &mut u8) {
+        *kind(self) -= 1;
+        self.total -= 1;
+        if self.total == 0 {
+            *self = Self::default();
+        }
+    }
 }
 
 /// A second coordinator.

@@ -5,23 +5,30 @@ use std::ops::Deref;
 use std::sync::Arc;
 
 /// A value with its hash. A step changes one or two parts of the world: the others are neither
-/// copied nor hashed again.
+/// copied nor hashed again, and these once, when the step is over ([`Shared::seal`]).
 #[derive(Clone, Debug)]
 pub(crate) struct Shared<T> {
     hash: u64,
+    changed: bool,
     value: Arc<T>,
 }
 
 impl<T: Hash + Clone> Shared<T> {
     pub(crate) fn new(value: T) -> Self {
-        Self { hash: hash_of(&value), value: Arc::new(value) }
+        Self { hash: hash_of(&value), changed: false, value: Arc::new(value) }
     }
 
     /// Changes the value.
     pub(crate) fn edit<R>(&mut self, change: impl FnOnce(&mut T) -> R) -> R {
-        let result = change(Arc::make_mut(&mut self.value));
-        self.hash = hash_of(&*self.value);
-        result
+        self.changed = true;
+        change(Arc::make_mut(&mut self.value))
+    }
+
+    /// Ends a step.
+    pub(crate) fn seal(&mut self) {
+        if std::mem::take(&mut self.changed) {
+            self.hash = hash_of(&*self.value);
+        }
     }
 }
 

@@ -9,7 +9,6 @@ use super::scenario::{Faults, Scenario, Successor, device_of, participant};
 use super::shared::Shared;
 use standstill_protocol::lifecycle::Lifecycle;
 use standstill_protocol::message::Epoch;
-use standstill_protocol::migration::MigrationState;
 use standstill_protocol::transition::{Event, Loss, Operation, Outcome, Timer, Transition};
 use stateright::{Model, Property};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -60,10 +59,20 @@ impl Notes<'_> {
 }
 
 impl World {
+    fn seal(&mut self) {
+        self.coordinators.iter_mut().flatten().for_each(Shared::seal);
+        self.devices.iter_mut().for_each(Shared::seal);
+    }
+
     pub(super) fn post(&mut self, from: usize, device: usize, message: Message) {
         if self.devices[device].life == Life::Alive {
             self.devices[device].edit(|device| device.links[from].down.push_back(message));
         }
+    }
+
+    fn keep(&mut self, message: Kept) {
+        self.faults.spend(|faults| &mut faults.repeats);
+        self.kept = Some(message);
     }
 
     /// The process dies; its coordinators see that behind its last answers.
@@ -130,20 +139,22 @@ impl Checked {
             self.reached.fetch_or(notes.reached, Ordering::Relaxed);
         }
         next.broken = notes.broken;
+        next.seal();
         Some(next)
     }
 
     fn act(&self, world: &mut World, action: Action, notes: &mut Notes<'_>) -> Option<()> {
         match action {
-            Action::Read { device, from } => {
+            Action::Read { device, from, kept } => {
                 notes.device = device;
-                let keep = world.faults.repeats > 0;
                 let message = world.devices[device].edit(|device| {
                     let message = device.links[from].down.pop_front()?;
                     device.read(message, false, notes);
                     Some(message)
                 })?;
-                world.kept = keep.then_some(Kept::Down(device, message)).or(world.kept);
+                if kept {
+                    world.keep(Kept::Down(device, message));
+                }
             }
             Action::ArcDone { device } => {
                 notes.device = device;
@@ -152,24 +163,24 @@ impl Checked {
             Action::ArcFails { device, restored } => {
                 notes.device = device;
                 match restored {
-                    true => world.faults.refusals -= 1,
-                    false => world.faults.errors -= 1,
+                    true => world.faults.spend(|faults| &mut faults.refusals),
+                    false => world.faults.spend(|faults| &mut faults.errors),
                 }
                 world.devices[device].edit(|device| device.end_arc(Some(restored), notes));
             }
-            Action::Hear { coordinator, device } => {
+            Action::Hear { coordinator, device, kept } => {
                 let event = world.devices[device]
                     .edit(|device| device.links[coordinator].up.pop_front())?;
-                if world.faults.repeats > 0 && matches!(event, Event::Answer { .. }) {
-                    world.kept = Some(Kept::Up(coordinator, event));
+                if kept {
+                    world.keep(Kept::Up(coordinator, event));
                 }
                 notes.say(|| format!("coordinator {coordinator} hears {}", describe(event)));
                 world.feed(coordinator, event, false, notes);
             }
             Action::Expire { coordinator, timer } => {
                 match timer {
-                    Timer::Fence(_) => world.faults.unproven -= 1,
-                    _ => world.faults.timeouts -= 1,
+                    Timer::Fence(_) => world.faults.spend(|faults| &mut faults.unproven),
+                    _ => world.faults.spend(|faults| &mut faults.timeouts),
                 }
                 world.feed(coordinator, Event::Expired(timer), false, notes);
             }
@@ -184,21 +195,20 @@ impl Checked {
                 let event = match well {
                     true => Event::HookDone(hook, moment),
                     false => {
-                        world.faults.refusals -= 1;
+                        world.faults.spend(|faults| &mut faults.refusals);
                         Event::HookFailed(hook, moment)
                     }
                 };
                 world.feed(coordinator, event, false, notes);
             }
             Action::Crash { device } => {
-                world.faults.crashes -= 1;
+                world.faults.spend(|faults| &mut faults.crashes);
                 world.kill(device);
             }
             Action::TakeOver => self.take_over(world, notes)?,
             Action::Supersede => world.feed(0, Event::Superseded, false, notes),
             Action::Next => self.next_operation(world, notes)?,
             Action::Again => {
-                world.faults.repeats -= 1;
                 match world.kept.take()? {
                     Kept::Down(number, message) => {
                         notes.device = number;
@@ -244,8 +254,7 @@ impl Checked {
         }
         if self.scenario.successor == Successor::AfterDeath {
             // What it could not prove remains: a ghost is nobody's fault any more.
-            let dead = world.coordinators[0].take()?;
-            let _ = dead;
+            world.coordinators[0] = None;
         }
         world.coordinators[1] = Some(Shared::new(second));
         world.feed(1, Event::Begin, false, notes);
@@ -313,11 +322,17 @@ impl Checked {
         let device = &world.devices[number];
         let faults = world.faults;
         for (coordinator, link) in device.links.iter().enumerate() {
+            let keeps = faults.repeats > 0 && world.kept.is_none();
             if device.life == Life::Alive && !link.down.is_empty() {
-                actions.push(Action::Read { device: number, from: coordinator });
+                let read = |kept| Action::Read { device: number, from: coordinator, kept };
+                actions.push(read(false));
+                actions.extend(keeps.then(|| read(true)));
             }
-            if !link.up.is_empty() {
-                actions.push(Action::Hear { coordinator, device: number });
+            if let Some(event) = link.up.front() {
+                let hear = |kept| Action::Hear { coordinator, device: number, kept };
+                actions.push(hear(false));
+                let answers = matches!(event, Event::Answer { .. });
+                actions.extend((keeps && answers).then(|| hear(true)));
             }
         }
         if device.life != Life::Alive {
@@ -385,6 +400,7 @@ impl Model for Checked {
         };
         let mut notes = Notes::default();
         world.feed(0, Event::Begin, false, &mut notes);
+        world.seal();
         vec![world]
     }
 
@@ -414,7 +430,7 @@ impl Model for Checked {
             Some(Kept::Down(device, _)) => world.devices[device].life == Life::Alive,
             kept => kept.is_some(),
         };
-        if world.faults.repeats > 0 && alive {
+        if alive {
             actions.push(Action::Again);
         }
     }
@@ -474,9 +490,4 @@ fn phase_of(
 ) -> Option<standstill_protocol::message::Phase> {
     use standstill_protocol::transition::Answer;
     (!matches!(answer, Answer::Status { .. })).then_some(phase)
-}
-
-/// Where everybody is, in one line.
-pub(crate) fn states(world: &World) -> Vec<MigrationState> {
-    world.devices.iter().map(|device| device.lifecycle.state()).collect()
 }
