@@ -2,6 +2,7 @@
 
 mod failure;
 mod hooks;
+mod renumber;
 mod target;
 
 use super::outcome::{Failure, FailureKind, HeldReason, Loss, MachineState, Outcome, Subject};

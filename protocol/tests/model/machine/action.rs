@@ -6,6 +6,8 @@ use std::fmt;
 /// One step of the world. Coordinator 0 is the first one, 1 the one that takes over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Action {
+    /// The first coordinator begins its first operation.
+    Begin,
     /// A device reads the next message of a coordinator; `kept`: and that message comes again.
     Read { device: usize, from: usize, kept: bool },
     /// A device has finished the arc that it was taking.
@@ -35,6 +37,7 @@ pub(crate) enum Action {
 impl fmt::Display for Action {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match *self {
+            Self::Begin => write!(f, "coordinator 0 begins"),
             Self::Read { device, from, kept } => {
                 let kept = if kept { ", which will come again" } else { "" };
                 write!(f, "device {device} reads the next message of coordinator {from}{kept}")

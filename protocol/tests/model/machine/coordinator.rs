@@ -58,6 +58,11 @@ pub(crate) struct Coordinator {
     pub(crate) outcome: Option<Outcome>,
     /// How many operations of the scenario have begun.
     pub(crate) begun: usize,
+    /// The present one has.
+    pub(crate) started: bool,
+    /// What the hook has done: when the operation began, and now.
+    pub(crate) hook_found_stopped: bool,
+    pub(crate) hook_stopped: bool,
     pub(crate) undone: bool,
     pub(crate) hold_expired: bool,
     pub(crate) second_phase: bool,
@@ -107,6 +112,9 @@ impl Coordinator {
             last_told: None,
             outcome: None,
             begun: 1,
+            started: false,
+            hook_found_stopped: hooks_stopped,
+            hook_stopped: hooks_stopped,
             undone: false,
             hold_expired: false,
             second_phase: false,
@@ -167,6 +175,8 @@ impl Coordinator {
                 seat.fence = Fence::Proven;
             }
             Event::Superseded => self.superseded = true,
+            Event::Begin => self.started = true,
+            Event::HookDone(_, moment) => self.hook_stopped = moment == HookMoment::Stop,
             Event::HookFailed(..) => notes.reached(Antecedent::HookFailed),
             _ => {}
         }

@@ -69,6 +69,8 @@ pub(crate) struct Device {
     /// What it may physically do: where its last finished arc led.
     pub(crate) activity: Activity,
     pub(crate) life: Life,
+    /// A coordinator that is dead by now could not prove its fence.
+    pub(crate) ghost: bool,
     /// The most that it may do by its last answer, until it is started.
     pub(crate) promised: Activity,
     pub(crate) links: [Link; 2],
@@ -92,6 +94,7 @@ impl Device {
             arc: None,
             activity: Activity::Full,
             life: Life::Alive,
+            ghost: false,
             promised: Activity::Full,
             links: [Link { open: true, ..Link::default() }, Link::default()],
         }

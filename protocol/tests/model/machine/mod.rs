@@ -10,4 +10,5 @@ pub(crate) mod report;
 pub(crate) mod rule;
 pub(crate) mod scenario;
 pub(crate) mod shared;
+pub(crate) mod symmetry;
 pub(crate) mod world;

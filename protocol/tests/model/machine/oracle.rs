@@ -21,7 +21,8 @@ pub(crate) fn mixed(world: &World) -> bool {
         coordinators.any(|coordinator| coordinator.seats[device].fence == Fence::Unproven)
     };
     let writes = world.devices.iter().enumerate().any(|(number, device)| {
-        device.life != Life::Gone && device.may_do() == Activity::Full && !unproven(number)
+        let counts = device.life != Life::Gone && !device.ghost && !unproven(number);
+        counts && device.may_do() == Activity::Full
     });
     writes
         && world.devices.iter().any(|device| {
@@ -74,10 +75,23 @@ pub(crate) fn is_true(world: &World, coordinator: &Coordinator, outcome: &Outcom
     let stopped = |_: &Seat, is: MigrationState| {
         is.activity() == Activity::Stopped && is != MigrationState::Error
     };
+    let hook_is = |stopped: bool| !world.hooks || coordinator.hook_stopped == stopped;
+    let hook_done = match coordinator.operation {
+        Operation::Pause | Operation::SwitchOver => hook_is(true),
+        Operation::Resume => hook_is(false),
+        Operation::Load | Operation::TakeOver => true,
+    };
     let rolls_back = coordinator.operation == Operation::TakeOver || coordinator.undone;
     match outcome {
-        Outcome::Done => nobody_fenced && !coordinator.undone && left_are(&done),
-        Outcome::RolledBack => nobody_fenced && rolls_back && left_are(&undone),
+        Outcome::Done => {
+            nobody_fenced && !coordinator.undone && hook_done && left_are(&done)
+        },
+        Outcome::RolledBack => {
+            nobody_fenced
+                && rolls_back
+                && hook_is(coordinator.hook_found_stopped)
+                && left_are(&undone)
+        },
         Outcome::Stopped => nobody_fenced && coordinator.undone && left_are(&stopped),
         Outcome::Degraded { machine, fenced } => {
             let unproven = |seat: &Seat| matches!(seat.fence, Fence::Asked | Fence::Unproven);

@@ -1,8 +1,9 @@
 //! What a check has found, for a person.
 
 use super::action::Action;
+use super::symmetry;
 use super::world::{Checked, World};
-use stateright::{Checker, Model, Path};
+use stateright::{Checker, HasDiscoveries, Model, Path};
 use std::fmt::Write as _;
 use std::time::{Duration, Instant};
 
@@ -21,6 +22,25 @@ pub(crate) fn check(model: Checked) -> (impl Checker<Checked>, Cost) {
     let checker = model.checker().spawn_bfs().join();
     let cost = cost_of(&checker, begun);
     (checker, cost)
+}
+
+/// Checks depth first, with devices that are alike, on all processors: for what is too large else.
+pub(crate) fn check_symmetric(model: Checked) -> (impl Checker<Checked>, Cost) {
+    let begun = Instant::now();
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let checker = model
+        .checker()
+        .symmetry_fn(symmetry::representative)
+        .threads(threads)
+        .spawn_dfs()
+        .join();
+    let cost = cost_of(&checker, begun);
+    (checker, cost)
+}
+
+/// Checks until a rule breaks. What breaks first is found by one of the shortest traces.
+pub(crate) fn find(model: Checked) -> impl Checker<Checked> {
+    model.checker().finish_when(HasDiscoveries::AnyFailures).spawn_bfs().join()
 }
 
 pub(crate) fn cost_of(checker: &impl Checker<Checked>, begun: Instant) -> Cost {

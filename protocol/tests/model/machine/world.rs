@@ -25,6 +25,7 @@ pub(crate) struct World {
     pub(crate) coordinators: [Option<Shared<Coordinator>>; 2],
     pub(crate) devices: Vec<Shared<Device>>,
     pub(crate) faults: Faults,
+    pub(crate) hooks: bool,
     pub(crate) kept: Option<Kept>,
     /// The rule that the last step has broken; nothing follows then.
     pub(crate) broken: Option<Rule>,
@@ -145,6 +146,7 @@ impl Checked {
 
     fn act(&self, world: &mut World, action: Action, notes: &mut Notes<'_>) -> Option<()> {
         match action {
+            Action::Begin => world.feed(0, Event::Begin, false, notes),
             Action::Read { device, from, kept } => {
                 notes.device = device;
                 let message = world.devices[device].edit(|device| {
@@ -247,13 +249,13 @@ impl Checked {
                     device.links[1].up.push_back(lost);
                 }
                 if self.scenario.successor == Successor::AfterDeath {
+                    device.ghost = first.seats[number].fence == Fence::Unproven;
                     device.links[0].open = false;
                     device.links[0].up.clear();
                 }
             });
         }
         if self.scenario.successor == Successor::AfterDeath {
-            // What it could not prove remains: a ghost is nobody's fault any more.
             world.coordinators[0] = None;
         }
         world.coordinators[1] = Some(Shared::new(second));
@@ -395,11 +397,10 @@ impl Model for Checked {
             coordinators: [first.map(Shared::new), None],
             devices: vec![Shared::new(device); scenario.devices],
             faults: scenario.faults,
+            hooks: scenario.hook,
             kept: None,
             broken: None,
         };
-        let mut notes = Notes::default();
-        world.feed(0, Event::Begin, false, &mut notes);
         world.seal();
         vec![world]
     }
@@ -416,6 +417,10 @@ impl Model for Checked {
         }
         let second = world.coordinators[1].is_some();
         if let Some(first) = &world.coordinators[0] {
+            if !first.started {
+                actions.push(Action::Begin);
+                return;
+            }
             if self.scenario.successor != Successor::None && !second {
                 actions.push(Action::TakeOver);
             }
