@@ -29,6 +29,10 @@ pub enum Mutation {
     ForgetsTheLast,
     /// Coordinator: the last participant is left out of an undo.
     UndoForgetsTheLast,
+    /// Coordinator: nothing is undone.
+    UndoesNothing,
+    /// Coordinator: a refusal in an undo is undone by another one.
+    UndoesAnUndo,
     /// Coordinator: a failure in the second phase is undone by the row of the first.
     UndoesTheSecondPhaseAsTheFirst,
     /// Coordinator: the answers to a phase have no deadline.

@@ -17,7 +17,7 @@ use stateright::Checker;
 
 /// Checks a scenario with a fault in one of the machines until a rule breaks, and says which.
 fn finds(breaks: Breaks, scenario: Scenario, rule: Rule) {
-    let checker = report::find(Checked::broken(scenario, breaks));
+    let checker = report::find(Checked::broken(scenario, breaks), rule);
     let mut discoveries = checker.discoveries();
     let names: Vec<_> = discoveries.keys().copied().collect();
     let Some(path) = discoveries.remove(rule.name()) else {
@@ -65,6 +65,24 @@ fn a_second_phase_that_does_not_wait_for_the_last_answer() {
 }
 
 #[test]
+fn an_end_that_does_not_wait_for_the_last_answer() {
+    let breaks = in_the_transition!(CountsOneAnswerLess);
+    finds(breaks, faults(|f| f.refusals = 1), Rule::EverybodyAnswered);
+}
+
+#[test]
+fn an_undo_that_undoes_nothing() {
+    let breaks = in_the_transition!(UndoesNothing);
+    finds(breaks, faults(|f| f.refusals = 1), Rule::NothingRunsHalf);
+}
+
+#[test]
+fn an_undo_that_is_undone() {
+    let breaks = in_the_transition!(UndoesAnUndo);
+    finds(breaks, faults(|f| f.refusals = 2), Rule::FourEpochs);
+}
+
+#[test]
 fn silence_that_is_taken_for_an_answer() {
     let breaks = in_the_transition!(TakesSilenceForAnAck);
     finds(breaks, faults(|f| f.timeouts = 1), Rule::SilenceIsFenced);
@@ -108,13 +126,12 @@ fn an_answer_of_another_epoch_that_counts() {
 #[test]
 fn a_refusal_that_is_passed_over() {
     let breaks = in_the_transition!(GoesOnAfterARefusal);
-    finds(breaks, faults(|f| f.refusals = 1), Rule::NoWriterBesideAStopped);
+    finds(breaks, faults(|f| f.refusals = 1), Rule::Barrier);
 }
 
 #[test]
 fn a_participant_that_is_not_told() {
     let breaks = in_the_transition!(ForgetsTheLast);
-    // The first phase is sent before the first step is taken.
     finds(breaks, Scenario::new("a fault in the core", 2), Rule::ToldAtOnce);
 }
 

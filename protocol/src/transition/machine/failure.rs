@@ -25,6 +25,7 @@ impl Transition {
                 self.fence(index, Loss::Refused, out);
             }
             Mode::Forward => self.undo(out),
+            Mode::Undo if self.broken.is(Mutation::UndoesAnUndo) => self.undo(out),
             // The start that follows takes it along from where it is.
             Mode::Undo
                 if self.phase == Some(Phase::Stop)
@@ -188,6 +189,9 @@ impl Transition {
         self.give_up(out);
         self.mode = Mode::Undo;
         self.arm(Timer::Undo, self.plan.undo_ns, out);
+        if self.broken.is(Mutation::UndoesNothing) {
+            return;
+        }
         let Plan { operation, on_failure, .. } = self.plan;
         let second_phase =
             self.second_phase && !self.broken.is(Mutation::UndoesTheSecondPhaseAsTheFirst);

@@ -51,7 +51,10 @@ impl fmt::Display for Action {
             }
             Self::Hear { coordinator, device, kept } => {
                 let kept = if kept { ", which will come again" } else { "" };
-                write!(f, "coordinator {coordinator} reads the next message of device {device}{kept}")
+                write!(
+                    f,
+                    "coordinator {coordinator} reads the next message of device {device}{kept}"
+                )
             }
             Self::Expire { coordinator, timer } => {
                 write!(f, "coordinator {coordinator}: the timer {timer:?} runs out")

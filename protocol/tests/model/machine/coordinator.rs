@@ -124,10 +124,7 @@ impl Coordinator {
 
     /// Who takes part and is not to be fenced.
     pub(crate) fn standing(&self) -> impl Iterator<Item = (usize, &Seat)> {
-        self.seats
-            .iter()
-            .enumerate()
-            .filter(|(_, seat)| seat.member && seat.fence == Fence::None)
+        self.seats.iter().enumerate().filter(|(_, seat)| seat.member && seat.fence == Fence::None)
     }
 
     /// Takes note of what is heard before the machine is told.
@@ -143,7 +140,10 @@ impl Coordinator {
                         if state == MigrationState::Error {
                             notes.reached(Antecedent::ErrorState);
                         }
-                        (Some(phase), Heard::Refused { stopped: state.activity() == Activity::Stopped })
+                        (
+                            Some(phase),
+                            Heard::Refused { stopped: state.activity() == Activity::Stopped },
+                        )
                     }
                 };
                 if heard == Heard::Status {
@@ -267,9 +267,9 @@ impl Coordinator {
         for (device, seat) in self.seats.iter().enumerate().filter(|(_, seat)| seat.member) {
             bounded &= match (seat.fence, seat.told, seat.heard) {
                 (Fence::Asked, ..) => armed(&|timer| *timer == Timer::Fence(participant(device))),
-                (Fence::None, Some((epoch, Some(phase))), None) => armed(&|timer| {
-                    matches!(timer, Timer::Phase(e, p, _) if (*e, *p) == (epoch, phase))
-                }),
+                (Fence::None, Some((epoch, Some(phase))), None) => armed(
+                    &|timer| matches!(timer, Timer::Phase(e, p, _) if (*e, *p) == (epoch, phase)),
+                ),
                 (Fence::None, Some((epoch, None)), None) => {
                     armed(&|timer| *timer == Timer::Query(epoch))
                 }
@@ -368,7 +368,12 @@ impl World {
         match effect {
             Effect::Send(id, command) => {
                 let Command { epoch, phase, target, .. } = command;
-                notes.say(|| format!("coordinator {number} to device {}: {phase} to {target}, epoch {epoch}", id.0));
+                notes.say(|| {
+                    format!(
+                        "coordinator {number} to device {}: {phase} to {target}, epoch {epoch}",
+                        id.0
+                    )
+                });
                 let device = device_of(id);
                 shared.edit(|c| tell(&mut c.seats[device], (epoch, Some(phase))));
                 self.post(number, device, Message::Command(command));
@@ -380,7 +385,12 @@ impl World {
                 self.post(number, device, Message::Query(query));
             }
             Effect::Abort(id, abort) => {
-                notes.say(|| format!("coordinator {number} to device {}: abort of epoch {}", id.0, abort.epoch));
+                notes.say(|| {
+                    format!(
+                        "coordinator {number} to device {}: abort of epoch {}",
+                        id.0, abort.epoch
+                    )
+                });
                 let device = device_of(id);
                 shared.edit(|c| c.seats[device].told = None);
                 self.post(number, device, Message::Abort(abort));
@@ -438,7 +448,9 @@ impl World {
         let Some(outcome) = &coordinator.outcome else { return };
         use Antecedent as A;
         match outcome {
-            Outcome::Done if coordinator.operation == Operation::TakeOver => notes.reached(A::TakeOverDone),
+            Outcome::Done if coordinator.operation == Operation::TakeOver => {
+                notes.reached(A::TakeOverDone)
+            }
             Outcome::Done if coordinator.begun > 1 => notes.reached(A::SecondOperation),
             Outcome::Done => notes.reached(A::Done),
             Outcome::RolledBack if coordinator.operation == Operation::TakeOver => {

@@ -10,6 +10,7 @@ use standstill_protocol::message::{
 use standstill_protocol::migration::{Activity, MigrationFlags, MigrationState};
 use standstill_protocol::transition::{Answer, Event};
 use std::collections::VecDeque;
+use std::fmt;
 
 /// A coordinator's message to a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -37,6 +38,21 @@ impl Message {
             Self::Command(command) => lifecycle::Event::Command(command),
             Self::Abort(abort) => lifecycle::Event::Abort(abort),
             Self::Query(query) => lifecycle::Event::Query(query),
+        }
+    }
+}
+
+impl fmt::Display for Message {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Welcome(term) => write!(f, "the welcome of term {term}"),
+            Self::Command(Command { term, epoch, phase, target, .. }) => {
+                write!(f, "{phase} to {target}, term {term}, epoch {epoch}")
+            }
+            Self::Abort(Abort { term, epoch }) => {
+                write!(f, "the abort of term {term}, epoch {epoch}")
+            }
+            Self::Query(Query { term, .. }) => write!(f, "the question of term {term}"),
         }
     }
 }
@@ -82,8 +98,7 @@ impl Device {
         lifecycle.step(Message::Welcome(Term(1)).event());
         if state != MigrationState::Running {
             let (term, epoch, phase) = (Term(1), Epoch(1), Phase::Start);
-            let command =
-                Command { term, epoch, phase, target: state, budget_ns: 0, lease_ns: 0 };
+            let command = Command { term, epoch, phase, target: state, budget_ns: 0, lease_ns: 0 };
             lifecycle.step(lifecycle::Event::Command(command));
             while lifecycle.is_busy() {
                 lifecycle.step(lifecycle::Event::ArcDone);
@@ -116,6 +131,7 @@ impl Device {
 
     /// Takes the next message of a coordinator, or one that is repeated.
     pub(crate) fn read(&mut self, message: Message, again: bool, notes: &mut Notes<'_>) {
+        notes.say(|| format!("it is {message}"));
         let before = self.lifecycle.clone();
         let effects = self.step(message.event(), notes);
         let changed = before != self.lifecycle
@@ -182,7 +198,9 @@ impl Device {
                     let idle = status.moving_to.is_some() || self.arc.is_none();
                     notes.check(Rule::AnswerIsTrue, idle);
                     notes.say(|| match status.moving_to {
-                        Some(to) => format!("it answers that it is in {}, on the way to {to}", status.state),
+                        Some(to) => {
+                            format!("it answers that it is in {}, on the way to {to}", status.state)
+                        }
                         None => format!("it answers that it is in {}", status.state),
                     });
                     let answer = Answer::Status { moving_to: status.moving_to };
@@ -203,13 +221,28 @@ impl Device {
         effects
     }
 
-    fn answer(&mut self, command: Command, state: MigrationState, answer: Answer, notes: &mut Notes<'_>) {
+    fn answer(
+        &mut self,
+        command: Command,
+        state: MigrationState,
+        answer: Answer,
+        notes: &mut Notes<'_>,
+    ) {
         let Command { term, epoch, phase, .. } = command;
-        notes.say(|| format!("it answers {answer:?} to {phase} of term {term}, epoch {epoch}, in {state}"));
+        notes.say(|| {
+            format!("it answers {answer:?} to {phase} of term {term}, epoch {epoch}, in {state}")
+        });
         // ERROR is not an activity: whatever it does, it will be reset before it counts.
         let fits = state.activity() == self.activity && self.arc.is_none();
         notes.check(Rule::AnswerIsTrue, fits);
-        self.send(Event::Answer { from: participant(notes.device), term, epoch, phase, state, answer });
+        self.send(Event::Answer {
+            from: participant(notes.device),
+            term,
+            epoch,
+            phase,
+            state,
+            answer,
+        });
     }
 
     /// Answers go to the coordinator whose term they name.

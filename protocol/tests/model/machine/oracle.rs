@@ -83,15 +83,13 @@ pub(crate) fn is_true(world: &World, coordinator: &Coordinator, outcome: &Outcom
     };
     let rolls_back = coordinator.operation == Operation::TakeOver || coordinator.undone;
     match outcome {
-        Outcome::Done => {
-            nobody_fenced && !coordinator.undone && hook_done && left_are(&done)
-        },
+        Outcome::Done => nobody_fenced && !coordinator.undone && hook_done && left_are(&done),
         Outcome::RolledBack => {
             nobody_fenced
                 && rolls_back
                 && hook_is(coordinator.hook_found_stopped)
                 && left_are(&undone)
-        },
+        }
         Outcome::Stopped => nobody_fenced && coordinator.undone && left_are(&stopped),
         Outcome::Degraded { machine, fenced } => {
             let unproven = |seat: &Seat| matches!(seat.fence, Fence::Asked | Fence::Unproven);
@@ -115,9 +113,8 @@ pub(crate) fn is_true(world: &World, coordinator: &Coordinator, outcome: &Outcom
                 ),
                 _ => true,
             });
-            let quiet = coordinator
-                .standing()
-                .all(|(device, _)| world.devices[device].is_stopped());
+            let quiet =
+                coordinator.standing().all(|(device, _)| world.devices[device].is_stopped());
             !reasons.is_empty() && named && fenced_are(fenced) && (given_up || quiet)
         }
     }

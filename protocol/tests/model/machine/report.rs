@@ -1,9 +1,11 @@
 //! What a check has found, for a person.
 
 use super::action::Action;
+use super::rule::Rule;
 use super::symmetry;
 use super::world::{Checked, World};
 use stateright::{Checker, HasDiscoveries, Model, Path};
+use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::time::{Duration, Instant};
 
@@ -28,19 +30,16 @@ pub(crate) fn check(model: Checked) -> (impl Checker<Checked>, Cost) {
 pub(crate) fn check_symmetric(model: Checked) -> (impl Checker<Checked>, Cost) {
     let begun = Instant::now();
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
-    let checker = model
-        .checker()
-        .symmetry_fn(symmetry::representative)
-        .threads(threads)
-        .spawn_dfs()
-        .join();
+    let checker =
+        model.checker().symmetry_fn(symmetry::representative).threads(threads).spawn_dfs().join();
     let cost = cost_of(&checker, begun);
     (checker, cost)
 }
 
-/// Checks until a rule breaks. What breaks first is found by one of the shortest traces.
-pub(crate) fn find(model: Checked) -> impl Checker<Checked> {
-    model.checker().finish_when(HasDiscoveries::AnyFailures).spawn_bfs().join()
+/// Checks until that rule breaks: by one of the shortest traces that break it and no other before.
+pub(crate) fn find(model: Checked, rule: Rule) -> impl Checker<Checked> {
+    let until = HasDiscoveries::AnyOf(BTreeSet::from([rule.name()]));
+    model.checker().finish_when(until).spawn_bfs().join()
 }
 
 pub(crate) fn cost_of(checker: &impl Checker<Checked>, begun: Instant) -> Cost {

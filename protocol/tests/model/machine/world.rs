@@ -9,6 +9,7 @@ use super::scenario::{Faults, Scenario, Successor, device_of, participant};
 use super::shared::Shared;
 use standstill_protocol::lifecycle::Lifecycle;
 use standstill_protocol::message::Epoch;
+use standstill_protocol::migration::MigrationState;
 use standstill_protocol::transition::{Event, Loss, Operation, Outcome, Timer, Transition};
 use stateright::{Model, Property};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -210,20 +211,20 @@ impl Checked {
             Action::TakeOver => self.take_over(world, notes)?,
             Action::Supersede => world.feed(0, Event::Superseded, false, notes),
             Action::Next => self.next_operation(world, notes)?,
-            Action::Again => {
-                match world.kept.take()? {
-                    Kept::Down(number, message) => {
-                        notes.device = number;
-                        notes.say(|| format!("device {number} reads {message:?} again"));
-                        world.devices[number].edit(|device| device.read(message, true, notes));
-                    }
-                    Kept::Up(coordinator, event) => {
-                        notes.reached(Antecedent::RepeatedAnswer);
-                        notes.say(|| format!("coordinator {coordinator} hears {} again", describe(event)));
-                        world.feed(coordinator, event, true, notes);
-                    }
+            Action::Again => match world.kept.take()? {
+                Kept::Down(number, message) => {
+                    notes.device = number;
+                    notes.say(|| format!("device {number} reads {message:?} again"));
+                    world.devices[number].edit(|device| device.read(message, true, notes));
                 }
-            }
+                Kept::Up(coordinator, event) => {
+                    notes.reached(Antecedent::RepeatedAnswer);
+                    notes.say(|| {
+                        format!("coordinator {coordinator} hears {} again", describe(event))
+                    });
+                    world.feed(coordinator, event, true, notes);
+                }
+            },
         }
         Some(())
     }
@@ -233,7 +234,8 @@ impl Checked {
         let first = world.coordinators[0].clone()?;
         let left: Vec<_> = (0..world.devices.len())
             .filter(|&device| first.seats[device].fence != Fence::Proven)
-            .map(|device| (device, world.devices[device].lifecycle.state()))
+            // It asks before it does anything: what it believes until then makes no difference.
+            .map(|device| (device, MigrationState::Running))
             .collect();
         let operation = (Operation::TakeOver, Epoch(1));
         let second =
@@ -290,9 +292,7 @@ impl Checked {
             Some(_) => {}
         }
         let members: Vec<_> = (0..coordinator.seats.len())
-            .filter_map(|device| {
-                Some((device, coordinator.transition.state(participant(device))?))
-            })
+            .filter_map(|device| Some((device, coordinator.transition.state(participant(device))?)))
             .collect();
         let stopped = coordinator.transition.hooks().iter().any(|hook| hook.stopped);
         let operation = (operation, coordinator.transition.epoch().next());
@@ -477,13 +477,15 @@ const SOMETIMES: [Condition; Antecedent::ALL.len()] = conditions!(
 
 fn describe(event: Event) -> String {
     match event {
-        Event::Answer { from, term, epoch, phase, state, answer } => match phase_of(answer, phase) {
-            Some(phase) => format!(
-                "{answer:?} of device {} to {phase} of term {term}, epoch {epoch}: it is in {state}",
-                device_of(from)
-            ),
-            None => format!("that device {} is in {state}", device_of(from)),
-        },
+        Event::Answer { from, term, epoch, phase, state, answer } => {
+            match phase_of(answer, phase) {
+                Some(phase) => format!(
+                    "{answer:?} of device {} to {phase} of term {term}, epoch {epoch}: it is in {state}",
+                    device_of(from)
+                ),
+                None => format!("that device {} is in {state}", device_of(from)),
+            }
+        }
         Event::Lost(who, why) => format!("that device {} is lost: {why}", device_of(who)),
         other => format!("{other:?}"),
     }
