@@ -4,6 +4,11 @@
 //! minutes, are checked only where the environment variable `STANDSTILL_MODEL_FOUR` is set.
 
 #![forbid(unsafe_code)]
+#![expect(
+    clippy::panic,
+    clippy::print_stdout,
+    reason = "a test fails by panicking and prints what it found"
+)]
 
 mod configurations;
 mod machine;

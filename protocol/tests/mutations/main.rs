@@ -3,7 +3,13 @@
 //! See `docs/verification.md`. The traces are printed with `--nocapture`.
 
 #![forbid(unsafe_code)]
+#![expect(
+    clippy::panic,
+    clippy::print_stdout,
+    reason = "a test fails by panicking and prints traces"
+)]
 
+#[expect(dead_code, reason = "shared with the model test, which uses all of it")]
 #[path = "../model/machine/mod.rs"]
 mod machine;
 

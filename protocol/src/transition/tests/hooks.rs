@@ -88,9 +88,7 @@ fn hooks_of_the_next_rank_wait_for_all_of_this_one() {
     let both = vec![hook(0, Slot::Before, 0), hook(1, Slot::Before, 0), hook(2, Slot::Before, 1)];
     let mut script = Script::begin(with_hooks(Operation::Pause, S::Running, both));
     assert_eq!(script.hooks(), [(0, Stop), (1, Stop)]);
-    assert!(
-        script.effects.contains(&Effect::Arm(Timer::Hook(HookId(1), HookMoment::Stop), HOOK_NS))
-    );
+    assert!(script.effects.contains(&Effect::Arm(Timer::Hook(HookId(1), Stop), HOOK_NS)));
     assert_eq!(script.step(Event::HookDone(HookId(1), Stop)).len(), 1, "its timer is disarmed");
     assert_eq!(script.step(Event::HookDone(HookId(1), Stop)), [], "a duplicate");
     assert_eq!(script.step(Event::HookDone(HookId(0), Start)), [], "another call");

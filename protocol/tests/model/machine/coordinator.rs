@@ -449,7 +449,7 @@ impl World {
         use Antecedent as A;
         match outcome {
             Outcome::Done if coordinator.operation == Operation::TakeOver => {
-                notes.reached(A::TakeOverDone)
+                notes.reached(A::TakeOverDone);
             }
             Outcome::Done if coordinator.begun > 1 => notes.reached(A::SecondOperation),
             Outcome::Done => notes.reached(A::Done),

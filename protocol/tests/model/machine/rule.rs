@@ -40,7 +40,7 @@ named! {
         NothingRunsHalf => "invariant 6: nothing is on the way when it is over",
         /// No effects, timers or second outcome after the end.
         OneOutcome => "invariant 6: there is one outcome and nothing after it",
-        /// Of PrepareStart and Start.
+        /// Of `PrepareStart` and `Start`.
         NoStartBesideAFence => "invariant 6: nothing is started while a fence is not proven",
         /// Of devices.
         LowerTerm => "invariant 7: a lower term moves no device",
