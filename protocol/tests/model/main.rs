@@ -14,7 +14,7 @@ mod configurations;
 mod machine;
 
 use machine::report::{self, Cost};
-use machine::rule::Rule;
+use machine::rule::{Antecedent, Rule};
 use machine::scenario::{Faults, Scenario, Successor};
 use machine::world::Checked;
 use standstill_protocol::transition::Phases;
@@ -65,6 +65,15 @@ fn four_devices_if_asked_for() {
         let (checker, cost) = report::check_symmetric(Checked::new(scenario));
         passes(&checker, &cost);
     }
+}
+
+/// An antecedent that no configuration asks for could be missed by all of them.
+#[test]
+fn every_antecedent_is_asked_for() {
+    let scenarios = [configurations::one_and_two(), configurations::three()].concat();
+    let asked = |a: &Antecedent| scenarios.iter().any(|scenario| scenario.reaches.contains(a));
+    let missing: Vec<_> = Antecedent::ALL.iter().filter(|a| !asked(a)).collect();
+    assert!(missing.is_empty(), "{missing:?}");
 }
 
 /// A check that takes devices to be alike must not overlook what one that does not finds.
