@@ -15,4 +15,8 @@ pub mod codec;
 pub mod lifecycle;
 pub mod message;
 pub mod migration;
+#[cfg(feature = "mutations")]
+pub mod mutation;
+#[cfg(not(feature = "mutations"))]
+mod mutation;
 pub mod transition;

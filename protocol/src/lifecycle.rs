@@ -31,6 +31,7 @@ use crate::message::{
     Term,
 };
 use crate::migration::{Activity, MigrationFlags, MigrationState};
+use crate::mutation::{Broken, Mutation};
 
 mod job;
 #[cfg(test)]
@@ -100,7 +101,7 @@ pub enum Event {
 }
 
 /// One arc of the migration state machine, and what it means for the device's activity.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Arc {
     /// Whose position moves.
     pub master: Master,
@@ -173,14 +174,14 @@ pub enum Stale {
 }
 
 /// What is being carried out.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct Job {
     task: Task,
     /// Overtaken or given up: end at the end of the present arc, without an answer.
     overtaken: bool,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Task {
     Command(Command, Stage),
     Client(ClientRequest),
@@ -188,7 +189,7 @@ enum Task {
 }
 
 /// How far a command of several steps has come.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Stage {
     Walk,
     Stream,
@@ -196,7 +197,7 @@ enum Stage {
 }
 
 /// The device's side of the protocol; see the module's documentation.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Lifecycle {
     flags: MigrationFlags,
     coordinator: MigrationState,
@@ -213,6 +214,7 @@ pub struct Lifecycle {
     /// The lease ran out while something was being carried out.
     lease_due: bool,
     handed_over: bool,
+    broken: Broken,
 }
 
 impl Lifecycle {
@@ -234,7 +236,15 @@ impl Lifecycle {
             lease: None,
             lease_due: false,
             handed_over: false,
+            broken: Broken::default(),
         }
+    }
+
+    /// This device with one fault built in; for tests of the tests.
+    #[cfg(feature = "mutations")]
+    #[must_use]
+    pub fn with_mutation(self, mutation: Mutation) -> Self {
+        Self { broken: Broken::by(mutation), ..self }
     }
 
     /// Where the coordinator has brought the device.
@@ -320,7 +330,7 @@ impl Lifecycle {
     }
 
     fn welcome(&mut self, term: Term, epoch: Epoch, orphan: OrphanPolicy, out: &mut Vec<Effect>) {
-        if term <= self.term {
+        if term <= self.term && !self.broken.is(Mutation::WelcomesEveryTerm) {
             out.push(Effect::Dropped(Stale::Term));
             return;
         }
@@ -330,6 +340,9 @@ impl Lifecycle {
         self.last_phase = None;
         self.orphan = orphan;
         // The lease stays: see the module's documentation.
+        if self.broken.is(Mutation::KeepsTheOldCommand) {
+            return;
+        }
         self.overtake_command(out);
     }
 
@@ -346,7 +359,8 @@ impl Lifecycle {
     }
 
     fn command(&mut self, command: Command, out: &mut Vec<Effect>) {
-        if command.term != self.term || self.term == Term(0) {
+        let foreign = command.term != self.term && !self.broken.is(Mutation::ObeysEveryTerm);
+        if foreign || self.term == Term(0) {
             out.push(Effect::Dropped(Stale::Term));
             return;
         }
@@ -365,7 +379,8 @@ impl Lifecycle {
             }
             std::cmp::Ordering::Greater => true,
         };
-        if !in_order || command.epoch <= self.given_up {
+        let late = !in_order || command.epoch <= self.given_up;
+        if late && !self.broken.is(Mutation::ObeysEveryEpoch) {
             out.push(Effect::Dropped(Stale::Epoch));
             return;
         }
@@ -406,6 +421,10 @@ impl Lifecycle {
         // An epoch that this device has not heard of yet can be given up too.
         self.epoch = abort.epoch;
         self.given_up = abort.epoch;
+        if self.broken.is(Mutation::LeavesStopOnAbort) && self.job.is_none() {
+            self.job = Some(Job { task: Task::Lease, overtaken: false });
+            self.walk(Master::Coordinator, self.lease_target(), out);
+        }
         self.overtake_command(out);
     }
 

@@ -219,7 +219,7 @@ pub struct Capabilities {
 }
 
 /// Whether DMA between a device and its peers is possible.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum PeerDma {
     /// It is, or nobody knows.
     Possible,
@@ -255,7 +255,7 @@ pub struct Welcome {
 }
 
 /// What a device process does when its coordinator goes away.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum OrphanPolicy {
     /// It ends.
     Exit,
@@ -273,7 +273,7 @@ pub struct Reject {
 }
 
 /// Take a step of a transition.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Command {
     /// The coordinator's term.
     pub term: Term,
@@ -293,7 +293,7 @@ pub struct Command {
 
 /// Give the transition up: begin nothing more of it. It has no answer; the undo that follows has
 /// an epoch of its own.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Abort {
     /// The coordinator's term.
     pub term: Term,
@@ -302,7 +302,7 @@ pub struct Abort {
 }
 
 /// Say where you are. Answered at once by a [`Status`], also in the middle of a command.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Query {
     /// The coordinator's term.
     pub term: Term,

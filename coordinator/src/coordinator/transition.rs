@@ -134,11 +134,14 @@ impl State {
         })
     }
 
-    /// The name of the participant that a plan fails for.
+    /// The name of the participant or hook that a plan fails for.
     pub(super) fn in_the_way(&self, error: &PlanError) -> String {
-        let (PlanError::State { id, .. } | PlanError::OnePhase { id } | PlanError::Twice { id }) =
-            *error;
-        self.names.participant(id)
+        match *error {
+            PlanError::State { id, .. } | PlanError::OnePhase { id } | PlanError::Twice { id } => {
+                self.names.participant(id)
+            }
+            PlanError::HookTwice { id } => self.names.hook(id),
+        }
     }
 
     pub(super) fn cancel(&mut self) {

@@ -6,6 +6,7 @@ use super::{
 };
 use crate::message::{Command, DeviceEvent, Epoch, Phase, Refusal, RefusalKind};
 use crate::migration::{Activity, MigrationState, Next, next_state};
+use crate::mutation::Mutation;
 
 impl Lifecycle {
     /// Begins what waits; the coordinator goes first.
@@ -117,6 +118,11 @@ impl Lifecycle {
                     before: from.activity().min(other.activity()),
                     after: to.activity().min(other.activity()),
                 }));
+                if self.broken.is(Mutation::AnswersBeforeTheArc)
+                    && let Some(Task::Command(command, _)) = self.job.as_ref().map(|job| job.task)
+                {
+                    out.push(Effect::Reached(command, to));
+                }
             }
             Err(no_way) => {
                 let refusal = Refusal { kind: RefusalKind::NoWay, text: no_way.to_string() };
@@ -317,7 +323,9 @@ impl Lifecycle {
     pub(super) fn refuse(&mut self, refusal: Refusal, out: &mut Vec<Effect>) {
         match self.job.as_ref().map(|job| job.task) {
             Some(Task::Command(command, _)) => {
-                out.push(Effect::Refused(command, self.state(), refusal));
+                let elsewhere = self.broken.is(Mutation::RefusesFromElsewhere);
+                let state = if elsewhere { command.target } else { self.state() };
+                out.push(Effect::Refused(command, state, refusal));
             }
             Some(Task::Client(_)) => out.push(Effect::ClientAnswer(Err(refusal))),
             Some(Task::Lease) => {

@@ -2,6 +2,7 @@
 
 mod failure;
 mod hooks;
+mod renumber;
 mod target;
 
 use super::outcome::{Failure, FailureKind, HeldReason, Loss, MachineState, Outcome, Subject};
@@ -12,7 +13,9 @@ use super::plan::{
 use super::undo::UndoStep;
 use crate::message::{Abort, Command, Epoch, Phase, Query, Term};
 use crate::migration::{Activity, MigrationState};
+use crate::mutation::{Broken, Mutation};
 use std::collections::VecDeque;
+use std::hash::{Hash, Hasher};
 
 /// What a participant answered; texts and timings are the report's business.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -71,8 +74,8 @@ pub enum Timer {
     Phase(Epoch, Phase, u64),
     /// All answers to a query.
     Query(Epoch),
-    /// A hook's return.
-    Hook(HookId),
+    /// A hook's return from that call.
+    Hook(HookId, HookMoment),
     /// A fence's proof.
     Fence(ParticipantId),
     /// The end of the undo.
@@ -102,7 +105,7 @@ pub enum Effect {
     Finish(Outcome),
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Standing {
     Live,
     Fencing(Loss),
@@ -110,7 +113,7 @@ enum Standing {
     Unproven(Loss),
 }
 
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct Participant {
     member: Member,
     /// Where it was when the transition began.
@@ -125,13 +128,13 @@ struct Participant {
     moving: Option<MigrationState>,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Asked {
     Phase(Phase),
     Status,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Stage {
     NewEpoch,
     Hooks(HookMoment, Slot),
@@ -142,14 +145,14 @@ enum Stage {
 }
 
 /// How a participant's target in a phase is found.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Aim {
     First,
     Second,
     Undo(UndoStep),
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Mode {
     Forward,
     Undo,
@@ -158,7 +161,7 @@ enum Mode {
 }
 
 /// One transition of a machine; see the module's documentation.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Transition {
     plan: Plan,
     participants: Vec<Participant>,
@@ -180,8 +183,22 @@ pub struct Transition {
     second_phase: bool,
     armed: Vec<Timer>,
     reasons: Vec<HeldReason>,
+    history: History,
+    broken: Broken,
+}
+
+/// What is kept for the report only: no decision looks at it.
+///
+/// It counts for equality but not for the hash, so that two transitions that will do the same have
+/// the same hash whatever they have seen: a model checker tells states apart by their hashes.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct History {
     failures: Vec<Failure>,
     strays: u64,
+}
+
+impl Hash for History {
+    fn hash<H: Hasher>(&self, _: &mut H) {}
 }
 
 impl Transition {
@@ -223,10 +240,17 @@ impl Transition {
             second_phase: false,
             armed: Vec::new(),
             reasons: Vec::new(),
-            failures: Vec::new(),
-            strays: 0,
+            history: History::default(),
+            broken: Broken::default(),
             plan,
         })
+    }
+
+    /// This transition with one fault built in; for tests of the tests.
+    #[cfg(feature = "mutations")]
+    #[must_use]
+    pub fn with_mutation(self, mutation: Mutation) -> Self {
+        Self { broken: Broken::by(mutation), ..self }
     }
 
     /// The last epoch that this transition has used.
@@ -256,13 +280,13 @@ impl Transition {
     /// Everything that went wrong so far, in order.
     #[must_use]
     pub fn failures(&self) -> &[Failure] {
-        &self.failures
+        &self.history.failures
     }
 
     /// How many answers were stale, duplicate, foreign or out of order, and changed nothing.
     #[must_use]
     pub fn strays(&self) -> u64 {
-        self.strays
+        self.history.strays
     }
 
     /// Where a participant last proved to be; `None` for an unknown or fenced one.
@@ -296,7 +320,7 @@ impl Transition {
     /// told nothing; other events are not expected so early and change nothing.
     pub fn step(&mut self, event: Event) -> Vec<Effect> {
         let mut out = Vec::new();
-        if self.mode == Mode::Over {
+        if self.mode == Mode::Over && !self.broken.is(Mutation::ActsAfterTheEnd) {
             return out;
         }
         if self.begun == (event == Event::Begin) {
@@ -372,7 +396,9 @@ impl Transition {
     /// Begins stages until there is something to wait for, or the end is reached.
     fn advance(&mut self, out: &mut Vec<Effect>) {
         while self.mode != Mode::Over {
-            if self.awaited > 0 || self.fencing > 0 || !self.running_hooks.is_empty() {
+            let fences = self.fencing > 0 && !self.broken.is(Mutation::GoesOnBesideAFence);
+            let enough = usize::from(self.broken.is(Mutation::CountsOneAnswerLess));
+            if self.awaited > enough || fences || !self.running_hooks.is_empty() {
                 return;
             }
             self.disarm(out, |timer| matches!(timer, Timer::Phase(..) | Timer::Query(_)));
@@ -401,7 +427,7 @@ impl Transition {
         out: &mut Vec<Effect>,
     ) {
         let Some(index) = self.index(from) else {
-            self.strays += 1;
+            self.history.strays += 1;
             return;
         };
         let asked = match answer {
@@ -410,12 +436,15 @@ impl Transition {
         };
         let target = match self.participants[index].awaited {
             Some((expected, target))
-                if expected == asked && term == self.plan.term && epoch == self.epoch =>
+                if expected == asked
+                    && term == self.plan.term
+                    && (epoch == self.epoch
+                        || self.broken.is(Mutation::TakesAnswersOfOtherEpochs)) =>
             {
                 target
             }
             _ => {
-                self.strays += 1;
+                self.history.strays += 1;
                 return;
             }
         };
@@ -454,7 +483,7 @@ impl Transition {
     }
 
     fn finish(&mut self, out: &mut Vec<Effect>) {
-        let undone = self.mode == Mode::Undo;
+        let undone = self.mode == Mode::Undo && !self.broken.is(Mutation::CallsAnUndoDone);
         self.mode = Mode::Over;
         self.stages.clear();
         self.disarm(out, |_| true);
@@ -462,6 +491,7 @@ impl Transition {
             .participants
             .iter()
             .filter_map(|participant| match participant.standing {
+                Standing::Fenced(_) if self.broken.is(Mutation::HidesWhoWasFenced) => None,
                 Standing::Fenced(why) => Some((participant.member.id, why)),
                 _ => None,
             })
@@ -472,7 +502,8 @@ impl Transition {
                 MachineState::Running
             }
             Operation::Load if !self.told && self.ran() => MachineState::Running,
-            Operation::Resume if !undone => MachineState::Running,
+            // Whom a resume found running is left alone by its undo.
+            Operation::Resume if !undone || self.all_ran() => MachineState::Running,
             Operation::TakeOver => MachineState::Running,
             _ => MachineState::Stopped,
         };
@@ -505,12 +536,25 @@ impl Transition {
         left.unwrap_or(all)
     }
 
+    /// True if everybody who is left ran when the transition began; if nobody is, everybody.
+    fn all_ran(&self) -> bool {
+        let ran = |participant: &&Participant| !stopped(participant.original);
+        let left = || self.participants.iter().filter(|p| p.standing == Standing::Live);
+        match left().next() {
+            Some(_) => left().all(|participant| ran(&participant)),
+            None => self.participants.iter().all(|participant| ran(&participant)),
+        }
+    }
+
     fn note(&mut self, subject: Subject, kind: FailureKind) {
         let phase = self.phase;
-        self.failures.push(Failure { subject, kind, epoch: self.epoch, phase });
+        self.history.failures.push(Failure { subject, kind, epoch: self.epoch, phase });
     }
 
     fn arm(&mut self, timer: Timer, budget_ns: u64, out: &mut Vec<Effect>) {
+        if matches!(timer, Timer::Phase(..)) && self.broken.is(Mutation::ArmsNoPhaseTimer) {
+            return;
+        }
         self.armed.push(timer);
         out.push(Effect::Arm(timer, budget_ns));
     }

@@ -5,7 +5,7 @@ use crate::message::{Epoch, Phase};
 use std::fmt;
 
 /// How a transition ended. There are these five ways and no other.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Outcome {
     /// All participants are in the target state.
     Done,

@@ -132,7 +132,7 @@ pub enum MemberKind {
 }
 
 /// One participant of a transition.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Member {
     /// Its number.
     pub id: ParticipantId,
@@ -180,7 +180,7 @@ impl Slot {
 }
 
 /// What a hook is called for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum HookMoment {
     /// The machine stops.
     Stop,
@@ -189,7 +189,7 @@ pub enum HookMoment {
 }
 
 /// Something inside the VMM that runs at a fixed place of a stop and of a start.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Hook {
     /// Its number.
     pub id: HookId,
@@ -208,7 +208,7 @@ pub struct Hook {
 }
 
 /// What a transition is to do.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Plan {
     /// What for.
     pub operation: Operation,
@@ -260,6 +260,12 @@ pub enum PlanError {
         /// The number.
         id: ParticipantId,
     },
+    /// Two hooks have the same number.
+    #[error("hook {} is there twice", id.0)]
+    HookTwice {
+        /// The number.
+        id: HookId,
+    },
 }
 
 impl Plan {
@@ -267,12 +273,17 @@ impl Plan {
     ///
     /// # Errors
     ///
-    /// The first participant that does not fit.
+    /// The first participant or hook that does not fit.
     pub fn check(&self) -> Result<(), PlanError> {
         let mut ids: Vec<_> = self.members.iter().map(|member| member.id).collect();
         ids.sort_unstable();
         if let Some(pair) = ids.windows(2).find(|pair| pair[0] == pair[1]) {
             return Err(PlanError::Twice { id: pair[0] });
+        }
+        let mut hooks: Vec<_> = self.hooks.iter().map(|hook| hook.id).collect();
+        hooks.sort_unstable();
+        if let Some(pair) = hooks.windows(2).find(|pair| pair[0] == pair[1]) {
+            return Err(PlanError::HookTwice { id: pair[0] });
         }
         let alone = self.members.len() == 1;
         for member in &self.members {

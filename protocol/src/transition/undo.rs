@@ -8,7 +8,7 @@ use super::plan::{OnFailure, Operation};
 use crate::message::Phase;
 
 /// One step of an undo.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum UndoStep {
     /// Phase 1 of a stop, again or anew.
     PrepareStop,

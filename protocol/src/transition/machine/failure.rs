@@ -10,12 +10,14 @@ use super::{
 };
 use crate::message::{Abort, Phase};
 use crate::migration::Activity;
+use crate::mutation::Mutation;
 
 impl Transition {
     pub(super) fn refused(&mut self, index: usize, out: &mut Vec<Effect>) {
         let Participant { member, state, .. } = self.participants[index];
         self.note(Subject::Participant(member.id), FailureKind::Refused);
         match self.mode {
+            Mode::Forward if self.broken.is(Mutation::GoesOnAfterARefusal) => {}
             // One that cannot be fenced cannot be gone on without, but there is a way back.
             Mode::Forward
                 if self.goes_on_without(&member) && member.kind == MemberKind::Process =>
@@ -23,6 +25,7 @@ impl Transition {
                 self.fence(index, Loss::Refused, out);
             }
             Mode::Forward => self.undo(out),
+            Mode::Undo if self.broken.is(Mutation::UndoesAnUndo) => self.undo(out),
             // The start that follows takes it along from where it is.
             Mode::Undo
                 if self.phase == Some(Phase::Stop)
@@ -93,8 +96,12 @@ impl Transition {
     pub(super) fn fence_unproven(&mut self, who: ParticipantId, out: &mut Vec<Effect>) {
         let Some(index) = self.index(who) else { return };
         if let Standing::Fencing(why) = self.participants[index].standing {
-            self.participants[index].standing = Standing::Unproven(why);
             self.fencing -= 1;
+            if self.broken.is(Mutation::TakesUnprovenForProven) {
+                self.participants[index].standing = Standing::Fenced(why);
+                return;
+            }
+            self.participants[index].standing = Standing::Unproven(why);
             self.note(Subject::Participant(who), FailureKind::FenceUnproven);
             self.hold(HeldReason::FenceUnproven(who), out);
         }
@@ -118,7 +125,7 @@ impl Transition {
                 let late: Vec<_> = self.awaited().collect();
                 self.time_out(late, out);
             }
-            Timer::Hook(id) => {
+            Timer::Hook(id, _) => {
                 self.hook_hung(id);
                 self.hold(HeldReason::HookHung(id), out);
             }
@@ -148,6 +155,10 @@ impl Transition {
         let mut fails = false;
         for who in late {
             let Some(index) = self.index(who) else { continue };
+            if self.broken.is(Mutation::TakesSilenceForAnAck) {
+                self.settle(index);
+                continue;
+            }
             let member = self.participants[index].member;
             self.note(Subject::Participant(who), FailureKind::Lost(Loss::Timeout));
             fails |= !self.goes_on_without(&member);
@@ -178,8 +189,13 @@ impl Transition {
         self.give_up(out);
         self.mode = Mode::Undo;
         self.arm(Timer::Undo, self.plan.undo_ns, out);
+        if self.broken.is(Mutation::UndoesNothing) {
+            return;
+        }
         let Plan { operation, on_failure, .. } = self.plan;
-        let mut steps = undo_row(operation, on_failure, self.second_phase);
+        let second_phase =
+            self.second_phase && !self.broken.is(Mutation::UndoesTheSecondPhaseAsTheFirst);
+        let mut steps = undo_row(operation, on_failure, second_phase);
         let nothing_to_undo = !self.told && on_failure == OnFailure::Rollback;
         // Hooks go the way of the last epoch of the row.
         while let Some(at) = steps.iter().position(|&step| step == UndoStep::NewEpoch) {
@@ -232,6 +248,9 @@ impl Transition {
         self.give_up(out);
         self.mode = Mode::Hold;
         self.disarm(out, |timer| timer == Timer::Undo);
+        if self.broken.is(Mutation::HoldsWithoutStopping) {
+            return;
+        }
         self.arm(Timer::Hold, self.plan.undo_ns, out);
         self.push_undo_epoch(
             &[UndoStep::PrepareStop, UndoStep::Stop],

@@ -3,6 +3,7 @@
 use super::super::outcome::{FailureKind, HeldReason, Subject};
 use super::super::plan::{Hook, HookId, HookMoment, Operation, Slot};
 use super::{Effect, Mode, Timer, Transition};
+use crate::mutation::Mutation;
 
 impl Transition {
     pub(super) fn plan_hooks(&mut self, moment: HookMoment, slot: Slot) {
@@ -42,7 +43,7 @@ impl Transition {
     pub(super) fn run_hooks(&mut self, batch: Vec<(HookId, HookMoment)>, out: &mut Vec<Effect>) {
         for &(id, moment) in &batch {
             let budget = self.hooks.iter().find(|hook| hook.id == id).map_or(0, |h| h.budget_ns);
-            self.arm(Timer::Hook(id), budget, out);
+            self.arm(Timer::Hook(id, moment), budget, out);
             out.push(Effect::RunHook(id, moment));
         }
         self.running_hooks = batch;
@@ -59,7 +60,7 @@ impl Transition {
         self.running_hooks.retain(|&running| running != (id, moment));
         let waited = self.running_hooks.len() < before;
         if waited {
-            self.disarm(out, |timer| timer == Timer::Hook(id));
+            self.disarm(out, |timer| timer == Timer::Hook(id, moment));
         }
         waited
     }
@@ -92,6 +93,7 @@ impl Transition {
         }
         self.note(Subject::Hook(id), FailureKind::Refused);
         match self.mode {
+            Mode::Forward if self.broken.is(Mutation::GoesOnAfterAFailedHook) => {}
             Mode::Forward => self.undo(out),
             _ => self.hold(HeldReason::HookFailed(id), out),
         }

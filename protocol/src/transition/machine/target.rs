@@ -8,6 +8,7 @@ use super::{
 };
 use crate::message::{Command, Phase, Query};
 use crate::migration::{Activity, MigrationState};
+use crate::mutation::Mutation;
 
 impl Transition {
     pub(super) fn send_phase(&mut self, phase: Phase, aim: Aim, out: &mut Vec<Effect>) {
@@ -17,7 +18,7 @@ impl Transition {
         let mut budgets = Vec::new();
         for index in 0..self.participants.len() {
             let participant = &self.participants[index];
-            if participant.standing != Standing::Live {
+            if participant.standing != Standing::Live || self.forgets(index) {
                 continue;
             }
             let Some(target) = self.target(participant, aim) else { continue };
@@ -41,6 +42,15 @@ impl Transition {
         for budget_ns in budgets {
             self.arm(Timer::Phase(self.epoch, phase, budget_ns), budget_ns, out);
         }
+    }
+
+    /// Whether a fault is switched on that leaves this participant out.
+    fn forgets(&self, index: usize) -> bool {
+        let mutation = match self.mode {
+            Mode::Forward => Mutation::ForgetsTheLast,
+            _ => Mutation::UndoForgetsTheLast,
+        };
+        self.broken.is(mutation) && index + 1 == self.participants.len()
     }
 
     /// Where a participant is to go in a phase; `None` if it is not told that phase.
@@ -118,7 +128,8 @@ impl Transition {
     /// A take-over starts nothing by itself once anybody had reached STOP.
     pub(super) fn decide_take_over(&mut self, out: &mut Vec<Effect>) {
         let live = || self.participants.iter().filter(|p| p.standing == Standing::Live);
-        if live().any(|p| stopped(p.state) || p.moving.is_some_and(stopped)) {
+        let blind = self.broken.is(Mutation::StartsWhatWasStopped);
+        if !blind && live().any(|p| stopped(p.state) || p.moving.is_some_and(stopped)) {
             self.hold(HeldReason::TakenOverStopped, out);
         } else if live().any(|p| p.state.activity() != Activity::Full || p.moving.is_some()) {
             self.mode = Mode::Undo;

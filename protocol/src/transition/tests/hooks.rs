@@ -88,7 +88,7 @@ fn hooks_of_the_next_rank_wait_for_all_of_this_one() {
     let both = vec![hook(0, Slot::Before, 0), hook(1, Slot::Before, 0), hook(2, Slot::Before, 1)];
     let mut script = Script::begin(with_hooks(Operation::Pause, S::Running, both));
     assert_eq!(script.hooks(), [(0, Stop), (1, Stop)]);
-    assert!(script.effects.contains(&Effect::Arm(Timer::Hook(HookId(1)), HOOK_NS)));
+    assert!(script.effects.contains(&Effect::Arm(Timer::Hook(HookId(1), Stop), HOOK_NS)));
     assert_eq!(script.step(Event::HookDone(HookId(1), Stop)).len(), 1, "its timer is disarmed");
     assert_eq!(script.step(Event::HookDone(HookId(1), Stop)), [], "a duplicate");
     assert_eq!(script.step(Event::HookDone(HookId(0), Start)), [], "another call");
@@ -159,7 +159,7 @@ fn a_hook_that_hangs_holds_the_machine_and_counts_as_called() {
     let plan = with_hooks(Operation::Pause, S::Running, vec![hook(0, Slot::Between, 0)]);
     let mut script = Script::begin(plan);
     script.reach_all();
-    script.expire(Timer::Hook(HookId(0)));
+    script.expire(Timer::Hook(HookId(0), Stop));
     assert_eq!(follow(&mut script), ["PrepareStop", "Stop"]);
     assert_eq!(script.outcome(), Some(&held(&[HeldReason::HookHung(HookId(0))])));
     assert!(script.transition.hooks()[0].stopped, "a later resume is to start it");
@@ -171,7 +171,7 @@ fn a_hung_hook_holds_the_machine_while_fencing_goes_on() {
     let members = vec![optional(member(0, S::Running)), member(1, S::Running)];
     let mut script = Script::begin(Plan { hooks: hung, ..plan(Operation::Pause, members) });
     script.lose(0);
-    script.expire(Timer::Hook(HookId(0)));
+    script.expire(Timer::Hook(HookId(0), Stop));
     assert_eq!(script.sent(), [], "the fence comes first");
     script.fenced(0);
     script.reach_all();
@@ -191,4 +191,25 @@ fn a_hook_that_fails_during_an_undo_holds_the_machine() {
     script.step(Event::HookFailed(HookId(0), Start));
     assert_eq!(follow(&mut script), ["PrepareStop", "Stop"]);
     assert_eq!(script.outcome(), Some(&held(&[HeldReason::HookFailed(HookId(0))])));
+}
+
+#[test]
+fn the_deadline_of_an_earlier_call_does_not_end_a_later_one() {
+    let plan = with_hooks(Operation::Pause, S::Running, vec![hook(0, Slot::Before, 0)]);
+    let mut script = Script::begin(plan);
+    script.step(Event::HookDone(HookId(0), Stop));
+    script.refuse(0, S::Running);
+    script.reach_all();
+    assert_eq!(script.hooks(), [(0, Start)]);
+    // It had run out just when the hook returned, and was queued behind that.
+    assert_eq!(script.expire(Timer::Hook(HookId(0), Stop)), []);
+    script.step(Event::HookDone(HookId(0), Start));
+    assert_eq!(script.outcome(), Some(&Outcome::RolledBack));
+}
+
+#[test]
+fn two_hooks_with_one_number_are_refused() {
+    let twice = vec![hook(0, Slot::Before, 0), hook(1, Slot::Before, 0), hook(0, Slot::After, 0)];
+    let plan = with_hooks(Operation::Pause, S::Running, twice);
+    assert_eq!(Transition::new(plan), Err(PlanError::HookTwice { id: HookId(0) }));
 }

@@ -289,3 +289,33 @@ fn a_machine_that_was_stopped_already_stays_stopped_when_a_pause_of_it_fails() {
     let outcome = Outcome::Degraded { machine: MachineState::Stopped, fenced };
     assert_eq!(script.outcome(), Some(&outcome));
 }
+
+#[test]
+fn a_resume_that_is_undone_leaves_a_running_machine_running_and_says_so() {
+    let running = || machine(Operation::Resume, &[S::Running, S::Running]);
+    let mut script = Script::begin(running());
+    script.lose(0);
+    script.fenced(0);
+    let fenced = vec![(id(0), Loss::Exited)];
+    let degraded = Outcome::Degraded { machine: MachineState::Running, fenced };
+    assert_eq!(script.outcome(), Some(&degraded));
+
+    let mut script = Script::begin(stay(running()));
+    script.refuse(0, S::Running);
+    assert_eq!(script.outcome(), Some(&Outcome::RolledBack), "nobody is in STOP");
+}
+
+#[test]
+fn a_transition_with_other_numbers_does_the_same_with_other_numbers() {
+    let mut script = Script::begin(machine(Operation::Pause, &[S::Running; 3]));
+    script.reach(2);
+    script.lose(0);
+    let turn = |ParticipantId(number)| ParticipantId((number + 1) % 3);
+    let mut other = script.transition.renumbered(turn);
+    assert_eq!(other.renumbered(turn).renumbered(turn), script.transition);
+    assert_eq!(other.state(id(1)), None);
+    assert_eq!(other.state(id(0)), Some(S::RunningP2p));
+    assert_eq!(other.step(Event::Fenced(id(0))), [], "that is another one's fence");
+    let effects = other.step(Event::Fenced(id(1)));
+    assert!(effects.iter().any(|effect| matches!(effect, Effect::Send(ParticipantId(0), _))));
+}
