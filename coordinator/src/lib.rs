@@ -17,7 +17,9 @@
 
 #![forbid(unsafe_code)]
 
+pub mod control_directory;
 mod coordinator;
+mod custody;
 mod device;
 pub mod error;
 pub mod logs;
@@ -25,6 +27,7 @@ pub mod machine;
 pub mod participant;
 mod poll;
 pub mod process;
+pub mod record;
 mod recorder;
 pub mod report;
 
