@@ -5,8 +5,10 @@
 //! [`Transition`]; here is the I/O around it.
 
 mod greeting;
+mod incarnation;
 mod incoming;
 mod memory;
+mod roster;
 mod shutdown;
 mod start;
 mod state;
@@ -14,10 +16,10 @@ mod transition;
 
 use crate::device::ProcessEvent;
 use crate::error::MachineError;
-use crate::machine::Status;
 use crate::participant::LocalAnswer;
 use crate::process::Exit;
 use crate::report::TransitionReport;
+use crate::status::Status;
 use ractor::{Actor, ActorProcessingErr, ActorRef, SupervisionEvent};
 use standstill_protocol::transition::{HeldReason, MachineState, Operation, ParticipantId, Timer};
 use std::os::fd::OwnedFd;

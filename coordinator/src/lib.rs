@@ -4,7 +4,8 @@
 //! `resume`, `status`, `shutdown`. Every transition gives a [`report::TransitionReport`]; a failure
 //! is data: who, in which phase, in what state, what was done about it.
 //!
-//! - [`machine`]: the API;
+//! - [`description`]: what a machine is made of; [`machine`]: its handle; [`events`] and [`status`]:
+//!   what it tells;
 //! - [`participant`]: devices and hooks inside the VMM;
 //! - [`report`]: what happened, when, per participant;
 //! - [`error`]: why a machine does not start, stop or answer;
@@ -20,8 +21,10 @@
 pub mod control_directory;
 mod coordinator;
 mod custody;
+pub mod description;
 mod device;
 pub mod error;
+pub mod events;
 pub mod logs;
 pub mod machine;
 pub mod participant;
@@ -30,11 +33,12 @@ pub mod process;
 pub mod record;
 mod recorder;
 pub mod report;
+pub mod status;
 
+pub use description::{Deadlines, DeviceSpec, HookSpec, MachineBuilder};
 pub use error::{MachineError, StartError};
-pub use machine::{
-    Deadlines, DeviceSpec, DeviceStatus, HookSpec, Machine, MachineBuilder, MachineEvent, Status,
-    Stopped,
-};
+pub use events::MachineEvent;
+pub use machine::{Machine, Stopped};
 pub use participant::{Hook, LocalDevice, LocalError};
 pub use standstill_protocol::transition::{OnFailure, OnLoss, Operation, Outcome, Slot};
+pub use status::{DeviceStatus, Status};

@@ -19,7 +19,7 @@ impl State {
                         device = device.spec.name,
                         kind = hello.kind,
                         version = hello.program_version,
-                        pid = device.pid,
+                        pid = device.pid(),
                         "greeted"
                     );
                     device.state = hello.state;
@@ -70,7 +70,7 @@ impl State {
             version,
             machine,
             name: device.spec.name.clone(),
-            incarnation: 1,
+            incarnation: device.incarnation,
             term,
             epoch,
             heartbeat_ns,
@@ -85,7 +85,7 @@ impl State {
         // What has files has sent them; kernels that cannot say so leave it at that.
         let _ = channel.refuse_fds();
         // An actor that is gone is seen at the socket.
-        let _ = device.actor.cast(DeviceMessage::BackingFiles(files));
+        device.tell(DeviceMessage::BackingFiles(files));
         Ok(())
     }
 

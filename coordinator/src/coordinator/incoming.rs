@@ -3,7 +3,7 @@
 use super::state::{Allowance, Standing, State};
 use crate::device::{Message as DeviceActorMessage, ProcessEvent};
 use crate::error::{GreetingError, ProtocolError};
-use crate::machine::MachineEvent;
+use crate::events::MachineEvent;
 use standstill_protocol::channel::{Received, RecvError};
 use standstill_protocol::message::{DeviceMessage, Phase};
 use standstill_protocol::transition::{
@@ -178,8 +178,7 @@ impl State {
             let Some(device) = self.device(id) else { return };
             let name = device.spec.name.clone();
             tracing::warn!(device = name, why = text, "a device process is lost");
-            // An actor that is gone has killed its process.
-            let _ = device.actor.cast(DeviceActorMessage::Fence);
+            device.tell(DeviceActorMessage::Fence);
             self.emit(MachineEvent::DeviceLost { device: name, why: text });
         }
     }

@@ -36,10 +36,10 @@ impl State {
         }
         // Whoever waits for a transition learns that the machine is gone.
         self.active = None;
-        for device in &self.devices {
+        for device in self.devices.iter() {
             let message =
                 if grace.is_zero() { DeviceMessage::Kill } else { DeviceMessage::Expect(grace) };
-            let _ = device.actor.cast(message);
+            device.tell(message);
         }
         let deadline =
             self.after(grace.saturating_add(self.deadlines.fence), || Message::ShutdownExpired);

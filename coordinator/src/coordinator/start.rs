@@ -1,22 +1,21 @@
 //! From a description to a running machine.
 
-use super::state::{
-    Allowance, Device, EndingReply, HookEntry, Local, Standing, Starting, State, cast_after,
-};
+use super::incarnation::{self, Spawned};
+use super::roster::{Ids, Roster};
+use super::state::{EndingReply, HookEntry, Local, Standing, Starting, State, cast_after};
 use super::{CoordinatorActor, Message};
-use crate::device::{Arguments, DeviceActor};
+use crate::description::{HookSpec, MachineBuilder};
 use crate::error::StartError;
-use crate::logs::{LogTail, Origin};
-use crate::machine::{DeviceSpec, HookSpec, Machine, MachineBuilder, MachineEvent};
+use crate::events::MachineEvent;
+use crate::machine::Machine;
 use crate::participant::{self, LocalAnswer};
 use crate::poll::Poll;
-use crate::process::{DeviceProcess, Spawner};
+use crate::process::Spawner;
 use crate::report::{Names, nanos};
 use ractor::{Actor, ActorRef};
-use standstill_protocol::channel::CoordinatorEnd;
 use standstill_protocol::message::{Epoch, MAX_NAME, Term};
 use standstill_protocol::migration::MigrationState;
-use standstill_protocol::transition::{Hook, HookId, MachineState, Operation, ParticipantId};
+use standstill_protocol::transition::{Hook, HookId, MachineState, Operation};
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use tokio::sync::{broadcast, oneshot};
@@ -28,7 +27,8 @@ const EVENTS: usize = 1024;
 /// A machine whose processes run and have not greeted yet.
 pub(crate) struct Prepared {
     builder: MachineBuilder,
-    processes: Vec<(CoordinatorEnd, DeviceProcess)>,
+    spawner: Spawner,
+    processes: Vec<Spawned>,
     events: broadcast::Sender<MachineEvent>,
     reply: oneshot::Sender<Result<Machine, StartError>>,
 }
@@ -36,10 +36,10 @@ pub(crate) struct Prepared {
 /// Starts a machine: its processes, its actors, its threads; waits for the greetings.
 pub(crate) async fn start(builder: MachineBuilder) -> Result<Machine, StartError> {
     check(&builder)?;
-    let (builder, processes) = spawn_processes(builder).await?;
+    let (builder, spawner, processes) = spawn_processes(builder).await?;
     let (events, _) = broadcast::channel(EVENTS);
     let (reply, answer) = oneshot::channel();
-    let prepared = Prepared { builder, processes, events, reply };
+    let prepared = Prepared { builder, spawner, processes, events, reply };
     let actor = Actor::spawn(None, CoordinatorActor, prepared).await;
     actor.map_err(|error| system("start the coordinator actor", io::Error::other(error)))?;
     answer.await.unwrap_or_else(|_| {
@@ -71,49 +71,40 @@ fn check(builder: &MachineBuilder) -> Result<(), StartError> {
 /// Starts all device processes, on a thread that may block.
 async fn spawn_processes(
     builder: MachineBuilder,
-) -> Result<(MachineBuilder, Vec<(CoordinatorEnd, DeviceProcess)>), StartError> {
+) -> Result<(MachineBuilder, Spawner, Vec<Spawned>), StartError> {
     let specs: Vec<_> = builder.devices.clone();
     let task = tokio::task::spawn_blocking(move || {
         let spawner = Spawner::new().map_err(|source| StartError::Spawn {
             device: specs.first().map_or_else(String::new, |spec| spec.name.clone()),
             source,
         })?;
-        specs.iter().map(|spec| spawn_process(&spawner, spec)).collect()
+        let processes = specs.iter().map(|spec| incarnation::spawn(&spawner, spec));
+        let processes = processes.collect::<Result<Vec<_>, _>>()?;
+        Ok((spawner, processes))
     });
-    let processes: Result<Vec<_>, StartError> =
+    let spawned: Result<_, StartError> =
         task.await.map_err(|error| system("start processes", io::Error::other(error)))?;
-    Ok((builder, processes?))
-}
-
-fn spawn_process(
-    spawner: &Spawner,
-    spec: &DeviceSpec,
-) -> Result<(CoordinatorEnd, DeviceProcess), StartError> {
-    let (channel, stdin) =
-        CoordinatorEnd::pair().map_err(|source| system("make a control channel", source))?;
-    let process = spawner
-        .spawn(&spec.process, stdin)
-        .map_err(|source| StartError::Spawn { device: spec.name.clone(), source })?;
-    Ok((channel, process))
+    let (spawner, processes) = spawned?;
+    Ok((builder, spawner, processes))
 }
 
 impl Prepared {
     pub(super) async fn into_state(self, myself: ActorRef<Message>) -> io::Result<State> {
-        let Self { builder, processes, events, reply } = self;
+        let Self { builder, spawner, processes, events, reply } = self;
         let poll = Poll::new(myself.clone())?;
         let mut names = Names::default();
-        let mut devices = Vec::with_capacity(processes.len());
-        for ((spec, (channel, process)), number) in
-            builder.devices.into_iter().zip(processes).zip(0..)
-        {
-            let id = ParticipantId(number);
+        let mut ids = Ids::default();
+        let mut fresh = || ids.next().ok_or_else(|| io::Error::other("too many participants"));
+        let mut devices = Roster::default();
+        for (spec, process) in builder.devices.into_iter().zip(processes) {
+            let id = fresh()?;
             names.participants.insert(id, spec.name.clone());
-            poll.add(id, &channel)?;
-            devices.push(device(&myself, id, spec, channel, process).await?);
+            poll.add(id, &process.0)?;
+            devices.push(incarnation::device(&myself, id, spec, 1, process).await?);
         }
         let mut locals = Vec::with_capacity(builder.locals.len());
-        for ((name, local), number) in builder.locals.into_iter().zip(devices.len()..) {
-            let id = ParticipantId(u32::try_from(number).map_err(io::Error::other)?);
+        for (name, local) in builder.locals {
+            let id = fresh()?;
             names.participants.insert(id, name.clone());
             let (flags, peer_dma) = (local.migration(), local.peer_dma());
             let thread = participant::local_device(id, &name, local, answer(&myself))?;
@@ -144,8 +135,10 @@ impl Prepared {
             heartbeat_ns: nanos(builder.heartbeat),
             phases: builder.phases,
             poll,
+            spawner,
             devices,
             locals,
+            ids,
             hooks,
             names,
             active: None,
@@ -161,40 +154,6 @@ impl Prepared {
         state.maybe_started();
         Ok(state)
     }
-}
-
-async fn device(
-    myself: &ActorRef<Message>,
-    id: ParticipantId,
-    spec: DeviceSpec,
-    channel: CoordinatorEnd,
-    process: DeviceProcess,
-) -> io::Result<Device> {
-    let tail = LogTail::default();
-    let pid = process.pid();
-    let pidfd = process.pidfd().try_clone_to_owned()?;
-    let origin = Origin { device: spec.name.clone(), incarnation: 1 };
-    let arguments =
-        Arguments { id, origin, process, tail: tail.clone(), coordinator: myself.clone() };
-    let (actor, _) = Actor::spawn_linked(None, DeviceActor, arguments, myself.get_cell())
-        .await
-        .map_err(io::Error::other)?;
-    Ok(Device {
-        id,
-        spec,
-        pid,
-        pidfd,
-        actor,
-        channel: Some(channel),
-        tail,
-        standing: Standing::Greeting,
-        hello: None,
-        state: MigrationState::Running,
-        progress: 0,
-        exit: None,
-        gone: false,
-        allowance: Allowance::new(),
-    })
 }
 
 fn answer(myself: &ActorRef<Message>) -> impl Fn(LocalAnswer) + Send + 'static {

@@ -1,15 +1,19 @@
 //! What the coordinator actor knows about its machine.
 
+use super::roster::{Ids, Roster};
 use super::{Exits, Message};
+use crate::description::{Deadlines, DeviceSpec};
 use crate::device::Message as DeviceMessage;
 use crate::error::{GreetingError, MachineError, StartError};
+use crate::events::MachineEvent;
 use crate::logs::LogTail;
-use crate::machine::{Deadlines, DeviceSpec, DeviceStatus, Machine, MachineEvent, Status};
+use crate::machine::Machine;
 use crate::participant::LocalThread;
 use crate::poll::Poll;
-use crate::process::Exit;
+use crate::process::{Exit, Spawner};
 use crate::recorder::Recorder;
 use crate::report::{Names, TransitionReport};
+use crate::status::{DeviceStatus, Status};
 use ractor::{ActorId, ActorRef};
 use rustix::process::Signal;
 use standstill_protocol::channel::CoordinatorEnd;
@@ -43,10 +47,12 @@ pub(crate) struct State {
     pub(super) heartbeat_ns: u64,
     pub(super) phases: Phases,
     pub(super) poll: Poll,
-    /// By participant number, from 0.
-    pub(super) devices: Vec<Device>,
-    /// Their participant numbers follow those of the devices.
+    /// Starts the processes of later incarnations.
+    pub(super) spawner: Spawner,
+    pub(super) devices: Roster,
+    /// By participant number.
     pub(super) locals: Vec<Local>,
+    pub(super) ids: Ids,
     pub(super) hooks: Vec<HookEntry>,
     pub(super) names: Names,
     pub(super) active: Option<Active>,
@@ -59,14 +65,15 @@ pub(crate) struct State {
     pub(super) paused_at: Option<Instant>,
 }
 
-/// One device process.
+/// One device, with its present process.
 pub(super) struct Device {
+    /// Of this incarnation.
     pub(super) id: ParticipantId,
     pub(super) spec: DeviceSpec,
-    pub(super) pid: u32,
-    /// Of its own, so that all can be killed at once.
-    pub(super) pidfd: OwnedFd,
-    pub(super) actor: ActorRef<DeviceMessage>,
+    /// How often it was started.
+    pub(super) incarnation: u64,
+    /// `None` if it could not be started.
+    pub(super) process: Option<Process>,
     /// `None` once it was read to its end.
     pub(super) channel: Option<CoordinatorEnd>,
     pub(super) tail: LogTail,
@@ -77,6 +84,27 @@ pub(super) struct Device {
     pub(super) exit: Option<Exit>,
     pub(super) gone: bool,
     pub(super) allowance: Allowance,
+}
+
+/// The process of a device.
+pub(super) struct Process {
+    pub(super) pid: u32,
+    /// Of its own, so that all can be killed at once.
+    pub(super) pidfd: OwnedFd,
+    pub(super) actor: ActorRef<DeviceMessage>,
+}
+
+impl Device {
+    /// Tells the actor of the process something. One that is gone has killed its process.
+    pub(super) fn tell(&self, message: DeviceMessage) {
+        if let Some(process) = &self.process {
+            let _ = process.actor.cast(message);
+        }
+    }
+
+    pub(super) fn pid(&self) -> Option<u32> {
+        self.process.as_ref().map(|process| process.pid)
+    }
 }
 
 /// Whether a device process counts.
@@ -226,17 +254,20 @@ pub(super) fn cast_after(
 }
 
 impl State {
+    /// The device of that incarnation; `None` for an earlier one, which nobody listens to.
     pub(super) fn device(&mut self, id: ParticipantId) -> Option<&mut Device> {
-        self.devices.get_mut(usize::try_from(id.0).ok()?)
+        self.devices.get_mut(id)
     }
 
     pub(super) fn local(&mut self, id: ParticipantId) -> Option<&mut Local> {
-        let at = usize::try_from(id.0).ok()?.checked_sub(self.devices.len())?;
+        let at = self.locals.binary_search_by_key(&id, |local| local.id).ok()?;
         self.locals.get_mut(at)
     }
 
     pub(super) fn device_of_actor(&self, actor: ActorId) -> Option<&str> {
-        let device = self.devices.iter().find(|device| device.actor.get_id() == actor)?;
+        let is_of = |process: &Process| process.actor.get_id() == actor;
+        let mut devices = self.devices.iter();
+        let device = devices.find(|device| device.process.as_ref().is_some_and(is_of))?;
         Some(&device.spec.name)
     }
 
@@ -265,14 +296,7 @@ impl State {
                 format!("{} {}", hello.kind, hello.program_version)
             });
             let name = device.spec.name.clone();
-            DeviceStatus {
-                name,
-                pid: Some(device.pid),
-                kind,
-                state,
-                lost,
-                progress: device.progress,
-            }
+            DeviceStatus { name, pid: device.pid(), kind, state, lost, progress: device.progress }
         });
         let locals = self.locals.iter().map(|local| DeviceStatus {
             name: local.name.clone(),
@@ -295,8 +319,10 @@ impl Drop for State {
     fn drop(&mut self) {
         // All are killed before the first is waited for, which their actors' ends do.
         for device in self.devices.iter().filter(|device| device.exit.is_none()) {
-            // Fails only if it is gone.
-            let _ = rustix::process::pidfd_send_signal(&device.pidfd, Signal::KILL);
+            if let Some(process) = &device.process {
+                // Fails only if it is gone.
+                let _ = rustix::process::pidfd_send_signal(&process.pidfd, Signal::KILL);
+            }
         }
     }
 }

@@ -5,7 +5,7 @@ use super::Message;
 use super::state::{Active, Local, Standing, State, Timers};
 use crate::device::Message as DeviceActorMessage;
 use crate::error::MachineError;
-use crate::machine::MachineEvent;
+use crate::events::MachineEvent;
 use crate::participant::LocalAnswer;
 use crate::recorder::Recorder;
 use crate::report::{TransitionReport, nanos};
@@ -295,7 +295,7 @@ impl State {
                 device.standing = Standing::Lost(detail);
                 tracing::warn!(device = device.spec.name, %why, "fencing");
                 // An actor that is gone cannot prove anything: the grace decides.
-                let _ = device.actor.cast(DeviceActorMessage::Fence);
+                device.tell(DeviceActorMessage::Fence);
             }
         }
     }
@@ -360,7 +360,7 @@ impl State {
     fn finish(&mut self, outcome: Outcome) {
         let Some(active) = self.active.take() else { return };
         self.epoch = active.transition.epoch();
-        for device in &mut self.devices {
+        for device in self.devices.iter_mut() {
             if let Some(state) = active.transition.state(device.id) {
                 device.state = state;
             }

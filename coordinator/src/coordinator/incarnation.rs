@@ -1,0 +1,61 @@
+//! One incarnation of a device: its process, its control channel and its actor.
+
+use super::Message;
+use super::state::{Allowance, Device, Process, Standing};
+use crate::description::DeviceSpec;
+use crate::device::{Arguments, DeviceActor};
+use crate::error::StartError;
+use crate::logs::{LogTail, Origin};
+use crate::process::{DeviceProcess, Spawner};
+use ractor::{Actor, ActorRef};
+use standstill_protocol::channel::CoordinatorEnd;
+use standstill_protocol::migration::MigrationState;
+use standstill_protocol::transition::ParticipantId;
+use std::io;
+
+/// A process that was started, and our end of its control channel.
+pub(super) type Spawned = (CoordinatorEnd, DeviceProcess);
+
+/// Starts a device process. Blocks for as long as that takes.
+pub(super) fn spawn(spawner: &Spawner, spec: &DeviceSpec) -> Result<Spawned, StartError> {
+    let (channel, stdin) = CoordinatorEnd::pair()
+        .map_err(|source| StartError::System { what: "make a control channel", source })?;
+    let process = spawner
+        .spawn(&spec.process, stdin)
+        .map_err(|source| StartError::Spawn { device: spec.name.clone(), source })?;
+    Ok((channel, process))
+}
+
+/// What the coordinator keeps of a process that was started; its actor lives from now on.
+pub(super) async fn device(
+    myself: &ActorRef<Message>,
+    id: ParticipantId,
+    spec: DeviceSpec,
+    incarnation: u64,
+    (channel, process): Spawned,
+) -> io::Result<Device> {
+    let tail = LogTail::default();
+    let pid = process.pid();
+    let pidfd = process.pidfd().try_clone_to_owned()?;
+    let origin = Origin { device: spec.name.clone(), incarnation };
+    let arguments =
+        Arguments { id, origin, process, tail: tail.clone(), coordinator: myself.clone() };
+    let (actor, _) = Actor::spawn_linked(None, DeviceActor, arguments, myself.get_cell())
+        .await
+        .map_err(io::Error::other)?;
+    Ok(Device {
+        id,
+        spec,
+        incarnation,
+        process: Some(Process { pid, pidfd, actor }),
+        channel: Some(channel),
+        tail,
+        standing: Standing::Greeting,
+        hello: None,
+        state: MigrationState::Running,
+        progress: 0,
+        exit: None,
+        gone: false,
+        allowance: Allowance::new(),
+    })
+}
