@@ -111,6 +111,14 @@ pub enum ControlDirectoryError {
         /// Which one it is: a device's name, or `its coordinator`.
         who: String,
     },
+    /// The record is of the time before the last boot: no process of the machine is left.
+    #[error("{} was written before the last boot: nothing is left of machine {machine:?}", path.display())]
+    OtherBoot {
+        /// The record.
+        path: PathBuf,
+        /// The machine's name.
+        machine: String,
+    },
     /// Another coordinator has taken the machine over.
     #[error("the machine was taken over: {} has term {found}, this coordinator {ours}", path.display())]
     Superseded {
@@ -270,6 +278,11 @@ impl ControlDirectory {
             return Err(self.superseded(record.term(), ours));
         }
         Ok(())
+    }
+
+    /// The error of a record of the time before the last boot.
+    pub(crate) fn other_boot(&self, machine: &str) -> ControlDirectoryError {
+        ControlDirectoryError::OtherBoot { path: self.record_path(), machine: machine.to_owned() }
     }
 
     /// The error of a coordinator whose machine another one has.

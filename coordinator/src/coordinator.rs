@@ -7,11 +7,14 @@
 mod greeting;
 mod incarnation;
 mod incoming;
+mod keep;
 mod memory;
 mod roster;
 mod shutdown;
 mod start;
 mod state;
+mod superseded;
+mod take_over;
 mod transition;
 
 use crate::device::ProcessEvent;
@@ -29,6 +32,7 @@ use tokio::sync::oneshot;
 
 pub(crate) use start::start;
 use state::{Standing, State};
+pub(crate) use take_over::take_over;
 
 /// How ended device processes are told: by name, `None` where no end was seen.
 pub(crate) type Exits = Vec<(String, Option<Exit>)>;
@@ -47,7 +51,7 @@ pub(crate) enum Request {
     /// Take what is not proven as it is.
     AcceptHold(oneshot::Sender<Result<(), MachineError>>),
     /// End every process.
-    Shutdown(Duration, oneshot::Sender<Exits>),
+    Shutdown(Duration, oneshot::Sender<Result<Exits, MachineError>>),
 }
 
 /// What the actor handles.
@@ -123,6 +127,7 @@ impl Actor for CoordinatorActor {
 
 impl State {
     fn request(&mut self, request: Request) {
+        let Some(request) = self.refuse_if_superseded(request) else { return };
         // Whoever asked may be gone: an answer that nobody hears is no error.
         match request {
             Request::Transition(operation, reply) => self.begin(operation, reply),

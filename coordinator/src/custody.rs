@@ -55,6 +55,12 @@ impl Custody {
         self.superseded.get().copied()
     }
 
+    /// Another coordinator has the machine, whatever the record says.
+    pub(crate) fn supersede(&self, term: Term) {
+        // Whoever was first has said the same.
+        let _ = self.superseded.set(term);
+    }
+
     /// Whether the machine is still this coordinator's. Reads the record; once it was not, it never
     /// is again.
     ///
@@ -67,8 +73,7 @@ impl Custody {
             None => self.directory.check_term(self.uuid, self.term),
         };
         if let Err(ControlDirectoryError::Superseded { found, .. }) = &result {
-            // Whoever was first has said the same.
-            let _ = self.superseded.set(*found);
+            self.supersede(*found);
         }
         result
     }

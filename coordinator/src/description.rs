@@ -1,8 +1,8 @@
 //! Describes a machine: its device processes, local devices and hooks, and how long things may take.
 
 use crate::coordinator;
-use crate::error::StartError;
-use crate::machine::Machine;
+use crate::error::{StartError, TakeOverError};
+use crate::machine::{Machine, TakenOver};
 use crate::participant::{Hook, LocalDevice};
 use crate::process::ProcessSpec;
 use standstill_protocol::message::OrphanPolicy;
@@ -177,6 +177,7 @@ pub struct MachineBuilder {
     pub(crate) deadlines: Deadlines,
     pub(crate) on_failure: OnFailure,
     pub(crate) orphan: OrphanPolicy,
+    pub(crate) control_directory: Option<PathBuf>,
     pub(crate) heartbeat: Duration,
     pub(crate) phases: Phases,
 }
@@ -203,6 +204,7 @@ impl MachineBuilder {
             deadlines: Deadlines::default(),
             on_failure: OnFailure::Rollback,
             orphan: OrphanPolicy::Exit,
+            control_directory: None,
             heartbeat: Duration::from_secs(1),
             phases: Phases::Two,
         }
@@ -250,6 +252,21 @@ impl MachineBuilder {
         self
     }
 
+    /// The device processes outlive their coordinator: when it dies, or this machine is dropped
+    /// without [`Machine::shutdown`], each stays in exactly the state that it has reached and waits
+    /// to be [taken over](Self::take_over). Without this they end with it.
+    ///
+    /// In `directory` is what a later coordinator needs: a socket for each device process, and a
+    /// record. It is made, for this user alone, if it is not there; it belongs on a local file
+    /// system in memory, such as below `/run`. One directory is for one machine. See
+    /// `docs/take-over.md`.
+    #[must_use]
+    pub fn keep(mut self, directory: impl Into<PathBuf>) -> Self {
+        self.orphan = OrphanPolicy::Keep;
+        self.control_directory = Some(directory.into());
+        self
+    }
+
     /// Sets the interval of the devices' signs of life; zero for none. One second by default.
     #[must_use]
     pub fn heartbeat(mut self, interval: Duration) -> Self {
@@ -275,5 +292,26 @@ impl MachineBuilder {
     /// that was started is gone then.
     pub async fn start(self) -> Result<Machine, StartError> {
         coordinator::start(self).await
+    }
+
+    /// Takes over the machine that an earlier coordinator has left in the
+    /// [control directory](Self::keep), dead or alive. The description is the same as at its start:
+    /// the same names of device processes; hooks and local devices are this program's own. No
+    /// process is started.
+    ///
+    /// Nothing is started that had stopped, either. If no device had reached STOP or was on the way
+    /// there, all go on running; if any had, all are brought to STOP and the outcome is *Held*: the
+    /// machine may run elsewhere by now, and only its owner can know
+    /// ([`Machine::accept_hold`], then [`Machine::resume`]). Devices that cannot be reached are
+    /// fenced.
+    ///
+    /// To be called on a tokio runtime with I/O and time; the machine lives on it.
+    ///
+    /// # Errors
+    ///
+    /// [`TakeOverError`] if nothing was taken over; every device is as it was then, but an earlier
+    /// coordinator may have lost the right to the machine.
+    pub async fn take_over(self) -> Result<TakenOver, TakeOverError> {
+        coordinator::take_over(self).await
     }
 }

@@ -1,6 +1,7 @@
 //! What a machine tells whoever listens.
 
 use crate::report::TransitionReport;
+use standstill_protocol::message::Term;
 use std::sync::Arc;
 
 /// Something that happened to a machine.
@@ -22,6 +23,12 @@ pub enum MachineEvent {
         device: String,
         /// How its process ended, for a person.
         proof: String,
+    },
+    /// Another coordinator has taken the machine over. Nothing can be done here any more; the
+    /// devices are unharmed.
+    Superseded {
+        /// Its term.
+        term: Term,
     },
     /// A device process tells something.
     Device {

@@ -8,6 +8,7 @@
 //!   what it tells;
 //! - [`participant`]: devices and hooks inside the VMM;
 //! - [`report`]: what happened, when, per participant;
+//! - [`control_directory`], [`record`]: where a later coordinator finds a machine;
 //! - [`error`]: why a machine does not start, stop or answer;
 //! - [`process`]: starts device processes and proves that they are gone;
 //! - [`logs`]: takes what they write to standard error into this program's log.
@@ -36,9 +37,9 @@ pub mod report;
 pub mod status;
 
 pub use description::{Deadlines, DeviceSpec, HookSpec, MachineBuilder};
-pub use error::{MachineError, StartError};
+pub use error::{MachineError, StartError, TakeOverError};
 pub use events::MachineEvent;
-pub use machine::{Machine, Stopped};
+pub use machine::{Machine, Stopped, TakenOver};
 pub use participant::{Hook, LocalDevice, LocalError};
 pub use standstill_protocol::transition::{OnFailure, OnLoss, Operation, Outcome, Slot};
 pub use status::{DeviceStatus, Status};

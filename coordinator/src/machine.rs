@@ -31,7 +31,8 @@ use tokio::sync::{broadcast, oneshot};
 
 /// A running machine of device processes. Clones are handles of the same machine.
 ///
-/// When the last handle is dropped without [`shutdown`](Self::shutdown), its processes are killed.
+/// When the last handle is dropped without [`shutdown`](Self::shutdown), its processes are killed;
+/// those of a machine that [keeps](crate::MachineBuilder::keep) them live on.
 #[derive(Clone, Debug)]
 pub struct Machine {
     inner: Arc<Inner>,
@@ -51,12 +52,29 @@ impl Drop for Inner {
     }
 }
 
+/// A machine that was taken over, and what was found and done.
+#[derive(Debug)]
+#[must_use = "a machine that is dropped has no coordinator again"]
+pub struct TakenOver {
+    /// The machine.
+    pub machine: Machine,
+    /// How the take-over ended: *Done* (nothing was under way), *rolled back* (to RUNNING),
+    /// *Degraded* (devices were lost and fenced, the others run), or *Held* (all that can be is in
+    /// STOP, and only the owner resumes).
+    pub report: Arc<TransitionReport>,
+}
+
 impl Machine {
     pub(crate) fn new(
         actor: ActorRef<coordinator::Message>,
         events: &broadcast::Sender<MachineEvent>,
     ) -> Self {
         Self { inner: Arc::new(Inner { actor, events: events.downgrade() }) }
+    }
+
+    /// The first thing that is asked of a machine that is taken over.
+    pub(crate) async fn finish_take_over(&self) -> Result<Arc<TransitionReport>, MachineError> {
+        self.ask(|reply| Request::Transition(Operation::TakeOver, reply)).await?
     }
 
     async fn ask<T>(
@@ -150,13 +168,15 @@ impl Machine {
     }
 
     /// Ends every device process: asks it to, and kills it after the grace. Returns how each
-    /// ended, by name.
+    /// ended, by name. Of a machine that keeps its processes, the record and the sockets are removed
+    /// once all have ended.
     ///
     /// # Errors
     ///
-    /// [`MachineError::Gone`] after another shutdown.
+    /// [`MachineError::Gone`] after another shutdown; [`MachineError::Superseded`] if another
+    /// coordinator has the machine, whose processes live on then.
     pub async fn shutdown(&self) -> Result<Vec<(String, Option<Exit>)>, MachineError> {
-        self.ask(|reply| Request::Shutdown(Duration::from_secs(2), reply)).await
+        self.ask(|reply| Request::Shutdown(Duration::from_secs(2), reply)).await?
     }
 }
 

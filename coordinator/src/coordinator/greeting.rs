@@ -7,7 +7,7 @@ use crate::process::BackingFile;
 use standstill_protocol::message::{CoordinatorMessage, Hello, Reject, Term, VERSIONS, Welcome};
 use standstill_protocol::migration::MigrationState;
 use standstill_protocol::transition::ParticipantId;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 
 impl State {
     /// A device process said Hello.
@@ -66,6 +66,10 @@ impl State {
         if files.iter().any(|file| !file.is_locked().unwrap_or(false)) {
             return Err(protocol(ProtocolError::BackingFileUnlocked));
         }
+        let listener =
+            self.keep_device(id, &files).map_err(|error| GreetingError::Keep(Box::new(error)))?;
+        let Some(device) = self.device(id) else { return Ok(()) };
+        let Some(channel) = &device.channel else { return Ok(()) };
         let welcome = Welcome {
             version,
             machine,
@@ -75,11 +79,12 @@ impl State {
             epoch,
             heartbeat_ns,
             orphan,
-            listener: false,
+            listener: listener.is_some(),
             log: false,
         };
+        let fds: Vec<_> = listener.iter().map(AsFd::as_fd).collect();
         channel
-            .try_send(&CoordinatorMessage::Welcome(welcome), &[])
+            .try_send(&CoordinatorMessage::Welcome(welcome), &fds)
             .map_err(|error| protocol(ProtocolError::Send(error)))?;
         channel.set_version(version);
         // What has files has sent them; kernels that cannot say so leave it at that.

@@ -2,6 +2,7 @@
 
 use super::Message;
 use super::state::{Allowance, Device, Process, Standing};
+use crate::custody::Custody;
 use crate::description::DeviceSpec;
 use crate::device::{Arguments, DeviceActor};
 use crate::error::StartError;
@@ -12,17 +13,27 @@ use standstill_protocol::channel::CoordinatorEnd;
 use standstill_protocol::migration::MigrationState;
 use standstill_protocol::transition::ParticipantId;
 use std::io;
+use std::sync::Arc;
 
 /// A process that was started, and our end of its control channel.
 pub(super) type Spawned = (CoordinatorEnd, DeviceProcess);
 
 /// Starts a device process. Blocks for as long as that takes.
-pub(super) fn spawn(spawner: &Spawner, spec: &DeviceSpec) -> Result<Spawned, StartError> {
+///
+/// `custody` is how it is held if it is to outlive this coordinator.
+pub(super) fn spawn(
+    spawner: &Spawner,
+    spec: &DeviceSpec,
+    custody: Option<&Arc<Custody>>,
+) -> Result<Spawned, StartError> {
     let (channel, stdin) = CoordinatorEnd::pair()
         .map_err(|source| StartError::System { what: "make a control channel", source })?;
-    let process = spawner
+    let mut process = spawner
         .spawn(&spec.process, stdin)
         .map_err(|source| StartError::Spawn { device: spec.name.clone(), source })?;
+    if let Some(custody) = custody {
+        process.place_under(Arc::clone(custody));
+    }
     Ok((channel, process))
 }
 
@@ -33,6 +44,20 @@ pub(super) async fn device(
     spec: DeviceSpec,
     incarnation: u64,
     (channel, process): Spawned,
+) -> io::Result<Device> {
+    let mut device = without_channel(myself, id, spec, incarnation, process).await?;
+    device.channel = Some(channel);
+    Ok(device)
+}
+
+/// What the coordinator keeps of a process with which it cannot talk (yet); its actor lives from
+/// now on.
+pub(super) async fn without_channel(
+    myself: &ActorRef<Message>,
+    id: ParticipantId,
+    spec: DeviceSpec,
+    incarnation: u64,
+    process: DeviceProcess,
 ) -> io::Result<Device> {
     let tail = LogTail::default();
     let pid = process.pid();
@@ -48,7 +73,7 @@ pub(super) async fn device(
         spec,
         incarnation,
         process: Some(Process { pid, pidfd, actor }),
-        channel: Some(channel),
+        channel: None,
         tail,
         standing: Standing::Greeting,
         hello: None,

@@ -5,7 +5,7 @@ use crate::device::{Message as DeviceActorMessage, ProcessEvent};
 use crate::error::{GreetingError, ProtocolError};
 use crate::events::MachineEvent;
 use standstill_protocol::channel::{Received, RecvError};
-use standstill_protocol::message::{DeviceMessage, Phase};
+use standstill_protocol::message::{DeviceEvent, DeviceMessage, Phase};
 use standstill_protocol::transition::{
     Answer, Event, HeldReason, Loss, MachineState, ParticipantId,
 };
@@ -114,6 +114,9 @@ impl State {
                 self.memory_accepted(id, accepted.sequence);
             }
             DeviceMessage::Heartbeat(heartbeat) => device.progress = heartbeat.progress,
+            DeviceMessage::Event(DeviceEvent::Superseded(term)) => {
+                return self.device_superseded(term);
+            }
             DeviceMessage::Event(event) => {
                 let device = device.spec.name.clone();
                 tracing::debug!(device, ?event, "event");
@@ -151,7 +154,7 @@ impl State {
         }
     }
 
-    fn close(&mut self, id: ParticipantId) {
+    pub(super) fn close(&mut self, id: ParticipantId) {
         if let Some(channel) = self.device(id).and_then(|device| device.channel.take()) {
             self.poll.remove(&channel);
         }
@@ -162,9 +165,10 @@ impl State {
         self.close(id);
         let ending = self.ending.is_some();
         let Some(device) = self.device(id) else { return };
-        if device.standing != Standing::Ready || ending {
+        if device.standing != Standing::Ready || ending || self.is_superseded() {
             return;
         }
+        let Some(device) = self.device(id) else { return };
         device.standing = Standing::Lost(text.clone());
         self.memory_lost(id, &text);
         if self.starting.is_some() {
@@ -206,6 +210,7 @@ impl State {
                 self.fenced(id, proof);
             }
             ProcessEvent::Gone => self.process_gone(id),
+            ProcessEvent::Superseded(term) => self.superseded(term),
         }
     }
 

@@ -3,7 +3,7 @@
 use super::state::{Ending, EndingReply, Standing, State};
 use super::{Exits, Message};
 use crate::device::Message as DeviceMessage;
-use crate::error::{GreetingError, StartError};
+use crate::error::{GreetingError, MachineError, StartError};
 use crate::report::nanos;
 use standstill_protocol::message::{CoordinatorMessage, Shutdown};
 use standstill_protocol::transition::ParticipantId;
@@ -12,7 +12,11 @@ use tokio::sync::oneshot;
 
 impl State {
     /// The owner wants the machine to end.
-    pub(super) fn shutdown(&mut self, grace: Duration, reply: oneshot::Sender<Exits>) {
+    pub(super) fn shutdown(
+        &mut self,
+        grace: Duration,
+        reply: oneshot::Sender<Result<Exits, MachineError>>,
+    ) {
         let message =
             CoordinatorMessage::Shutdown(Shutdown { term: self.term, grace_ns: nanos(grace) });
         for device in self.devices.iter().filter(|d| d.standing == Standing::Ready) {
@@ -65,14 +69,18 @@ impl State {
         }
     }
 
-    fn ended(&mut self) {
+    pub(super) fn ended(&mut self) {
         let Some(Ending { reply, deadline }) = self.ending.take() else { return };
         deadline.abort();
+        self.leave_directory();
         match reply {
             EndingReply::Owner(reply) => {
                 let exits = self.devices.iter();
                 let exits = exits.map(|device| (device.spec.name.clone(), device.exit)).collect();
-                let _ = reply.send(exits);
+                let _ = reply.send(match self.superseded {
+                    Some(term) => Err(MachineError::Superseded { term }),
+                    None => Ok(exits),
+                });
             }
             EndingReply::Starter(reply, id, error) => {
                 let _ = reply.send(Err(self.greeting_error(id, error)));

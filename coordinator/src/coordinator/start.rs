@@ -1,8 +1,10 @@
 //! From a description to a running machine.
 
 use super::incarnation::{self, Spawned};
+use super::keep::Kept;
 use super::roster::{Ids, Roster};
 use super::state::{EndingReply, HookEntry, Local, Standing, Starting, State, cast_after};
+use super::take_over::Found;
 use super::{CoordinatorActor, Message};
 use crate::description::{HookSpec, MachineBuilder};
 use crate::error::StartError;
@@ -22,24 +24,33 @@ use tokio::sync::{broadcast, oneshot};
 use uuid::Uuid;
 
 /// How many events a slow reader may be behind.
-const EVENTS: usize = 1024;
+pub(super) const EVENTS: usize = 1024;
 
-/// A machine whose processes run and have not greeted yet.
+/// A machine whose processes run.
 pub(crate) struct Prepared {
-    builder: MachineBuilder,
-    spawner: Spawner,
-    processes: Vec<Spawned>,
-    events: broadcast::Sender<MachineEvent>,
-    reply: oneshot::Sender<Result<Machine, StartError>>,
+    pub(super) builder: MachineBuilder,
+    pub(super) spawner: Spawner,
+    pub(super) kept: Option<Kept>,
+    pub(super) events: broadcast::Sender<MachineEvent>,
+    pub(super) beginning: Beginning,
+}
+
+/// Where its processes come from; in the order of the description.
+pub(super) enum Beginning {
+    /// They were started and have not greeted yet.
+    Started(Vec<Spawned>, oneshot::Sender<Result<Machine, StartError>>),
+    /// Another coordinator has left them behind.
+    TakenOver(Vec<Found>),
 }
 
 /// Starts a machine: its processes, its actors, its threads; waits for the greetings.
 pub(crate) async fn start(builder: MachineBuilder) -> Result<Machine, StartError> {
     check(&builder)?;
-    let (builder, spawner, processes) = spawn_processes(builder).await?;
+    let (builder, spawner, kept, processes) = spawn_processes(builder).await?;
     let (events, _) = broadcast::channel(EVENTS);
     let (reply, answer) = oneshot::channel();
-    let prepared = Prepared { builder, spawner, processes, events, reply };
+    let beginning = Beginning::Started(processes, reply);
+    let prepared = Prepared { builder, spawner, kept, events, beginning };
     let actor = Actor::spawn(None, CoordinatorActor, prepared).await;
     actor.map_err(|error| system("start the coordinator actor", io::Error::other(error)))?;
     answer.await.unwrap_or_else(|_| {
@@ -52,7 +63,7 @@ fn system(what: &'static str, source: io::Error) -> StartError {
 }
 
 /// Whether the names are usable.
-fn check(builder: &MachineBuilder) -> Result<(), StartError> {
+pub(super) fn check(builder: &MachineBuilder) -> Result<(), StartError> {
     let devices = builder.devices.iter().map(|spec| &spec.name);
     let names = devices.chain(builder.locals.iter().map(|(name, _)| name));
     let mut seen = BTreeSet::new();
@@ -71,36 +82,69 @@ fn check(builder: &MachineBuilder) -> Result<(), StartError> {
 /// Starts all device processes, on a thread that may block.
 async fn spawn_processes(
     builder: MachineBuilder,
-) -> Result<(MachineBuilder, Spawner, Vec<Spawned>), StartError> {
+) -> Result<(MachineBuilder, Spawner, Option<Kept>, Vec<Spawned>), StartError> {
     let specs: Vec<_> = builder.devices.clone();
+    let (name, directory) = (builder.name.clone(), builder.control_directory.clone());
     let task = tokio::task::spawn_blocking(move || {
         let spawner = Spawner::new().map_err(|source| StartError::Spawn {
             device: specs.first().map_or_else(String::new, |spec| spec.name.clone()),
             source,
         })?;
-        let processes = specs.iter().map(|spec| incarnation::spawn(&spawner, spec));
-        let processes = processes.collect::<Result<Vec<_>, _>>()?;
-        Ok((spawner, processes))
+        let kept = directory.map(|path| Kept::claim(&path, &name, &specs)).transpose()?;
+        let custody = kept.as_ref().map(|kept| &kept.custody);
+        let processes = specs.iter().map(|spec| incarnation::spawn(&spawner, spec, custody));
+        let processes = processes.collect::<Result<Vec<_>, _>>();
+        let Some(mut kept) = kept else { return Ok((spawner, None, processes?)) };
+        let written = processes.and_then(|processes| {
+            kept.add_processes(&specs, &processes)?;
+            Ok(processes)
+        });
+        match written {
+            Ok(processes) => Ok((spawner, Some(kept), processes)),
+            Err(error) => {
+                kept.leave();
+                Err(error)
+            }
+        }
     });
     let spawned: Result<_, StartError> =
         task.await.map_err(|error| system("start processes", io::Error::other(error)))?;
-    let (spawner, processes) = spawned?;
-    Ok((builder, spawner, processes))
+    let (spawner, kept, processes) = spawned?;
+    Ok((builder, spawner, kept, processes))
 }
 
 impl Prepared {
     pub(super) async fn into_state(self, myself: ActorRef<Message>) -> io::Result<State> {
-        let Self { builder, spawner, processes, events, reply } = self;
+        let Self { builder, spawner, kept, events, beginning } = self;
         let poll = Poll::new(myself.clone())?;
         let mut names = Names::default();
         let mut ids = Ids::default();
         let mut fresh = || ids.next().ok_or_else(|| io::Error::other("too many participants"));
         let mut devices = Roster::default();
-        for (spec, process) in builder.devices.into_iter().zip(processes) {
-            let id = fresh()?;
-            names.participants.insert(id, spec.name.clone());
-            poll.add(id, &process.0)?;
-            devices.push(incarnation::device(&myself, id, spec, 1, process).await?);
+        let mut starter = None;
+        let mut all_found = Vec::new();
+        let specs = builder.devices.into_iter();
+        match beginning {
+            Beginning::Started(processes, reply) => {
+                starter = Some(reply);
+                for (spec, process) in specs.zip(processes) {
+                    let id = fresh()?;
+                    names.participants.insert(id, spec.name.clone());
+                    poll.add(id, &process.0)?;
+                    devices.push(incarnation::device(&myself, id, spec, 1, process).await?);
+                }
+            }
+            Beginning::TakenOver(found) => {
+                for (spec, found) in specs.zip(found) {
+                    let id = fresh()?;
+                    names.participants.insert(id, spec.name.clone());
+                    let Found { process, incarnation, contact, files, unprovable } = found;
+                    let device =
+                        incarnation::without_channel(&myself, id, spec, incarnation, process);
+                    devices.push(device.await?);
+                    all_found.push((id, contact, files, unprovable));
+                }
+            }
         }
         let mut locals = Vec::with_capacity(builder.locals.len());
         for (name, local) in builder.locals {
@@ -120,18 +164,29 @@ impl Prepared {
             hooks.push(HookEntry { hook, hung: false, thread });
         }
         let hello = builder.deadlines.hello;
-        let deadline = cast_after(&myself, hello, || Message::HelloExpired);
+        let starting = starter.map(|reply| {
+            let deadline = cast_after(&myself, hello, || Message::HelloExpired);
+            Starting { reply, deadline }
+        });
+        // Of a machine that is taken over nobody knows yet.
+        let machine = if starting.is_some() { MachineState::Running } else { MachineState::Held };
+        let (uuid, term) = match &kept {
+            Some(kept) => (kept.record.uuid, kept.record.term()),
+            None => (Uuid::new_v4(), Term(1)),
+        };
         let mut state = State {
             myself,
             name: builder.name,
-            uuid: Uuid::new_v4(),
-            term: Term(1),
+            uuid,
+            term,
             epoch: Epoch(0),
-            machine: MachineState::Running,
+            machine,
             held: Vec::new(),
             deadlines: builder.deadlines,
             on_failure: builder.on_failure,
             orphan: builder.orphan,
+            kept,
+            superseded: None,
             heartbeat_ns: nanos(builder.heartbeat),
             phases: builder.phases,
             poll,
@@ -143,13 +198,20 @@ impl Prepared {
             names,
             active: None,
             transitions: 0,
-            starting: Some(Starting { reply, deadline }),
+            starting,
             ending: None,
             declarations: BTreeMap::new(),
             next_declaration: 1,
             events,
             paused_at: None,
         };
+        for (id, contact, files, unprovable) in all_found {
+            state.found_files(id, files, unprovable);
+            match contact {
+                Ok(contact) => state.welcome_found(id, contact),
+                Err(why) => state.not_found(id, why),
+            }
+        }
         // A machine without device processes has nobody to wait for.
         state.maybe_started();
         Ok(state)
@@ -187,8 +249,14 @@ impl State {
         match self.plan(Operation::Pause).check() {
             Ok(()) => {
                 let machine = Machine::new(self.myself.clone(), &self.events);
+                let custody = self.custody().cloned();
+                // From here on the owner has it, and with it the decision.
+                custody.iter().for_each(|custody| custody.keep());
                 // Whoever has given up waiting drops the machine, and so ends it.
-                let _ = reply.send(Ok(machine));
+                if let Err(unheard) = reply.send(Ok(machine)) {
+                    custody.iter().for_each(|custody| custody.give_up());
+                    drop(unheard);
+                }
             }
             Err(source) => {
                 let error = StartError::Plan { device: self.in_the_way(&source), source };

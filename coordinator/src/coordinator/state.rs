@@ -1,5 +1,6 @@
 //! What the coordinator actor knows about its machine.
 
+use super::keep::Kept;
 use super::roster::{Ids, Roster};
 use super::{Exits, Message};
 use crate::description::{Deadlines, DeviceSpec};
@@ -44,6 +45,10 @@ pub(crate) struct State {
     pub(super) deadlines: Deadlines,
     pub(super) on_failure: OnFailure,
     pub(super) orphan: OrphanPolicy,
+    /// If the device processes outlive this coordinator.
+    pub(super) kept: Option<Kept>,
+    /// Another coordinator has the machine, with that term.
+    pub(super) superseded: Option<Term>,
     pub(super) heartbeat_ns: u64,
     pub(super) phases: Phases,
     pub(super) poll: Poll,
@@ -222,7 +227,7 @@ pub(super) struct Ending {
 /// Who waits for the end.
 pub(super) enum EndingReply {
     /// Whoever asked for it.
-    Owner(oneshot::Sender<Exits>),
+    Owner(oneshot::Sender<Result<Exits, MachineError>>),
     /// Whoever tried to start a machine of which one device did not start.
     Starter(oneshot::Sender<Result<Machine, StartError>>, ParticipantId, GreetingError),
     /// Whoever tried to start a machine that is not possible as a whole.
@@ -317,6 +322,9 @@ impl State {
 
 impl Drop for State {
     fn drop(&mut self) {
+        if self.kept.as_ref().is_some_and(|kept| kept.custody.spares()) {
+            return;
+        }
         // All are killed before the first is waited for, which their actors' ends do.
         for device in self.devices.iter().filter(|device| device.exit.is_none()) {
             if let Some(process) = &device.process {

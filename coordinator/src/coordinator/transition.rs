@@ -376,7 +376,8 @@ impl State {
             }
         }
         self.machine = match (&outcome, active.operation) {
-            (Outcome::Done, Operation::Resume) => MachineState::Running,
+            (Outcome::Done, Operation::Resume)
+            | (Outcome::Done | Outcome::RolledBack, Operation::TakeOver) => MachineState::Running,
             (Outcome::Done | Outcome::Stopped, _) => MachineState::Stopped,
             (Outcome::RolledBack, _) => self.machine,
             (Outcome::Degraded { machine, .. }, _) => *machine,

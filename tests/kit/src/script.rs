@@ -225,6 +225,14 @@ impl Script {
         self
     }
 
+    /// A device of a machine that another process starts: see [`Pilot`](crate::Pilot).
+    #[must_use]
+    pub fn named(mut self, name: &str, trace: &Trace) -> Self {
+        name.clone_into(&mut self.name);
+        self.trace = Some(trace.path().to_owned());
+        self
+    }
+
     /// Declares a backing file; see [`Script::backing_file`](field@Script::backing_file).
     #[must_use]
     pub fn backing_file(mut self, path: impl Into<PathBuf>) -> Self {
@@ -247,11 +255,18 @@ impl Script {
     /// # Errors
     ///
     /// If the program is not there.
-    pub fn device(mut self, name: &str, trace: &Trace) -> Result<DeviceSpec, RogueError> {
-        name.clone_into(&mut self.name);
-        self.trace = Some(trace.path().to_owned());
-        let argument = serde_json::to_string(&self)?;
-        Ok(DeviceSpec::new(name, rogue_device()?).arg(argument))
+    pub fn device(self, name: &str, trace: &Trace) -> Result<DeviceSpec, RogueError> {
+        self.named(name, trace).spec()
+    }
+
+    /// A device of a machine, of the name that the script has.
+    ///
+    /// # Errors
+    ///
+    /// If the program is not there.
+    pub fn spec(&self) -> Result<DeviceSpec, RogueError> {
+        let argument = serde_json::to_string(self)?;
+        Ok(DeviceSpec::new(&self.name, rogue_device()?).arg(argument))
     }
 }
 
@@ -262,9 +277,14 @@ impl Script {
 ///
 /// If it is in neither.
 pub fn rogue_device() -> Result<PathBuf, RogueError> {
+    program("rogue-device")
+}
+
+/// Where a program of this package is, as [`rogue_device`].
+pub(crate) fn program(name: &str) -> Result<PathBuf, RogueError> {
     let test = std::env::current_exe().map_err(RogueError::Lost)?;
     let folders = test.ancestors().skip(1).take(2);
-    let programs: Vec<_> = folders.map(|folder: &Path| folder.join("rogue-device")).collect();
+    let programs: Vec<_> = folders.map(|folder: &Path| folder.join(name)).collect();
     match programs.iter().find(|program| program.is_file()) {
         Some(program) => Ok(program.clone()),
         None => Err(RogueError::Missing(programs.into_iter().next_back().unwrap_or_default())),

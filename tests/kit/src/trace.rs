@@ -81,6 +81,16 @@ pub enum What {
         /// Number of the revocation.
         sequence: u64,
     },
+    /// Another coordinator has the device.
+    TakenOver {
+        /// Its term.
+        term: u64,
+    },
+    /// A command was received that names another term than that of the device's coordinator.
+    Stale {
+        /// The term that it names.
+        term: u64,
+    },
     /// A hook was called.
     Called(Call),
     /// A hook is about to return.
