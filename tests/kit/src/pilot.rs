@@ -156,6 +156,27 @@ impl Pilot {
         let Some(Ok(())) = sent else { panic!("the pilot cannot be signalled: {sent:?}") };
     }
 
+    /// Stops it by SIGSTOP, and waits until it stands.
+    ///
+    /// # Panics
+    ///
+    /// If it is gone.
+    pub async fn freeze(&self) {
+        self.signal(Signal::STOP);
+        let stat = format!("/proc/{}/stat", self.child.id());
+        loop {
+            let text = match std::fs::read_to_string(&stat) {
+                Ok(text) => text,
+                Err(error) => panic!("{stat} cannot be read: {error}"),
+            };
+            if text.rsplit(')').next().is_some_and(|rest| rest.trim_start().starts_with('T')) {
+                return;
+            }
+            // Nothing tells whoever is not its tracer.
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    }
+
     /// Kills it and waits until it is gone.
     ///
     /// # Panics

@@ -136,6 +136,8 @@ pub enum Packet {
     Truncated,
     /// A sign of life with 20 file descriptors.
     ManyFds,
+    /// That another coordinator has the device, with term 99.
+    Superseded,
     /// An ack that is forged.
     Forged(Forgery),
 }

@@ -6,7 +6,8 @@ use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, send, se
 use standstill_protocol::channel::Frame;
 use standstill_protocol::codec::MAX_PACKET;
 use standstill_protocol::message::{
-    Command, DeviceMessage, Epoch, Evidence, Heartbeat, Phase, Reached, Term, Timings, VERSIONS,
+    Command, DeviceEvent, DeviceMessage, Epoch, Evidence, Heartbeat, Phase, Reached, Term, Timings,
+    VERSIONS,
 };
 use standstill_protocol::migration::MigrationState;
 use standstill_testkit::{Forgery, Packet};
@@ -36,6 +37,7 @@ pub(crate) fn send_packet(
             whole.pop();
             whole
         }
+        Packet::Superseded => bytes(&DeviceMessage::Event(DeviceEvent::Superseded(Term(99))))?,
         Packet::ManyFds => return send_many_fds(socket),
         Packet::Forged(forgery) => reached(forgery)?,
     };
