@@ -96,7 +96,7 @@ impl State {
 
     /// One device that does not greet is one machine that does not start.
     pub(super) fn greeting_failed(&mut self, id: ParticipantId, error: GreetingError) {
-        if let Some(Starting { reply, deadline }) = self.starting.take() {
+        if let Some(Starting { reply, deadline, .. }) = self.starting.take() {
             deadline.abort();
             self.end_after(EndingReply::Starter(reply, id, error));
         }
@@ -104,7 +104,9 @@ impl State {
 
     pub(super) fn hello_expired(&mut self) {
         let silent = self.devices.iter().find(|device| device.standing == Standing::Greeting);
-        if let Some(id) = silent.map(|device| device.id) {
+        let settling = self.starting.as_ref().and_then(|starting| starting.settling.as_ref());
+        let unsettled = settling.and_then(|settling| settling.first().copied());
+        if let Some(id) = silent.map(|device| device.id).or(unsettled) {
             self.greeting_failed(id, GreetingError::Silent(self.deadlines.hello));
         }
     }

@@ -104,6 +104,7 @@ impl State {
                 self.feed(event);
             }
             DeviceMessage::Status(status) => {
+                self.settled(id);
                 let answer = Answer::Status { moving_to: status.moving_to };
                 // A status belongs to no phase; the transition does not look at it.
                 let phase = Phase::PrepareStop;

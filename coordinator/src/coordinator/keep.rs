@@ -7,8 +7,9 @@ use crate::custody::Custody;
 use crate::description::DeviceSpec;
 use crate::process::BackingFile;
 use crate::record::{DeviceRecord, MachineRecord, RECORD_VERSION};
-use standstill_protocol::message::Term;
+use standstill_protocol::message::{CoordinatorMessage, Query, Term};
 use standstill_protocol::transition::ParticipantId;
+use std::collections::BTreeSet;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
@@ -130,6 +131,35 @@ impl State {
         let backing_files = files.iter().map(BackingFile::record).collect();
         kept.put(DeviceRecord { name: name.clone(), incarnation, process, backing_files })?;
         kept.custody.directory().bind(&name).map(Some)
+    }
+
+    /// True once every welcomed device has shown that it has read its Welcome, and so listens and
+    /// does not end with this coordinator any more. It shows that by an answer to a query.
+    pub(super) fn have_settled(&mut self) -> bool {
+        let (Some(_), Some(starting)) = (&self.kept, &mut self.starting) else { return true };
+        if let Some(settling) = &starting.settling {
+            return settling.is_empty();
+        }
+        let query = CoordinatorMessage::Query(Query { term: self.term, epoch: self.epoch });
+        for device in self.devices.iter_mut() {
+            device.allowance.asked();
+            if let Some(channel) = &device.channel {
+                // One that cannot be asked does not answer in time.
+                let _ = channel.try_send(&query, &[]);
+            }
+        }
+        let ids: BTreeSet<_> = self.devices.iter().map(|device| device.id).collect();
+        let settled = ids.is_empty();
+        starting.settling = Some(ids);
+        settled
+    }
+
+    /// A device has answered a query.
+    pub(super) fn settled(&mut self, id: ParticipantId) {
+        let settling = self.starting.as_mut().and_then(|starting| starting.settling.as_mut());
+        if settling.is_some_and(|settling| settling.remove(&id)) {
+            self.maybe_started();
+        }
     }
 
     /// The machine has ended: nobody is to look for it any more.

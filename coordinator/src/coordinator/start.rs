@@ -166,7 +166,7 @@ impl Prepared {
         let hello = builder.deadlines.hello;
         let starting = starter.map(|reply| {
             let deadline = cast_after(&myself, hello, || Message::HelloExpired);
-            Starting { reply, deadline }
+            Starting { reply, deadline, settling: None }
         });
         // Of a machine that is taken over nobody knows yet.
         let machine = if starting.is_some() { MachineState::Running } else { MachineState::Held };
@@ -244,7 +244,10 @@ impl State {
         if self.devices.iter().any(|device| device.standing != Standing::Ready) {
             return;
         }
-        let Some(Starting { reply, deadline }) = self.starting.take() else { return };
+        if !self.have_settled() {
+            return;
+        }
+        let Some(Starting { reply, deadline, .. }) = self.starting.take() else { return };
         deadline.abort();
         match self.plan(Operation::Pause).check() {
             Ok(()) => {

@@ -216,6 +216,9 @@ impl Drop for Timers {
 pub(super) struct Starting {
     pub(super) reply: oneshot::Sender<Result<Machine, StartError>>,
     pub(super) deadline: AbortHandle,
+    /// Who has been welcomed and has not shown yet that it can outlive this coordinator; `None`
+    /// while some have still to be welcomed.
+    pub(super) settling: Option<BTreeSet<ParticipantId>>,
 }
 
 /// The end of a machine.

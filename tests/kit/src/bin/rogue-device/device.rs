@@ -233,7 +233,8 @@ impl RogueDevice {
             let steps = self.script.steps(Trigger::Hello, *nth).map(<[Step]>::to_vec);
             for step in steps.unwrap_or_else(|| vec![Step::Ack]) {
                 match step {
-                    Step::Ack => self.hello(&candidate)?,
+                    // It may be gone again, which is seen where it is read.
+                    Step::Ack => drop(self.hello(&candidate)),
                     Step::Send(packet) => send_packet(&candidate, packet, None)?,
                     Step::Freeze => kill_process(getpid(), Signal::STOP)?,
                     Step::Exit(status) => std::process::exit(status),
