@@ -78,3 +78,85 @@ impl Custody {
         result
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::control_directory::{boot_id, identity};
+    use crate::process::{DeviceProcess, Fence, FenceProgress, ProcessSpec, Spawner};
+    use crate::record::{MachineRecord, RECORD_VERSION};
+    use std::os::fd::OwnedFd;
+    use std::sync::Arc;
+    use std::time::Duration;
+
+    /// A process that reads its standard input to the end, under a custody of term 1.
+    fn process(directory: ControlDirectory, uuid: Uuid) -> (DeviceProcess, OwnedFd) {
+        let (stdin, ours) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).unwrap();
+        let spawner = Spawner::new().unwrap();
+        let mut process = spawner.spawn(&ProcessSpec::new("cat"), stdin).unwrap();
+        process.place_under(Arc::new(Custody::new(directory, uuid, Term(1))));
+        (process, ours)
+    }
+
+    #[test]
+    fn nobody_is_killed_by_one_who_is_superseded_or_cannot_know() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("vm");
+        let write = |term| {
+            let record = MachineRecord {
+                version: RECORD_VERSION,
+                boot: boot_id().unwrap(),
+                machine: "vm".into(),
+                uuid: Uuid::from_u128(1),
+                term,
+                coordinator: identity(std::process::id()).unwrap(),
+                devices: Vec::new(),
+            };
+            let directory = ControlDirectory::create(&path).unwrap();
+            directory.lock().unwrap().write(&record).unwrap();
+            directory
+        };
+        for superseded in [true, false] {
+            let (mut process, stdin) = process(write(1), Uuid::from_u128(1));
+            if superseded {
+                write(2);
+            } else {
+                std::fs::remove_file(path.join("machine.json")).unwrap();
+            }
+            let mut fence = Fence::begin(&process, Vec::new());
+            for _ in 0..3 {
+                let progress = fence.poll(&mut process);
+                assert!(matches!(progress, FenceProgress::WaitingForExit), "{progress:?}");
+                assert!(fence.obstacle().is_some());
+            }
+            assert_eq!(process.wait_exit(Duration::from_millis(50)).unwrap(), None);
+            let custody = process.custody().unwrap();
+            assert_eq!(custody.superseded(), superseded.then_some(Term(2)));
+            // Once superseded it stays so, whatever the record says.
+            write(1);
+            assert_eq!(process.kill().is_err(), superseded);
+            if superseded {
+                drop(stdin);
+            }
+            assert!(process.wait_exit(Duration::from_secs(20)).unwrap().is_some());
+        }
+    }
+
+    #[test]
+    fn a_process_that_is_kept_lives_on_when_it_is_dropped() {
+        let folder = tempfile::tempdir().unwrap();
+        let directory = ControlDirectory::create(&folder.path().join("vm")).unwrap();
+        let (process, stdin) = process(directory, Uuid::nil());
+        process.custody().unwrap().keep();
+        let pidfd = process.pidfd().try_clone_to_owned().unwrap();
+        drop(process);
+        let ended = |time: Duration| {
+            let mut fds = [rustix::event::PollFd::new(&pidfd, rustix::event::PollFlags::IN)];
+            let time = rustix::event::Timespec::try_from(time).unwrap();
+            rustix::event::poll(&mut fds, Some(&time)).unwrap() > 0
+        };
+        assert!(!ended(Duration::from_millis(50)));
+        drop(stdin);
+        assert!(ended(Duration::from_secs(20)));
+    }
+}

@@ -103,6 +103,9 @@ pub enum Step {
     Delay(Duration),
     /// Goes on when the gate is open; meanwhile as with [`Step::Delay`].
     Hold(GateKey),
+    /// Begins to carry the command out, and is on the way until the gate is open. Messages are
+    /// read meanwhile; an arc that was begun is finished. To [`Trigger::Phase`] only.
+    Linger(GateKey),
     /// Stops itself by SIGSTOP.
     Freeze,
     /// Exits with this status.

@@ -333,6 +333,57 @@ async fn a_lost_device_is_fenced_by_the_locks_of_its_recorded_files() {
     }
 }
 
+/// A device in the middle of an arc when its coordinator dies: what counts is where it is going.
+#[tokio::test]
+async fn a_device_on_its_way_to_stop_counts_as_stopped_and_one_on_its_way_to_p2p_does_not() {
+    for phase in [Phase::PrepareStop, Phase::Stop] {
+        let gate = Gate::closed().unwrap();
+        let left = Left::new(|| {
+            let lingers = Script::honest().on_nth(phase, 1, [Step::Linger(gate.key())]);
+            // In the second phase nobody else may be in STOP.
+            let holds = || match phase {
+                Phase::Stop => Script::honest().on_nth(phase, 1, []),
+                _ => Script::honest(),
+            };
+            [holds(), lingers, holds()]
+        });
+        let mut pilot = left.pilot().await;
+        pilot.tell("pause");
+        left.trace.wait_for("all to be told", |_| left.trace.received(phase).len() == 3).await;
+        pilot.kill();
+        let take_over = left.course.builder().unwrap().take_over();
+        let taken = tokio::spawn(take_over);
+        let next = match phase {
+            Phase::Stop => Phase::PrepareStop,
+            _ => Phase::Start,
+        };
+        let told_again = |_: &[_]| {
+            let told = left.trace.received(next);
+            let told = told.iter().filter(|entry| entry.who == "d1").count();
+            told == if phase == Phase::Stop { 2 } else { 1 }
+        };
+        left.trace.wait_for("d1 to be told again", told_again).await;
+        gate.open();
+        let TakenOver { machine, report } =
+            within(LONG, "take-over", taken).await.unwrap().unwrap();
+        let held = Outcome::Held { reasons: vec![HeldReason::TakenOverStopped], fenced: vec![] };
+        let (expected, state) = match phase {
+            Phase::Stop => (held, MigrationState::Stop),
+            _ => (Outcome::RolledBack, MigrationState::Running),
+        };
+        assert_eq!(
+            report.outcome,
+            expected,
+            "{report}
+{}",
+            left.trace.text()
+        );
+        left.assert_all(&machine, &NAMES, state).await;
+        owner_goes_on(&machine, phase == Phase::Stop).await;
+        left.end(machine).await;
+    }
+}
+
 /// Hooks and local devices are those of the program that takes over.
 #[tokio::test]
 async fn hooks_and_local_devices_of_the_new_coordinator_are_stopped_with_a_machine_that_is_held() {

@@ -66,6 +66,8 @@ pub(crate) struct RogueDevice {
     lifecycle: Lifecycle,
     orphan: Orphan,
     trace: Option<TraceWriter>,
+    /// What an arc that was begun waits for.
+    lingering: Option<GateWatch>,
     seen: HashMap<Trigger, u32>,
     performances: VecDeque<Performance>,
     heartbeat: Option<(Duration, Instant)>,
@@ -84,6 +86,7 @@ impl RogueDevice {
             script,
             channel: Some(channel),
             trace,
+            lingering: None,
             seen: HashMap::new(),
             performances: VecDeque::new(),
             heartbeat: None,
@@ -171,6 +174,10 @@ impl RogueDevice {
                     self.heartbeats += 1;
                     self.send(&heartbeat(self.heartbeats))?;
                 }
+            }
+            Step::Linger(gate) => {
+                self.lingering = gate.watch()?;
+                self.acknowledge(cause, None)?;
             }
             Step::Freeze => kill_process(getpid(), Signal::STOP)?,
             Step::Exit(status) => std::process::exit(status),
@@ -298,6 +305,7 @@ impl RogueDevice {
         let mut effects = VecDeque::from(self.lifecycle.step(event));
         while let Some(effect) = effects.pop_front() {
             let next = match effect {
+                Effect::Arc(_) if self.lingering.is_some() => None,
                 Effect::Arc(_) => Some(match refusal.take() {
                     None => Event::ArcDone,
                     Some(text) => {
@@ -360,7 +368,10 @@ impl RogueDevice {
             _ => None,
         };
         let others = self.orphan.fds().map(|fd| (fd, PollFlags::IN));
-        let mut fds: Vec<_> = channel
+        let lingering = self.lingering.as_ref().map(|gate| (gate.as_fd(), PollFlags::empty()));
+        let mut fds: Vec<_> = lingering
+            .into_iter()
+            .chain(channel)
             .chain(others)
             .chain(gate)
             .map(|(fd, flags)| PollFd::from_borrowed_fd(fd, flags))
@@ -371,8 +382,13 @@ impl RogueDevice {
         }
         let opened =
             gate.is_some() && fds.last().is_some_and(|fd| fd.revents().contains(PollFlags::HUP));
+        let arrived = lingering.is_some() && fds[0].revents().contains(PollFlags::HUP);
         if opened && let Some(performance) = self.performances.front_mut() {
             performance.wait = None;
+        }
+        if arrived {
+            self.lingering = None;
+            self.feed(Event::ArcDone, None)?;
         }
         Ok(())
     }
