@@ -430,10 +430,11 @@ async fn another_process_with_the_number_of_a_lost_device_is_not_harmed() {
     let mut other =
         std::process::Command::new("cat").stdin(std::process::Stdio::piped()).spawn().unwrap();
     let watched = Process::new(other.id());
-    // As if the number had been used again: the start time is the lost device's.
+    // As if the number had been used again: the start time is another one.
     edit(&left.directory(), |record| {
         let device = record.devices.iter_mut().find(|device| device.name == "d1").unwrap();
         device.process.pid = other.id();
+        device.process.start_time -= 1;
     });
     let TakenOver { machine, report } = left.take_over().await;
     assert!(matches!(report.outcome, Outcome::Degraded { .. }), "{report}");

@@ -80,6 +80,29 @@ async fn a_living_coordinator_learns_that_it_is_superseded_and_can_do_nothing_an
     left.end(machine).await;
 }
 
+/// No device can tell it: all that it sees is that they end.
+#[tokio::test]
+async fn a_coordinator_does_nothing_about_devices_that_its_successor_has_fenced() {
+    let mut left = Left::honest();
+    let old = within(LONG, "start", left.course.builder().unwrap().start()).await.unwrap();
+    let mut events = old.events();
+    for name in NAMES {
+        left.process(name).signal(Signal::STOP);
+    }
+    left.course.other = Duration::from_secs(3);
+    let TakenOver { machine, report } = left.take_over().await;
+    match &report.outcome {
+        Outcome::Degraded { fenced, .. } => assert_eq!(fenced.len(), 3, "{report}"),
+        _ => panic!("{report}"),
+    }
+    match within(LONG, "the event", events.recv()).await.unwrap() {
+        MachineEvent::Superseded { term } => assert_eq!(term.0, 2),
+        other => panic!("it did something about it: {other:?}"),
+    }
+    drop(old);
+    left.end(machine).await;
+}
+
 #[tokio::test]
 async fn a_pause_that_is_under_way_when_the_machine_is_taken_over_ends_held() {
     let gate = Gate::closed().unwrap();
