@@ -2,6 +2,7 @@
 
 use super::Message;
 use super::state::{Allowance, Device, Process, Standing};
+use super::supervision::Care;
 use crate::description::DeviceSpec;
 use crate::device::{Arguments, DeviceActor};
 use crate::error::StartError;
@@ -57,5 +58,6 @@ pub(super) async fn device(
         exit: None,
         gone: false,
         allowance: Allowance::new(),
+        care: Care::default(),
     })
 }
