@@ -148,7 +148,7 @@ impl Machine {
     ///
     /// [`MachineError::NoDevice`]; [`MachineError::Device`] if the machine is held and the device is
     /// not fenced; [`MachineError::Unproven`] if it cannot be proven gone in time: it is lost then,
-    /// and can be removed again.
+    /// is not restarted, and can be removed again.
     pub async fn remove_device(&self, name: &str) -> Result<Option<Exit>, MachineError> {
         let name = name.to_owned();
         self.ask(|reply| Request::RemoveDevice(name, reply)).await?

@@ -42,7 +42,7 @@ pub use deadline::{GRACE, within};
 pub use gate::{Gate, GateKey};
 pub use participant::{TracedHook, TracedLocal};
 pub use process::Processes;
-pub use script::{Forgery, Packet, Script, Step, Trigger};
+pub use script::{Forgery, Packet, Pulse, Script, Step, Trigger};
 pub use trace::{Call, Entry, Trace, What};
 
 /// An error and all its sources, as one line.

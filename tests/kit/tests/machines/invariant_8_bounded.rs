@@ -336,10 +336,10 @@ async fn a_machine_goes_on_without_what_its_owner_has_given_up() {
     within(LONG, "pause", machine.pause()).await.unwrap_err();
     assert_machine(&machine, MachineState::Held).await;
     machine.accept_hold().await.unwrap();
-    assert_usable(&machine).await;
     let status = machine.status().await.unwrap();
     let lost = status.devices.iter().find(|device| device.name == "d1").unwrap();
     assert!(lost.lost.as_ref().unwrap().contains("taken as it is"), "{status:?}");
+    assert_usable(&machine).await;
     gate.open();
     drop(lock);
 }
