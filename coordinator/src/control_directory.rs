@@ -200,6 +200,17 @@ impl ControlDirectory {
         })
     }
 
+    /// Removes that device's socket, if it is there.
+    pub(crate) fn unbind(&self, device: &str) -> Result<(), ControlDirectoryError> {
+        let path = self.socket_path(device)?;
+        match std::fs::remove_file(&path) {
+            Err(source) if source.kind() != io::ErrorKind::NotFound => {
+                Err(ControlDirectoryError::System { what: "remove", path, source })
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Locks the directory for a change of the record. Blocks, at most [`LOCK_WAIT`].
     pub(crate) fn lock(&self) -> Result<Locked<'_>, ControlDirectoryError> {
         let failed = |errno| system("lock directory", &self.path, errno);
@@ -346,14 +357,7 @@ impl Locked<'_> {
         let Self { directory, .. } = self;
         directory.check_term(uuid, ours)?;
         for DeviceRecord { name, .. } in devices {
-            let path = directory.socket_path(name)?;
-            match std::fs::remove_file(&path) {
-                Ok(()) => {}
-                Err(source) if source.kind() == io::ErrorKind::NotFound => {}
-                Err(source) => {
-                    return Err(ControlDirectoryError::System { what: "remove", path, source });
-                }
-            }
+            directory.unbind(name)?;
         }
         rustix::fs::unlinkat(&directory.fd, RECORD_FILE, AtFlags::empty())
             .map_err(|errno| system("remove", &directory.record_path(), errno))

@@ -2,14 +2,20 @@
 
 use crate::coordinator;
 use crate::error::{StartError, TakeOverError};
+use crate::events::MachineEvent;
 use crate::machine::{Machine, TakenOver};
 use crate::participant::{Hook, LocalDevice};
+use crate::policy::{LossPolicy, Presence};
 use crate::process::ProcessSpec;
 use standstill_protocol::message::OrphanPolicy;
-use standstill_protocol::transition::{OnFailure, OnLoss, Phases, Slot};
+use standstill_protocol::transition::{OnFailure, Phases, Slot};
 use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
+use tokio::sync::broadcast;
+
+/// How many events a slow reader may be behind.
+const EVENTS: usize = 1024;
 
 /// How long things may take. Every wait of a coordinator has one of these as its end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,17 +26,24 @@ pub struct Deadlines {
     pub first_phase: Duration,
     /// The answers of a second phase.
     pub second_phase: Duration,
-    /// A whole undo, and a whole hold.
+    /// A whole undo, and a whole hold. It does its work only if it is large enough for what an undo
+    /// waits for: twice each phase, twice the hooks, and the fences. What it cuts off is *Held*.
     pub undo: Duration,
     /// The proof of a fence.
     pub fence: Duration,
-    /// The answer to a memory declaration.
+    /// The answer to a memory declaration or a revocation.
     pub memory: Duration,
+    /// How long a running device's progress may stand still while it says that it has something to
+    /// do; longer is a hang. Zero: for ever.
+    pub stall: Duration,
+    /// How long a device may give no sign of life; longer is a hang. Two intervals of
+    /// [`MachineBuilder::heartbeat`] at least. Zero: for ever.
+    pub silence: Duration,
 }
 
 impl Default for Deadlines {
     /// 10 s for a greeting, 5 s for a phase or memory declaration, 10 s for an undo, 2 s for a
-    /// fence.
+    /// fence; a hang is 10 s without progress or 5 s without a sign of life.
     fn default() -> Self {
         Self {
             hello: Duration::from_secs(10),
@@ -39,6 +52,8 @@ impl Default for Deadlines {
             undo: Duration::from_secs(10),
             fence: Duration::from_secs(2),
             memory: Duration::from_secs(5),
+            stall: Duration::from_secs(10),
+            silence: Duration::from_secs(5),
         }
     }
 }
@@ -49,7 +64,9 @@ pub struct DeviceSpec {
     pub(crate) name: String,
     pub(crate) process: ProcessSpec,
     pub(crate) one_phase_allowed: bool,
-    pub(crate) on_loss: OnLoss,
+    pub(crate) on_loss: Option<LossPolicy>,
+    pub(crate) presence: Option<Presence>,
+    pub(crate) no_reconnect: Option<String>,
     pub(crate) first_phase: Option<Duration>,
     pub(crate) second_phase: Option<Duration>,
 }
@@ -61,7 +78,9 @@ impl DeviceSpec {
             name: name.into(),
             process: ProcessSpec::new(program),
             one_phase_allowed: false,
-            on_loss: OnLoss::Fail,
+            on_loss: None,
+            presence: None,
+            no_reconnect: None,
             first_phase: None,
             second_phase: None,
         }
@@ -96,10 +115,33 @@ impl DeviceSpec {
         self
     }
 
-    /// The machine goes on without this device if it is lost.
+    /// The machine may run without this device, and goes on without it if it is lost, unless
+    /// [`on_loss`](Self::on_loss) says otherwise.
     #[must_use]
-    pub fn optional(mut self) -> Self {
-        self.on_loss = OnLoss::ContinueWithout;
+    pub fn optional(self) -> Self {
+        self.presence(Presence::Optional)
+    }
+
+    /// Whether the machine may run without this device; [`MachineBuilder::presence`] by default.
+    #[must_use]
+    pub fn presence(mut self, presence: Presence) -> Self {
+        self.presence = Some(presence);
+        self
+    }
+
+    /// What is done when this device is lost; [`MachineBuilder::on_loss`] by default.
+    #[must_use]
+    pub fn on_loss(mut self, policy: LossPolicy) -> Self {
+        self.on_loss = Some(policy);
+        self
+    }
+
+    /// The client of this device (whoever is at the other end of its data socket) does not come
+    /// back to a new process, for this reason: [`LossPolicy::Restart`] is refused. See
+    /// [`QEMU_VFIO_USER`](crate::QEMU_VFIO_USER).
+    #[must_use]
+    pub fn client_cannot_reconnect(mut self, reason: impl Into<String>) -> Self {
+        self.no_reconnect = Some(reason.into());
         self
     }
 
@@ -180,6 +222,9 @@ pub struct MachineBuilder {
     pub(crate) control_directory: Option<PathBuf>,
     pub(crate) heartbeat: Duration,
     pub(crate) phases: Phases,
+    pub(crate) on_loss: Option<LossPolicy>,
+    pub(crate) presence: Presence,
+    pub(crate) events: broadcast::Sender<MachineEvent>,
 }
 
 impl std::fmt::Debug for MachineBuilder {
@@ -207,6 +252,9 @@ impl MachineBuilder {
             control_directory: None,
             heartbeat: Duration::from_secs(1),
             phases: Phases::Two,
+            on_loss: None,
+            presence: Presence::Required,
+            events: broadcast::channel(EVENTS).0,
         }
     }
 
@@ -267,6 +315,29 @@ impl MachineBuilder {
         self
     }
 
+    /// Sets what is done when a device is lost that says nothing of its own:
+    /// [`LossPolicy::Fail`] by default, [`LossPolicy::ContinueWithout`] for optional devices.
+    #[must_use]
+    pub fn on_loss(mut self, policy: LossPolicy) -> Self {
+        self.on_loss = Some(policy);
+        self
+    }
+
+    /// Sets whether the machine may run without a device that says nothing of its own;
+    /// [`Presence::Required`] by default.
+    #[must_use]
+    pub fn presence(mut self, presence: Presence) -> Self {
+        self.presence = presence;
+        self
+    }
+
+    /// What will happen, from the beginning of the start on. As
+    /// [`Machine::events`](crate::Machine::events).
+    #[must_use]
+    pub fn events(&self) -> broadcast::Receiver<MachineEvent> {
+        self.events.subscribe()
+    }
+
     /// Sets the interval of the devices' signs of life; zero for none. One second by default.
     #[must_use]
     pub fn heartbeat(mut self, interval: Duration) -> Self {
@@ -283,6 +354,9 @@ impl MachineBuilder {
     }
 
     /// Starts all device processes and waits until each has greeted. Devices begin RUNNING.
+    ///
+    /// An optional device that does not start or greet is lost, and its policy decides; every
+    /// other one fails the start.
     ///
     /// To be called on a tokio runtime with I/O and time; the machine lives on it.
     ///

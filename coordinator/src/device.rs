@@ -41,6 +41,8 @@ pub(crate) enum Message {
     TryLocks,
     /// Its log was read to the end, or was waited for long enough.
     LogEnded,
+    /// The machine has done with it: end when the last words are read.
+    Retire,
 }
 
 /// What it tells the coordinator.
@@ -86,6 +88,9 @@ pub(crate) struct State {
     coordinator: ActorRef<CoordinatorMessage>,
     tasks: Vec<AbortHandle>,
     log: Option<JoinHandle<()>>,
+    /// Its last words were read.
+    gone: bool,
+    retired: bool,
 }
 
 impl State {
@@ -131,6 +136,14 @@ impl State {
                 tracing::info!(device = self.name, %exit, locks, "fenced");
                 self.tell(ProcessEvent::Fenced { exit, locks });
             }
+        }
+    }
+
+    fn last_words_read(&mut self, myself: &ActorRef<Message>) {
+        self.gone = true;
+        self.tell(ProcessEvent::Gone);
+        if self.retired {
+            myself.stop(None);
         }
     }
 
@@ -192,6 +205,8 @@ impl Actor for DeviceActor {
             coordinator,
             tasks,
             log,
+            gone: false,
+            retired: false,
         })
     }
 
@@ -244,14 +259,20 @@ impl Actor for DeviceActor {
                     });
                     state.tasks.push(rest.abort_handle());
                 } else {
-                    state.tell(ProcessEvent::Gone);
+                    state.last_words_read(&myself);
                 }
             }
             Message::TryLocks => {
                 state.retrying = false;
                 state.poll_fence(&myself);
             }
-            Message::LogEnded => state.tell(ProcessEvent::Gone),
+            Message::LogEnded => state.last_words_read(&myself),
+            Message::Retire => {
+                state.retired = true;
+                if state.gone || state.process.exit().is_none() {
+                    myself.stop(None);
+                }
+            }
         }
         Ok(())
     }

@@ -47,6 +47,14 @@ pub enum StartError {
         /// Why.
         source: PlanError,
     },
+    /// The device is to be restarted when it is lost, and its client cannot reconnect.
+    #[error("device {device:?} cannot have the policy restart: {reason}")]
+    RestartRefused {
+        /// Its name.
+        device: String,
+        /// Why its client cannot.
+        reason: String,
+    },
     /// The system refused something.
     #[error("cannot {what}")]
     System {
@@ -166,6 +174,9 @@ pub enum GreetingError {
     /// It cannot be kept for a later coordinator.
     #[error("cannot be kept for a later coordinator")]
     Keep(#[source] Box<ControlDirectoryError>),
+    /// It was welcomed and was lost on its way in.
+    #[error("was lost before it had joined the machine: {0}")]
+    Joining(String),
     /// It greeted, and was lost while others had still to greet.
     #[error("greeted and was lost before the machine had started: {0}")]
     Lost(String),
@@ -252,6 +263,49 @@ pub enum MachineError {
     /// The machine is not held.
     #[error("the machine is {0}, not held")]
     NotHeld(MachineState),
+    /// A device that the machine must not run without is missing. Remove it, or restart it.
+    #[error("device {device:?} is missing, and the machine must not run without it: {why}")]
+    Missing {
+        /// Its name.
+        device: String,
+        /// Why it is missing, for a person.
+        why: String,
+    },
+    /// There is no device process of that name.
+    #[error("the machine has no device process {device:?}")]
+    NoDevice {
+        /// The name.
+        device: String,
+    },
+    /// Something cannot be done with a device as things are; nothing was begun.
+    #[error("{what} device {device:?} is not possible: {why}")]
+    Device {
+        /// What: adding, removing or restarting.
+        what: &'static str,
+        /// Its name.
+        device: String,
+        /// Why not, for a person.
+        why: String,
+    },
+    /// A device was to be added or restarted, and was not. Nothing of it is left, or its fence is
+    /// still to be proven.
+    #[error(transparent)]
+    NotStarted(Box<StartError>),
+    /// A device is being removed, and its end is not proven within the grace.
+    #[error("nothing proves that device {device:?} is gone")]
+    Unproven {
+        /// Its name.
+        device: String,
+    },
+    /// What waited for its turn was given up by the owner.
+    #[error("the {operation} was cancelled before it had begun")]
+    Cancelled {
+        /// What was asked.
+        operation: Operation,
+    },
+    /// Too many requests wait for their turn.
+    #[error("{0} requests wait for their turn already")]
+    Busy(usize),
     /// The machine was shut down.
     #[error("the machine is gone")]
     Gone,

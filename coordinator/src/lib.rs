@@ -6,6 +6,7 @@
 //!
 //! - [`description`]: what a machine is made of; [`machine`]: its handle; [`events`] and [`status`]:
 //!   what it tells;
+//! - [`policy`]: what the loss of a device means for its machine;
 //! - [`participant`]: devices and hooks inside the VMM;
 //! - [`report`]: what happened, when, per participant;
 //! - [`control_directory`], [`record`]: where a later coordinator finds a machine;
@@ -29,17 +30,22 @@ pub mod events;
 pub mod logs;
 pub mod machine;
 pub mod participant;
+pub mod policy;
 mod poll;
 pub mod process;
 pub mod record;
 mod recorder;
 pub mod report;
+mod restarts;
 pub mod status;
+mod watchdog;
 
 pub use description::{Deadlines, DeviceSpec, HookSpec, MachineBuilder};
 pub use error::{MachineError, StartError, TakeOverError};
 pub use events::MachineEvent;
 pub use machine::{Machine, Stopped, TakenOver};
 pub use participant::{Hook, LocalDevice, LocalError};
+pub use policy::{LossPolicy, Presence, QEMU_VFIO_USER, RestartPolicy};
 pub use standstill_protocol::transition::{OnFailure, OnLoss, Operation, Outcome, Slot};
-pub use status::{DeviceStatus, Status};
+pub use status::{DeviceStanding, DeviceStatus, Status};
+pub use watchdog::Hang;

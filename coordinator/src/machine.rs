@@ -17,6 +17,7 @@
 //! ```
 
 use crate::coordinator::{self, Request};
+use crate::description::DeviceSpec;
 use crate::error::MachineError;
 use crate::events::MachineEvent;
 use crate::process::Exit;
@@ -109,6 +110,7 @@ impl Machine {
     ///
     /// # Errors
     ///
+    /// [`MachineError::Missing`] names a device that the machine must not run without.
     /// [`MachineError::Transition`] with the whole report if the machine does not run now.
     pub async fn resume(&self) -> Result<Arc<TransitionReport>, MachineError> {
         let report = self.ask(|reply| Request::Transition(Operation::Resume, reply)).await??;
@@ -139,7 +141,54 @@ impl Machine {
         self.ask(|reply| Request::DeclareRam(fd, reply)).await?
     }
 
-    /// Gives the transition up that is under way, if one is: it is undone.
+    /// Adds a device: starts its process, waits for its greeting, and brings it to the machine's
+    /// present state. When this returns it counts. RAM that was declared is declared to it.
+    ///
+    /// While a transition is under way it waits for its turn.
+    ///
+    /// # Errors
+    ///
+    /// [`MachineError::NotStarted`] if the device does not start, greet, fit in or come along;
+    /// [`MachineError::Device`] if the machine is held; [`MachineError::Unproven`] if the process
+    /// cannot be proven gone after that. Otherwise the machine is as it was.
+    pub async fn add_device(&self, spec: DeviceSpec) -> Result<(), MachineError> {
+        self.ask(|reply| Request::AddDevice(Box::new(spec), reply)).await?
+    }
+
+    /// Removes a device: brings it to STOP, asks its process to end, kills it after a grace of 2 s,
+    /// proves that it is gone, and has its peers' windows onto its memory revoked. Returns how it
+    /// ended. One that is lost already is forgotten once it is proven gone.
+    ///
+    /// While a transition is under way it waits for its turn. If it is given up by dropping the
+    /// future, the device is removed all the same.
+    ///
+    /// # Errors
+    ///
+    /// [`MachineError::NoDevice`]; [`MachineError::Device`] if the machine is held and the device is
+    /// not fenced; [`MachineError::Unproven`] if it cannot be proven gone in time: it is lost then,
+    /// is not restarted, and can be removed again.
+    pub async fn remove_device(&self, name: &str) -> Result<Option<Exit>, MachineError> {
+        let name = name.to_owned();
+        self.ask(|reply| Request::RemoveDevice(name, reply)).await?
+    }
+
+    /// Starts a lost device again, whatever its policy is and however often it was restarted; its
+    /// budget is as new. When this returns the device counts.
+    ///
+    /// While a transition is under way it waits for its turn.
+    ///
+    /// # Errors
+    ///
+    /// [`MachineError::NoDevice`]; [`MachineError::Device`] if it is not lost and fenced, is being
+    /// restarted already, or has a client that cannot reconnect; [`MachineError::NotStarted`] if it
+    /// does not start, greet, fit in or come along.
+    pub async fn restart_device(&self, name: &str) -> Result<(), MachineError> {
+        let name = name.to_owned();
+        self.ask(|reply| Request::RestartDevice(name, reply)).await?
+    }
+
+    /// Gives the transition up that is under way, if one is: it is undone. One that waits for its
+    /// turn is not begun.
     ///
     /// # Errors
     ///

@@ -2,6 +2,7 @@
 
 use super::Message;
 use super::state::{Allowance, Device, Process, Standing};
+use super::supervision::Care;
 use crate::custody::Custody;
 use crate::description::DeviceSpec;
 use crate::device::{Arguments, DeviceActor};
@@ -82,5 +83,6 @@ pub(super) async fn without_channel(
         exit: None,
         gone: false,
         allowance: Allowance::new(),
+        care: Care::default(),
     })
 }

@@ -1,7 +1,7 @@
 //! What a later coordinator will need, written down while this one has the machine.
 
-use super::incarnation::Spawned;
-use super::state::State;
+use super::start::Start;
+use super::state::{Device, Standing, State};
 use crate::control_directory::{ControlDirectory, ControlDirectoryError, boot_id, identity};
 use crate::custody::Custody;
 use crate::description::DeviceSpec;
@@ -63,9 +63,10 @@ impl Kept {
     pub(super) fn add_processes(
         &mut self,
         specs: &[DeviceSpec],
-        processes: &[Spawned],
+        processes: &[Start],
     ) -> Result<(), ControlDirectoryError> {
-        for (spec, (_, process)) in specs.iter().zip(processes) {
+        for (spec, process) in specs.iter().zip(processes) {
+            let Ok((_, process)) = process else { continue };
             let path = format!("/proc/{}", process.pid());
             self.record.devices.push(DeviceRecord {
                 name: spec.name.clone(),
@@ -91,6 +92,16 @@ impl Kept {
             None => self.record.devices.push(device),
         }
         self.write()
+    }
+
+    /// Takes a device out of the record, and its socket out of the directory.
+    fn take_out(&mut self, name: &str) -> Result<(), ControlDirectoryError> {
+        let Some(at) = self.record.devices.iter().position(|device| device.name == name) else {
+            return Ok(());
+        };
+        self.record.devices.remove(at);
+        self.write()?;
+        self.custody.directory().unbind(name)
     }
 
     /// Removes the record and the sockets of a machine that has ended. Blocks.
@@ -137,18 +148,22 @@ impl State {
     /// does not end with this coordinator any more. It shows that by an answer to a query.
     pub(super) fn have_settled(&mut self) -> bool {
         let (Some(_), Some(starting)) = (&self.kept, &mut self.starting) else { return true };
-        if let Some(settling) = &starting.settling {
+        let counts = |device: &Device| device.standing == Standing::Ready;
+        if let Some(settling) = &mut starting.settling {
+            // An optional one may be lost meanwhile.
+            settling.retain(|id| self.devices.get(*id).is_some_and(counts));
             return settling.is_empty();
         }
         let query = CoordinatorMessage::Query(Query { term: self.term, epoch: self.epoch });
-        for device in self.devices.iter_mut() {
+        for device in self.devices.iter_mut().filter(|device| counts(device)) {
             device.allowance.asked();
             if let Some(channel) = &device.channel {
                 // One that cannot be asked does not answer in time.
                 let _ = channel.try_send(&query, &[]);
             }
         }
-        let ids: BTreeSet<_> = self.devices.iter().map(|device| device.id).collect();
+        let waiting = self.devices.iter().filter(|device| counts(device));
+        let ids: BTreeSet<_> = waiting.map(|device| device.id).collect();
         let settled = ids.is_empty();
         starting.settling = Some(ids);
         settled
@@ -159,6 +174,15 @@ impl State {
         let settling = self.starting.as_mut().and_then(|starting| starting.settling.as_mut());
         if settling.is_some_and(|settling| settling.remove(&id)) {
             self.maybe_started();
+        }
+    }
+
+    /// A device without process is no part of the machine any more.
+    pub(super) fn forget_device(&mut self, name: &str) {
+        let Some(kept) = &mut self.kept else { return };
+        if let Err(error) = kept.take_out(name) {
+            let error = &error as &dyn std::error::Error;
+            tracing::warn!(device = name, error, "the record of a removed device is left");
         }
     }
 

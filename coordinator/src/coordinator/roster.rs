@@ -44,3 +44,26 @@ impl Roster {
         self.devices.push(device);
     }
 }
+
+impl Roster {
+    pub(super) fn get(&self, id: ParticipantId) -> Option<&Device> {
+        self.devices.get(*self.index.get(&id)?)
+    }
+
+    /// Puts another incarnation in the place of that one.
+    pub(super) fn replace(&mut self, id: ParticipantId, device: Device) {
+        let Some(at) = self.index.remove(&id) else { return };
+        self.index.insert(device.id, at);
+        self.devices[at] = device;
+    }
+
+    /// Takes a device out; the others keep their order.
+    pub(super) fn remove(&mut self, id: ParticipantId) -> Option<Device> {
+        let at = self.index.remove(&id)?;
+        let device = self.devices.remove(at);
+        for (at, device) in self.devices.iter().enumerate().skip(at) {
+            self.index.insert(device.id, at);
+        }
+        Some(device)
+    }
+}

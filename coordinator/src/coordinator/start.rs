@@ -3,28 +3,28 @@
 use super::incarnation::{self, Spawned};
 use super::keep::Kept;
 use super::roster::{Ids, Roster};
-use super::state::{EndingReply, HookEntry, Local, Standing, Starting, State, cast_after};
+use super::state::{Device, EndingReply, HookEntry, Local, Standing, Starting, State, cast_after};
 use super::take_over::Found;
 use super::{CoordinatorActor, Message};
-use crate::description::{HookSpec, MachineBuilder};
+use crate::description::{Deadlines, HookSpec, MachineBuilder};
 use crate::error::StartError;
 use crate::events::MachineEvent;
 use crate::machine::Machine;
 use crate::participant::{self, LocalAnswer};
+use crate::policy::{Policies, Presence};
 use crate::poll::Poll;
 use crate::process::Spawner;
 use crate::report::{Names, nanos};
+use crate::watchdog::{Limits, Ticks};
 use ractor::{Actor, ActorRef};
 use standstill_protocol::message::{Epoch, MAX_NAME, Term};
 use standstill_protocol::migration::MigrationState;
 use standstill_protocol::transition::{Hook, HookId, MachineState, Operation};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io;
+use std::time::Instant;
 use tokio::sync::{broadcast, oneshot};
 use uuid::Uuid;
-
-/// How many events a slow reader may be behind.
-pub(super) const EVENTS: usize = 1024;
 
 /// A machine whose processes run.
 pub(crate) struct Prepared {
@@ -38,16 +38,17 @@ pub(crate) struct Prepared {
 /// Where its processes come from; in the order of the description.
 pub(super) enum Beginning {
     /// They were started and have not greeted yet.
-    Started(Vec<Spawned>, oneshot::Sender<Result<Machine, StartError>>),
-    /// Another coordinator has left them behind.
-    TakenOver(Vec<Found>),
+    Started(Vec<Start>, oneshot::Sender<Result<Machine, StartError>>),
+    /// Another coordinator has left them behind. There is nothing of an optional device that was
+    /// never started.
+    TakenOver(Vec<Option<Found>>),
 }
 
 /// Starts a machine: its processes, its actors, its threads; waits for the greetings.
 pub(crate) async fn start(builder: MachineBuilder) -> Result<Machine, StartError> {
     check(&builder)?;
     let (builder, spawner, kept, processes) = spawn_processes(builder).await?;
-    let (events, _) = broadcast::channel(EVENTS);
+    let events = builder.events.clone();
     let (reply, answer) = oneshot::channel();
     let beginning = Beginning::Started(processes, reply);
     let prepared = Prepared { builder, spawner, kept, events, beginning };
@@ -62,29 +63,44 @@ fn system(what: &'static str, source: io::Error) -> StartError {
     StartError::System { what, source }
 }
 
-/// Whether the names are usable.
+/// Whether the names are usable and the policies possible.
 pub(super) fn check(builder: &MachineBuilder) -> Result<(), StartError> {
     let devices = builder.devices.iter().map(|spec| &spec.name);
     let names = devices.chain(builder.locals.iter().map(|(name, _)| name));
     let mut seen = BTreeSet::new();
     for name in names {
-        if name.is_empty() || name.len() > MAX_NAME {
-            let text = format!("device name {name:?} must have 1 to {MAX_NAME} bytes");
-            return Err(StartError::Description(text));
-        }
-        if !seen.insert(name) {
-            return Err(StartError::Description(format!("two devices are named {name:?}")));
-        }
+        check_name(name, !seen.insert(name))?;
+    }
+    let policies = policies(builder);
+    builder.devices.iter().try_for_each(|spec| policies.check(spec))
+}
+
+pub(super) fn policies(builder: &MachineBuilder) -> Policies {
+    Policies { on_loss: builder.on_loss, presence: builder.presence }
+}
+
+/// Whether a device may have that name.
+pub(super) fn check_name(name: &str, taken: bool) -> Result<(), StartError> {
+    if name.is_empty() || name.len() > MAX_NAME {
+        let text = format!("device name {name:?} must have 1 to {MAX_NAME} bytes");
+        return Err(StartError::Description(text));
+    }
+    if taken {
+        return Err(StartError::Description(format!("two devices are named {name:?}")));
     }
     Ok(())
 }
 
+/// What came of the start of a process; of an optional one it may be nothing.
+pub(super) type Start = Result<Spawned, StartError>;
+
 /// Starts all device processes, on a thread that may block.
 async fn spawn_processes(
     builder: MachineBuilder,
-) -> Result<(MachineBuilder, Spawner, Option<Kept>, Vec<Spawned>), StartError> {
+) -> Result<(MachineBuilder, Spawner, Option<Kept>, Vec<Start>), StartError> {
     let specs: Vec<_> = builder.devices.clone();
     let (name, directory) = (builder.name.clone(), builder.control_directory.clone());
+    let policies = policies(&builder);
     let task = tokio::task::spawn_blocking(move || {
         let spawner = Spawner::new().map_err(|source| StartError::Spawn {
             device: specs.first().map_or_else(String::new, |spec| spec.name.clone()),
@@ -92,7 +108,13 @@ async fn spawn_processes(
         })?;
         let kept = directory.map(|path| Kept::claim(&path, &name, &specs)).transpose()?;
         let custody = kept.as_ref().map(|kept| &kept.custody);
-        let processes = specs.iter().map(|spec| incarnation::spawn(&spawner, spec, custody));
+        let processes = specs.iter().map(|spec| {
+            let spawned = incarnation::spawn(&spawner, spec, custody);
+            match policies.resolve(spec).1 {
+                Presence::Optional => Ok(spawned),
+                Presence::Required => spawned.map(Ok),
+            }
+        });
         let processes = processes.collect::<Result<Vec<_>, _>>();
         let Some(mut kept) = kept else { return Ok((spawner, None, processes?)) };
         let written = processes.and_then(|processes| {
@@ -130,15 +152,31 @@ impl Prepared {
                 for (spec, process) in specs.zip(processes) {
                     let id = fresh()?;
                     names.participants.insert(id, spec.name.clone());
-                    poll.add(id, &process.0)?;
-                    devices.push(incarnation::device(&myself, id, spec, 1, process).await?);
+                    devices.push(match process {
+                        Ok(process) => {
+                            poll.add(id, &process.0)?;
+                            incarnation::device(&myself, id, spec, 1, process).await?
+                        }
+                        Err(error) => {
+                            let (device, why) = (spec.name.clone(), error.to_string());
+                            tracing::warn!(device, why, "an optional device did not start");
+                            let event = MachineEvent::DeviceNotStarted { device, why: why.clone() };
+                            let _ = events.send(event);
+                            Device::without_process(id, spec, why)
+                        }
+                    });
                 }
             }
             Beginning::TakenOver(found) => {
                 for (spec, found) in specs.zip(found) {
                     let id = fresh()?;
                     names.participants.insert(id, spec.name.clone());
-                    let Found { process, incarnation, contact, files, unprovable } = found;
+                    let Some(Found { process, incarnation, contact, files, unprovable }) = found
+                    else {
+                        let why = "it was never started".to_owned();
+                        devices.push(Device::without_process(id, spec, why));
+                        continue;
+                    };
                     let device =
                         incarnation::without_channel(&myself, id, spec, incarnation, process);
                     devices.push(device.await?);
@@ -163,7 +201,10 @@ impl Prepared {
             let hook = hook_of(id, &spec);
             hooks.push(HookEntry { hook, hung: false, thread });
         }
-        let hello = builder.deadlines.hello;
+        let policies = Policies { on_loss: builder.on_loss, presence: builder.presence };
+        let Deadlines { hello, stall, silence, .. } = builder.deadlines;
+        let limits = Limits::new(stall, silence, builder.heartbeat);
+        let ticks = limits.interval().map(|interval| Ticks::new(interval, Instant::now()));
         let starting = starter.map(|reply| {
             let deadline = cast_after(&myself, hello, || Message::HelloExpired);
             Starting { reply, deadline, settling: None }
@@ -194,6 +235,13 @@ impl Prepared {
             devices,
             locals,
             ids,
+            policies,
+            unsettled: false,
+            queue: VecDeque::new(),
+            spawning: 0,
+            limits,
+            ticks,
+            ram: Vec::new(),
             hooks,
             names,
             active: None,
@@ -213,7 +261,9 @@ impl Prepared {
             }
         }
         // A machine without device processes has nobody to wait for.
+        state.watch();
         state.maybe_started();
+        state.settle();
         Ok(state)
     }
 }
@@ -241,7 +291,7 @@ fn hook_of(id: HookId, spec: &HookSpec) -> Hook {
 impl State {
     /// The machine runs when everybody has greeted and the whole is possible.
     pub(super) fn maybe_started(&mut self) {
-        if self.devices.iter().any(|device| device.standing != Standing::Ready) {
+        if self.devices.iter().any(|device| device.standing == Standing::Greeting) {
             return;
         }
         if !self.have_settled() {
@@ -251,6 +301,7 @@ impl State {
         deadline.abort();
         match self.plan(Operation::Pause).check() {
             Ok(()) => {
+                self.unsettled = true;
                 let machine = Machine::new(self.myself.clone(), &self.events);
                 let custody = self.custody().cloned();
                 // From here on the owner has it, and with it the decision.

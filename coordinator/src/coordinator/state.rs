@@ -2,29 +2,34 @@
 
 use super::keep::Kept;
 use super::roster::{Ids, Roster};
-use super::{Exits, Message};
+use super::supervision::Care;
+use super::{Exits, Message, Reply, Request};
 use crate::description::{Deadlines, DeviceSpec};
 use crate::device::Message as DeviceMessage;
-use crate::error::{GreetingError, MachineError, StartError};
+use crate::error::{GreetingError, StartError};
 use crate::events::MachineEvent;
 use crate::logs::LogTail;
 use crate::machine::Machine;
 use crate::participant::LocalThread;
+use crate::policy::Policies;
 use crate::poll::Poll;
 use crate::process::{Exit, Spawner};
 use crate::recorder::Recorder;
 use crate::report::{Names, TransitionReport};
-use crate::status::{DeviceStatus, Status};
+use crate::status::{DeviceStanding, DeviceStatus, Status};
+use crate::watchdog::{Limits, Ticks};
 use ractor::{ActorId, ActorRef};
 use rustix::process::Signal;
 use standstill_protocol::channel::CoordinatorEnd;
-use standstill_protocol::message::{Command, Epoch, Hello, OrphanPolicy, PeerDma, Term};
+use standstill_protocol::message::{
+    Command, Epoch, FileIdentity, Hello, OrphanPolicy, PeerDma, Term,
+};
 use standstill_protocol::migration::{MigrationFlags, MigrationState};
 use standstill_protocol::transition::{
     HeldReason, Hook, HookMoment, MachineState, OnFailure, Operation, ParticipantId, Phases, Timer,
     Transition,
 };
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -58,6 +63,18 @@ pub(crate) struct State {
     /// By participant number.
     pub(super) locals: Vec<Local>,
     pub(super) ids: Ids,
+    pub(super) policies: Policies,
+    /// Something may have to be done that no message is for: see [`State::settle`].
+    pub(super) unsettled: bool,
+    /// Requests that wait for the end of what is under way.
+    pub(super) queue: VecDeque<Request>,
+    /// How many processes are being started, or are being ended because nobody wants them.
+    pub(super) spawning: usize,
+    pub(super) limits: Limits,
+    /// `None` if there is nothing to look for.
+    pub(super) ticks: Option<Ticks>,
+    /// All RAM that was declared.
+    pub(super) ram: Vec<(FileIdentity, OwnedFd)>,
     pub(super) hooks: Vec<HookEntry>,
     pub(super) names: Names,
     pub(super) active: Option<Active>,
@@ -89,6 +106,7 @@ pub(super) struct Device {
     pub(super) exit: Option<Exit>,
     pub(super) gone: bool,
     pub(super) allowance: Allowance,
+    pub(super) care: Care,
 }
 
 /// The process of a device.
@@ -100,6 +118,26 @@ pub(super) struct Process {
 }
 
 impl Device {
+    /// A device whose process could not be started, or is still to be.
+    pub(super) fn without_process(id: ParticipantId, spec: DeviceSpec, why: String) -> Self {
+        Self {
+            id,
+            spec,
+            incarnation: 0,
+            process: None,
+            channel: None,
+            tail: LogTail::default(),
+            standing: Standing::Fenced(why),
+            hello: None,
+            state: MigrationState::Running,
+            progress: 0,
+            exit: None,
+            gone: true,
+            allowance: Allowance::new(),
+            care: Care::default(),
+        }
+    }
+
     /// Tells the actor of the process something. One that is gone has killed its process.
     pub(super) fn tell(&self, message: DeviceMessage) {
         if let Some(process) = &self.process {
@@ -117,12 +155,16 @@ impl Device {
 pub(super) enum Standing {
     /// It has not said Hello yet.
     Greeting,
+    /// It was welcomed, and is being brought to the machine's state.
+    Joining,
     /// It counts.
     Ready,
     /// It does not; its end is not proven yet.
     Lost(String),
     /// It does not, and nothing of it is left.
     Fenced(String),
+    /// It is in STOP, and its process is to end.
+    Leaving,
 }
 
 /// How much a device process may say that nobody has asked for: a number of messages a second.
@@ -184,7 +226,23 @@ pub(super) struct Active {
     pub(super) transition: Transition,
     pub(super) recorder: Recorder,
     pub(super) timers: Timers,
-    pub(super) reply: oneshot::Sender<Result<Arc<TransitionReport>, MachineError>>,
+    pub(super) purpose: Purpose,
+}
+
+/// Who wants a transition.
+pub(super) enum Purpose {
+    /// The owner.
+    Owner(Reply<Arc<TransitionReport>>),
+    /// Nobody but this device, which joins.
+    Join(ParticipantId),
+    /// Nobody but this device, which leaves.
+    Leave(ParticipantId),
+}
+
+impl Purpose {
+    pub(super) fn is_internal(&self) -> bool {
+        !matches!(self, Self::Owner(_))
+    }
 }
 
 /// Deadlines that run; they are forgotten with the transition.
@@ -230,20 +288,28 @@ pub(super) struct Ending {
 /// Who waits for the end.
 pub(super) enum EndingReply {
     /// Whoever asked for it.
-    Owner(oneshot::Sender<Result<Exits, MachineError>>),
+    Owner(Reply<Exits>),
     /// Whoever tried to start a machine of which one device did not start.
     Starter(oneshot::Sender<Result<Machine, StartError>>, ParticipantId, GreetingError),
     /// Whoever tried to start a machine that is not possible as a whole.
     Planner(oneshot::Sender<Result<Machine, StartError>>, StartError),
 }
 
-/// A memory declaration that is not in force everywhere yet.
+/// A declaration about memory that is not in force everywhere yet.
 pub(super) struct Declaration {
     pub(super) waiting: BTreeSet<ParticipantId>,
-    pub(super) reply: oneshot::Sender<Result<(), MachineError>>,
+    pub(super) purpose: Declared,
     pub(super) deadline: AbortHandle,
-    /// Kept open until every device has it.
-    pub(super) _ram: OwnedFd,
+}
+
+/// What about memory is declared.
+pub(super) enum Declared {
+    /// RAM, by the owner.
+    By(Reply<()>),
+    /// RAM, to this newcomer.
+    To(ParticipantId),
+    /// That what this device had is gone.
+    Gone(ParticipantId),
 }
 
 /// Casts a message to the coordinator actor after a time.
@@ -295,20 +361,42 @@ impl State {
 
     pub(super) fn status(&self) -> Status {
         let devices = self.devices.iter().map(|device| {
-            let (state, lost) = match &device.standing {
-                Standing::Ready => (Some(device.state), None),
-                Standing::Greeting => (None, None),
-                Standing::Lost(why) | Standing::Fenced(why) => (None, Some(why.clone())),
+            let (standing, lost) = match &device.standing {
+                Standing::Ready => (DeviceStanding::Ready, None),
+                Standing::Greeting => (DeviceStanding::Starting, None),
+                Standing::Joining => (DeviceStanding::Joining, None),
+                Standing::Leaving => (DeviceStanding::Leaving, None),
+                Standing::Lost(why) => (DeviceStanding::Lost, Some(why.clone())),
+                Standing::Fenced(why) => {
+                    let restarts = device.care.recovery.is_under_way();
+                    let fenced = DeviceStanding::Fenced;
+                    let standing = if restarts { DeviceStanding::Restarting } else { fenced };
+                    (standing, Some(why.clone()))
+                }
             };
+            let standing =
+                if device.care.leaving.is_some() { DeviceStanding::Leaving } else { standing };
+            let state = (device.standing == Standing::Ready).then_some(device.state);
             let kind = device.hello.as_ref().map_or_else(String::new, |hello| {
                 format!("{} {}", hello.kind, hello.program_version)
             });
             let name = device.spec.name.clone();
-            DeviceStatus { name, pid: device.pid(), kind, state, lost, progress: device.progress }
+            DeviceStatus {
+                name,
+                pid: device.pid(),
+                incarnation: device.incarnation,
+                standing,
+                kind,
+                state,
+                lost,
+                progress: device.progress,
+            }
         });
         let locals = self.locals.iter().map(|local| DeviceStatus {
             name: local.name.clone(),
             pid: None,
+            incarnation: 0,
+            standing: DeviceStanding::Ready,
             kind: "local".to_owned(),
             state: Some(local.state),
             lost: None,

@@ -1,7 +1,7 @@
 //! Another coordinator has the machine: whatever this one does from now on is nothing.
 
 use super::Request;
-use super::state::State;
+use super::state::{Declared, State};
 use crate::control_directory::ControlDirectoryError;
 use crate::error::{MachineError, ProtocolError};
 use crate::events::MachineEvent;
@@ -53,9 +53,25 @@ impl State {
         }
         self.machine = MachineState::Held;
         self.held = vec![HeldReason::Superseded];
+        let refused = || MachineError::Superseded { term };
+        // Whoever asked may be gone.
         for (_, declaration) in std::mem::take(&mut self.declarations) {
             declaration.deadline.abort();
-            let _ = declaration.reply.send(Err(MachineError::Superseded { term }));
+            if let Declared::By(reply) = declaration.purpose {
+                let _ = reply.send(Err(refused()));
+            }
+        }
+        for request in std::mem::take(&mut self.queue) {
+            request.refuse(refused());
+        }
+        for device in self.devices.iter_mut() {
+            if let Some(owner) = device.care.owner.take() {
+                let _ = owner.send(Err(refused()));
+            }
+            let leaving = device.care.leaving.as_mut();
+            if let Some(reply) = leaving.and_then(|leaving| leaving.reply.take()) {
+                let _ = reply.send(Err(refused()));
+            }
         }
         self.feed(Event::Superseded);
         self.emit(MachineEvent::Superseded { term });
@@ -67,18 +83,13 @@ impl State {
     /// this handle of it.
     pub(super) fn refuse_if_superseded(&mut self, request: Request) -> Option<Request> {
         let Some(term) = self.superseded else { return Some(request) };
-        let refused = || MachineError::Superseded { term };
-        // Whoever asked may be gone.
-        match request {
-            Request::Status(_) | Request::Cancel(_) => return Some(request),
-            Request::Transition(_, reply) => drop(reply.send(Err(refused()))),
-            Request::DeclareRam(_, reply) => drop(reply.send(Err(refused()))),
-            Request::AcceptHold(reply) => drop(reply.send(Err(refused()))),
-            Request::Shutdown(_, reply) => {
-                let _ = reply.send(Err(refused()));
-                self.myself.stop(None);
-            }
+        if matches!(request, Request::Status(_) | Request::Cancel(_)) {
+            return Some(request);
         }
+        if matches!(request, Request::Shutdown(..)) {
+            self.myself.stop(None);
+        }
+        request.refuse(MachineError::Superseded { term });
         None
     }
 }

@@ -9,7 +9,7 @@
 
 use super::CoordinatorActor;
 use super::keep::{Kept, examined};
-use super::start::{Beginning, EVENTS, Prepared, check};
+use super::start::{Beginning, Prepared, check, policies};
 use super::state::{Standing, State};
 use crate::control_directory::{ControlDirectory, ControlDirectoryError, boot_id, identity};
 use crate::custody::Custody;
@@ -17,6 +17,7 @@ use crate::description::{DeviceSpec, MachineBuilder};
 use crate::device::Message as DeviceMessage;
 use crate::error::{MachineError, TakeOverError};
 use crate::machine::{Machine, TakenOver};
+use crate::policy::{Policies, Presence};
 use crate::process::{BackingFile, DeviceProcess, Spawner, open_recorded};
 use crate::record::{DeviceRecord, MachineRecord};
 use ractor::Actor;
@@ -31,7 +32,6 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use tokio::sync::broadcast;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout_at};
 
@@ -67,8 +67,9 @@ struct Greeting {
 pub(crate) async fn take_over(builder: MachineBuilder) -> Result<TakenOver, TakeOverError> {
     check(&builder).map_err(|error| TakeOverError::Description(Box::new(error)))?;
     let path = builder.control_directory.clone().ok_or(TakeOverError::NoControlDirectory)?;
-    let (name, specs) = (builder.name.clone(), builder.devices.clone());
-    let (directory, record) = blocking(move || claim(&path, &name, &specs)).await?;
+    let (name, specs, policies) =
+        (builder.name.clone(), builder.devices.clone(), policies(&builder));
+    let (directory, record) = blocking(move || claim(&path, &name, &specs, policies)).await?;
 
     let deadline = Instant::now() + builder.deadlines.hello;
     let greetings = greet_all(&directory, &builder.devices, deadline).await?;
@@ -82,7 +83,7 @@ pub(crate) async fn take_over(builder: MachineBuilder) -> Result<TakenOver, Take
     let specs = builder.devices.clone();
     let (kept, found, spawner) = blocking(move || {
         let kept = raise(directory, record, &specs, &greetings)?;
-        let found = specs.into_iter().zip(greetings);
+        let found = specs.iter().zip(greetings);
         let found = found
             .map(|(spec, greeting)| find(spec, greeting, &kept))
             .collect::<Result<Vec<_>, _>>()?;
@@ -91,7 +92,7 @@ pub(crate) async fn take_over(builder: MachineBuilder) -> Result<TakenOver, Take
     })
     .await?;
 
-    let (events, _) = broadcast::channel(EVENTS);
+    let events = builder.events.clone();
     let beginning = Beginning::TakenOver(found);
     let prepared =
         Prepared { builder, spawner, kept: Some(kept), events: events.clone(), beginning };
@@ -138,6 +139,7 @@ fn claim(
     path: &Path,
     machine: &str,
     specs: &[DeviceSpec],
+    policies: Policies,
 ) -> Result<(ControlDirectory, MachineRecord), TakeOverError> {
     let directory = ControlDirectory::open(path)?;
     let coordinator = examined("/proc/self", identity(std::process::id()))?;
@@ -152,7 +154,11 @@ fn claim(
     if let Some(device) = record.devices.iter().find(|device| !described(device)) {
         return Err(TakeOverError::Undescribed { device: device.name.clone() });
     }
-    if let Some(spec) = specs.iter().find(|spec| record.device(&spec.name).is_none()) {
+    // One that is optional may have had no process.
+    let missing = |spec: &&DeviceSpec| {
+        record.device(&spec.name).is_none() && policies.resolve(spec).1 == Presence::Required
+    };
+    if let Some(spec) = specs.iter().find(missing) {
         return Err(TakeOverError::Unrecorded { device: spec.name.clone() });
     }
     for spec in specs {
@@ -267,15 +273,13 @@ fn raise(
     Ok(Kept { custody: Arc::new(custody), record })
 }
 
-/// What there is of a device: its process, its files, and a way to talk to it.
+/// What there is of a device (nothing of one that was never started): its process, its files, and a way to talk to it.
 fn find(
-    spec: DeviceSpec,
+    spec: &DeviceSpec,
     greeting: Result<Greeting, String>,
     kept: &Kept,
-) -> Result<Found, TakeOverError> {
-    let Some(known) = kept.record.device(&spec.name) else {
-        return Err(TakeOverError::Unrecorded { device: spec.name });
-    };
+) -> Result<Option<Found>, TakeOverError> {
+    let Some(known) = kept.record.device(&spec.name) else { return Ok(None) };
     let incarnation = known.incarnation;
     let program = spec.process.program().to_owned();
     let custody = || Arc::clone(&kept.custody);
@@ -295,7 +299,8 @@ fn find(
                             .map_err(|error| system("take charge of a device process", error))?;
                     let version = VERSIONS.negotiate(hello.versions).unwrap_or(VERSIONS.min);
                     let contact = Ok(Contact { channel, hello, version, log });
-                    return Ok(Found { process, incarnation, contact, files, unprovable: None });
+                    let unprovable = None;
+                    return Ok(Some(Found { process, incarnation, contact, files, unprovable }));
                 }
                 Ok(None) => "its process has ended".to_owned(),
                 Err(error) => format!("its process cannot be held: {error}"),
@@ -313,7 +318,7 @@ fn find(
             Err(error) => unprovable = Some(error.to_string()),
         }
     }
-    Ok(Found { process, incarnation, contact: Err(why), files, unprovable })
+    Ok(Some(Found { process, incarnation, contact: Err(why), files, unprovable }))
 }
 
 impl State {
@@ -347,15 +352,11 @@ impl State {
             Err(error) => Standing::Lost(format!("it cannot be welcomed: {error}")),
         };
         if device.standing == Standing::Ready {
-            device.channel = Some(channel);
-            self.watch(id);
+            self.listen_to(id, channel);
         }
     }
 
-    fn watch(&mut self, id: ParticipantId) {
-        let Some(channel) = self.device(id).and_then(|device| device.channel.take()) else {
-            return;
-        };
+    fn listen_to(&mut self, id: ParticipantId, channel: CoordinatorEnd) {
         let watched = self.poll.add(id, &channel);
         let Some(device) = self.device(id) else { return };
         match watched {

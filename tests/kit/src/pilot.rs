@@ -7,7 +7,7 @@
 
 use crate::script::{RogueError, Script, program};
 use serde::{Deserialize, Serialize};
-use standstill_coordinator::{Deadlines, MachineBuilder};
+use standstill_coordinator::{Deadlines, MachineBuilder, Presence};
 use std::fmt;
 use std::io::{self, BufRead, BufReader, Write};
 use std::path::PathBuf;
@@ -49,8 +49,12 @@ impl Course {
             undo: *other,
             fence: *other,
             memory: *other,
+            ..Deadlines::default()
         };
-        let builder = MachineBuilder::new("vm").deadlines(deadlines).devices(specs);
+        let builder = MachineBuilder::new("vm")
+            .deadlines(deadlines)
+            .presence(Presence::Optional)
+            .devices(specs);
         Ok(match directory {
             Some(directory) => builder.keep(directory),
             None => builder,

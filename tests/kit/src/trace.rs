@@ -243,6 +243,13 @@ impl Trace {
         self.entries().into_iter().filter(|entry| is(&entry.what)).collect()
     }
 
+    /// How often somebody's process was begun so far.
+    #[must_use]
+    pub fn incarnations(&self, who: &str) -> usize {
+        let began = |entry: &Entry| entry.who == who && matches!(entry.what, What::Began { .. });
+        self.entries().into_iter().filter(began).count()
+    }
+
     /// Where somebody said last that it is; `None` if it has answered nothing.
     #[must_use]
     pub fn last_state(&self, who: &str) -> Option<MigrationState> {

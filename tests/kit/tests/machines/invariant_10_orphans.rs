@@ -4,9 +4,10 @@ use crate::fixture::{LONG, assert_machine};
 use crate::left_behind::{Left, NAMES, Process, owner_goes_on};
 use rustix::process::Signal;
 use standstill_coordinator::control_directory::ControlDirectoryError;
-use standstill_coordinator::record::{FileRecord, MachineRecord};
+use standstill_coordinator::record::{DeviceRecord, FileRecord, MachineRecord};
 use standstill_coordinator::{
-    HookSpec, MachineBuilder, Outcome, Slot, StartError, TakeOverError, TakenOver,
+    HookSpec, MachineBuilder, MachineEvent, Outcome, Presence, Slot, StartError, TakeOverError,
+    TakenOver,
 };
 use standstill_protocol::message::Phase;
 use standstill_protocol::migration::MigrationState;
@@ -274,7 +275,8 @@ async fn a_kept_machine_that_does_not_start_leaves_nothing_behind() {
         let bad = Script::honest().on(Trigger::Hello, [Step::Exit(3)]);
         [Script::honest(), bad, Script::honest()]
     });
-    let error = left.course.builder().unwrap().start().await.unwrap_err();
+    let builder = left.course.builder().unwrap().presence(Presence::Required);
+    let error = builder.start().await.unwrap_err();
     assert!(matches!(&error, StartError::Greeting { device, .. } if device == "d1"), "{error}");
     let files: Vec<_> = std::fs::read_dir(left.directory()).unwrap().collect();
     assert!(files.is_empty(), "{files:?}");
@@ -417,6 +419,52 @@ async fn hooks_and_local_devices_of_the_new_coordinator_are_stopped_with_a_machi
     assert_machine(&machine, MachineState::Held).await;
     owner_goes_on(&machine, true).await;
     left.assert_all(&machine, &all, MigrationState::Running).await;
+    left.end(machine).await;
+}
+
+/// Devices that come and go later are kept like the first ones.
+#[tokio::test]
+async fn devices_that_were_restarted_added_and_removed_are_in_the_record() {
+    let mut left = Left::honest();
+    let machine = within(LONG, "start", left.course.builder().unwrap().start()).await.unwrap();
+    let names = || {
+        let path = left.directory().join("machine.json");
+        let record = MachineRecord::parse(&std::fs::read(path).unwrap()).unwrap();
+        let entry = |device: &DeviceRecord| (device.name.clone(), device.incarnation);
+        let mut devices: Vec<_> = record.devices.iter().map(entry).collect();
+        devices.sort();
+        let mut sockets: Vec<_> = std::fs::read_dir(left.directory())
+            .unwrap()
+            .map(|file| file.unwrap().file_name().into_string().unwrap())
+            .filter(|name| name.ends_with(".sock"))
+            .collect();
+        sockets.sort();
+        (devices, sockets)
+    };
+    let mut events = machine.events();
+    left.process("d0").signal(Signal::KILL);
+    let fenced = async {
+        while !matches!(events.recv().await.unwrap(), MachineEvent::DeviceFenced { .. }) {}
+    };
+    within(LONG, "fence", fenced).await;
+    within(LONG, "restart", machine.restart_device("d0")).await.unwrap();
+    within(LONG, "removal", machine.remove_device("d1")).await.unwrap();
+    let added = Script::honest().named("d3", &left.trace);
+    within(LONG, "addition", machine.add_device(added.spec().unwrap())).await.unwrap();
+    let (devices, sockets) = names();
+    let expected = [("d0", 2), ("d2", 1), ("d3", 1)].map(|(name, n)| (name.to_owned(), n));
+    assert_eq!(devices, expected);
+    assert_eq!(sockets, ["d0.sock", "d2.sock", "d3.sock"]);
+    drop(machine);
+    while events.recv().await.is_ok() {}
+    left.course.devices.remove(1);
+    left.course.devices.push(added);
+    let TakenOver { machine, report } = left.take_over().await;
+    assert_eq!(report.outcome, Outcome::Done, "{report}");
+    let status = machine.status().await.unwrap();
+    let incarnations: Vec<_> = status.devices.iter().map(|device| device.incarnation).collect();
+    assert_eq!(incarnations, [2, 1, 1]);
+    owner_goes_on(&machine, false).await;
     left.end(machine).await;
 }
 

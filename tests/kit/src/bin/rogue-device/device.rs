@@ -13,11 +13,12 @@ use standstill_protocol::message::{
     MemoryAccepted, Reached, Refusal, RefusalKind, Refused, Timings, Welcome,
 };
 use standstill_testkit::gate::GateWatch;
-use standstill_testkit::trace::TraceWriter;
-use standstill_testkit::{Script, Step, Trigger, What};
+use standstill_testkit::trace::{Entry, TraceWriter};
+use standstill_testkit::{Pulse, Script, Step, Trigger, What};
 use std::collections::{HashMap, VecDeque};
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 /// How often a device without a coordinator looks whether its test is over.
@@ -72,14 +73,30 @@ pub(crate) struct RogueDevice {
     performances: VecDeque<Performance>,
     heartbeat: Option<(Duration, Instant)>,
     heartbeats: u64,
+    pulse: Pulse,
+    /// The how-manieth process of this device this is, from 1.
+    incarnation: u32,
     /// The status to end with.
     end: Option<u8>,
+}
+
+/// How many processes of that name have begun by a trace.
+fn began(trace: &Path, name: &str) -> Result<u32, Error> {
+    let mut count = 0;
+    for line in std::fs::read_to_string(trace)?.lines() {
+        // Others may be writing their line just now.
+        let Ok(entry) = serde_json::from_str::<Entry>(line) else { continue };
+        count += u32::from(entry.who == name && matches!(entry.what, What::Began { .. }));
+    }
+    Ok(count)
 }
 
 impl RogueDevice {
     pub(crate) fn new(script: Script, channel: DeviceEnd) -> Result<Self, Error> {
         let open = |path| TraceWriter::open(path, script.name.clone());
         let trace = script.trace.as_deref().map(open).transpose()?;
+        let began = script.trace.as_deref().map_or(Ok(0), |path| began(path, &script.name))?;
+        let incarnation = began + 1;
         Ok(Self {
             lifecycle: Lifecycle::new(script.migration),
             orphan: Orphan::default(),
@@ -91,6 +108,8 @@ impl RogueDevice {
             performances: VecDeque::new(),
             heartbeat: None,
             heartbeats: 0,
+            pulse: Pulse::Idle,
+            incarnation,
             end: None,
         })
     }
@@ -122,7 +141,7 @@ impl RogueDevice {
         let trigger = cause.trigger();
         let nth = self.seen.entry(trigger).or_default();
         *nth += 1;
-        let steps = match self.script.steps(trigger, *nth) {
+        let steps = match self.script.steps(self.incarnation, trigger, *nth) {
             Some(steps) => steps.iter().cloned().collect(),
             None => VecDeque::from([Step::Ack]),
         };
@@ -172,13 +191,14 @@ impl RogueDevice {
             Step::Flood(count) => {
                 for _ in 0..count {
                     self.heartbeats += 1;
-                    self.send(&heartbeat(self.heartbeats))?;
+                    self.send(&heartbeat(self.heartbeats, self.pulse))?;
                 }
             }
             Step::Linger(gate) => {
                 self.lingering = gate.watch()?;
                 self.acknowledge(cause, None)?;
             }
+            Step::Pulse(pulse) => self.pulse = pulse,
             Step::Freeze => kill_process(getpid(), Signal::STOP)?,
             Step::Exit(status) => std::process::exit(status),
             Step::Crash => std::process::abort(),
@@ -219,14 +239,14 @@ impl RogueDevice {
             capabilities: Capabilities {
                 migration: self.script.migration,
                 peer_dma: self.script.peer_dma,
-                progress: false,
+                progress: self.script.progress,
             },
             machine: self.orphan.machine,
             term: self.lifecycle.term(),
             epoch: self.lifecycle.epoch(),
             state: self.lifecycle.state(),
             backing_files: u8::from(file.is_some()),
-            memory: Vec::new(),
+            memory: self.script.memory.clone(),
         };
         let fds: Vec<_> = file.iter().map(AsFd::as_fd).collect();
         Ok(channel.send(&DeviceMessage::Hello(hello), &fds, Duration::from_secs(10))?)
@@ -237,7 +257,8 @@ impl RogueDevice {
         while let Some(candidate) = self.orphan.accept()? {
             let nth = self.seen.entry(Trigger::Hello).or_default();
             *nth += 1;
-            let steps = self.script.steps(Trigger::Hello, *nth).map(<[Step]>::to_vec);
+            let steps = self.script.steps(self.incarnation, Trigger::Hello, *nth);
+            let steps = steps.map(<[Step]>::to_vec);
             for step in steps.unwrap_or_else(|| vec![Step::Ack]) {
                 match step {
                     // It may be gone again, which is seen where it is read.
@@ -458,7 +479,7 @@ impl RogueDevice {
         {
             self.heartbeat = Some((interval, now + interval));
             self.heartbeats += 1;
-            self.send(&heartbeat(self.heartbeats))?;
+            self.send(&heartbeat(self.heartbeats, self.pulse))?;
         }
         Ok(())
     }

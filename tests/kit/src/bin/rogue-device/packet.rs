@@ -10,7 +10,7 @@ use standstill_protocol::message::{
     VERSIONS,
 };
 use standstill_protocol::migration::MigrationState;
-use standstill_testkit::{Forgery, Packet};
+use standstill_testkit::{Forgery, Packet, Pulse};
 use std::io::IoSlice;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -49,13 +49,13 @@ pub(crate) fn send_message(socket: impl AsFd, message: &DeviceMessage) -> Result
     send_bytes(socket, &bytes(message)?)
 }
 
-pub(crate) fn heartbeat(sequence: u64) -> DeviceMessage {
-    DeviceMessage::Heartbeat(Heartbeat {
-        sequence,
-        progress: sequence,
-        pending: false,
-        dropped_logs: 0,
-    })
+pub(crate) fn heartbeat(sequence: u64, pulse: Pulse) -> DeviceMessage {
+    let (progress, pending) = match pulse {
+        Pulse::Idle => (0, false),
+        Pulse::Working => (sequence, true),
+        Pulse::Hanging => (0, true),
+    };
+    DeviceMessage::Heartbeat(Heartbeat { sequence, progress, pending, dropped_logs: 0 })
 }
 
 fn bytes(message: &DeviceMessage) -> Result<Vec<u8>, Error> {
@@ -75,7 +75,7 @@ fn send_bytes(socket: impl AsFd, packet: &[u8]) -> Result<(), Error> {
 }
 
 fn send_many_fds(socket: impl AsFd) -> Result<(), Error> {
-    let packet = bytes(&heartbeat(1))?;
+    let packet = bytes(&heartbeat(1, Pulse::Idle))?;
     let stdin = std::io::stdin();
     let fds: [BorrowedFd<'_>; MANY] = [stdin.as_fd(); MANY];
     let mut room = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MANY))];
