@@ -271,6 +271,25 @@ async fn peers_lose_their_windows_before_the_next_process_is_started() {
 }
 
 #[tokio::test]
+async fn what_a_living_device_has_too_is_not_revoked() {
+    let trace = Trace::new().unwrap();
+    let claims = Script::honest().memory([MEMORY]);
+    let machine = start(
+        builder()
+            .device(honest("d0", &trace))
+            .device(claims.clone().device("owner", &trace).unwrap())
+            .device(restarted(claims, "thief", &trace)),
+    )
+    .await;
+    let mut events = machine.events();
+    signal(&machine, "thief", Signal::KILL).await;
+    until_joined(&mut events, "thief").await;
+    let revoked = |e: &standstill_testkit::Entry| matches!(e.what, What::Revoked { .. });
+    assert!(!trace.entries().iter().any(revoked), "{}", trace.text());
+    assert_whole_and_end(&machine, &trace, 3).await;
+}
+
+#[tokio::test]
 async fn a_peer_that_does_not_let_go_of_its_windows_is_lost() {
     let trace = Trace::new().unwrap();
     let deaf = Script::honest().on(Trigger::Memory, []);
@@ -354,6 +373,39 @@ async fn a_pause_that_comes_while_a_device_joins_waits_and_is_not_refused() {
     assert_eq!(device(&machine, "slow").await.state, Some(MigrationState::Stop));
     let report = within(LONG, "resume", stopped.resume()).await.unwrap();
     assert_eq!(report.participants.len(), 2, "{report}");
+    assert_whole_and_end(&machine, &trace, 2).await;
+}
+
+#[tokio::test]
+async fn a_pause_that_waits_can_be_cancelled() {
+    let trace = Trace::new().unwrap();
+    let gate = Gate::closed().unwrap();
+    let slow = Script::honest().on(Phase::PrepareStop, [Step::hold(&gate), Step::Ack]);
+    let machine = start(builder().device(honest("d0", &trace))).await;
+    let call = |adds: bool| {
+        let (machine, spec) = (machine.clone(), slow.clone().device("slow", &trace).unwrap());
+        tokio::spawn(async move {
+            match adds {
+                true => machine.add_device(spec).await,
+                false => machine.pause().await.map(drop),
+            }
+        })
+    };
+    let add = call(true);
+    let told = |entries: &[standstill_testkit::Entry]| {
+        entries.iter().any(|e| matches!(e.what, What::Received { .. }))
+    };
+    trace.wait_for("the newcomer to be told to stop", told).await;
+    let pause = call(false);
+    // Whichever of the two is there first: the pause is cancelled, or has still to be.
+    while !pause.is_finished() {
+        machine.cancel().await.unwrap();
+        tokio::task::yield_now().await;
+    }
+    let error = within(LONG, "pause", pause).await.unwrap().unwrap_err();
+    assert!(matches!(error, MachineError::Cancelled { .. }), "{error}");
+    gate.open();
+    within(LONG, "add", add).await.unwrap().unwrap();
     assert_whole_and_end(&machine, &trace, 2).await;
 }
 
