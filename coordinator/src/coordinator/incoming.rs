@@ -204,24 +204,15 @@ impl State {
             ProcessEvent::Exited(exit) => {
                 // Its last answers count: they were sent before it ended.
                 self.drain(id, usize::MAX);
+                self.exited(id, exit);
                 let Some(device) = self.device(id) else { return };
-                device.exit = Some(exit);
-                let (name, incarnation) = (device.spec.name.clone(), device.incarnation);
-                let event = MachineEvent::DeviceExited { device: name, incarnation, exit };
                 match device.standing {
                     Standing::Greeting => {
-                        self.emit(event);
                         self.close(id);
                         self.greeting_failed(id, GreetingError::Exited(exit));
                     }
-                    Standing::Leaving => {
-                        device.tell(DeviceActorMessage::Fence);
-                        self.emit(event);
-                    }
-                    _ => {
-                        self.emit(event);
-                        self.lost(id, Loss::Exited, format!("its process ended: {exit}"));
-                    }
+                    Standing::Leaving => device.tell(DeviceActorMessage::Fence),
+                    _ => self.lost(id, Loss::Exited, format!("its process ended: {exit}")),
                 }
             }
             ProcessEvent::Fenced { exit, locks } => self.fenced(id, exit, locks),
@@ -229,7 +220,18 @@ impl State {
         }
     }
 
+    /// A process ended; whoever listens is told once.
+    fn exited(&mut self, id: ParticipantId, exit: Exit) {
+        let Some(device) = self.device(id) else { return };
+        if device.exit.replace(exit).is_none() {
+            let (device, incarnation) = (device.spec.name.clone(), device.incarnation);
+            self.emit(MachineEvent::DeviceExited { device, incarnation, exit });
+        }
+    }
+
     fn fenced(&mut self, id: ParticipantId, exit: Exit, locks: usize) {
+        // The fence may have seen it first.
+        self.exited(id, exit);
         let Some(device) = self.device(id) else { return };
         let why = match std::mem::replace(&mut device.standing, Standing::Greeting) {
             Standing::Lost(why) | Standing::Fenced(why) => why,
@@ -237,7 +239,6 @@ impl State {
             Standing::Greeting | Standing::Joining | Standing::Ready => Loss::Exited.to_string(),
         };
         device.standing = Standing::Fenced(why);
-        device.exit = Some(exit);
         if matches!(device.care.recovery, Recovery::Unproven) {
             device.care.recovery = Recovery::Undecided;
         }
