@@ -219,6 +219,30 @@ async fn a_device_that_cannot_be_proven_gone_stays_until_it_can() {
     assert_whole_and_end(&machine, &trace, 1).await;
 }
 
+/// A newcomer that may run in a machine that is to stand: nothing starts before that is settled.
+#[tokio::test]
+async fn a_newcomer_that_cannot_be_proven_stopped_holds_a_stopped_machine() {
+    let trace = Trace::new().unwrap();
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let lock = file.reopen().unwrap();
+    flock(&lock, FlockOperation::LockExclusive).unwrap();
+    let frozen = Script::honest().backing_file(file.path()).on(Phase::PrepareStop, [Step::Freeze]);
+    let frozen = frozen.device("frozen", &trace).unwrap().deadlines(SHORT, LONG);
+    let limits = Deadlines { fence: SHORT, ..deadlines() };
+    let machine = start(builder().deadlines(limits).device(honest("d0", &trace))).await;
+    machine.pause().await.unwrap().leave_stopped();
+    let mut events = machine.events();
+    let error = within(LONG, "add", machine.add_device(frozen)).await.unwrap_err();
+    assert!(matches!(&error, MachineError::Unproven { device } if device == "frozen"), "{error}");
+    assert_machine(&machine, MachineState::Held).await;
+    within(LONG, "resume", machine.resume()).await.unwrap_err();
+    drop(lock);
+    let ended = |event: &MachineEvent| matches!(event, MachineEvent::HoldEnded { by_owner: false });
+    events_until(&mut events, "the hold to end", ended).await;
+    within(LONG, "resume", machine.resume()).await.unwrap();
+    assert_whole_and_end(&machine, &trace, 1).await;
+}
+
 #[tokio::test]
 async fn a_device_is_removed_while_it_is_being_added_or_restarted() {
     let trace = Trace::new().unwrap();

@@ -10,12 +10,13 @@ use rustix::process::Signal;
 use standstill_coordinator::error::{GreetingError, MachineError, StartError};
 use standstill_coordinator::process::Exit;
 use standstill_coordinator::{
-    DeviceSpec, DeviceStanding, LossPolicy, MachineEvent, QEMU_VFIO_USER, RestartPolicy,
+    DeviceSpec, DeviceStanding, HookSpec, LossPolicy, MachineEvent, QEMU_VFIO_USER, RestartPolicy,
+    Slot,
 };
 use standstill_protocol::message::{FileIdentity, Phase};
 use standstill_protocol::migration::MigrationState;
 use standstill_protocol::transition::{Loss, MachineState};
-use standstill_testkit::{Gate, Script, Step, Trace, Trigger, What, within};
+use standstill_testkit::{Call, Gate, Script, Step, Trace, TracedHook, Trigger, What, within};
 use std::time::Duration;
 
 const MEMORY: FileIdentity = FileIdentity { device: 7, inode: 4711 };
@@ -454,6 +455,78 @@ async fn a_device_that_greets_during_a_transition_is_welcomed_after_it() {
     until_joined(&mut events, "late").await;
     within(LONG, "resume", stopped.resume()).await.unwrap();
     assert_whole_and_end(&machine, &trace, 2).await;
+}
+
+/// It was made to wait for its Welcome and would not: that is no failure of its own.
+#[tokio::test]
+async fn a_device_that_does_not_wait_for_its_welcome_is_not_charged_for_it() {
+    let trace = Trace::new().unwrap();
+    let (greets, stops) = (Gate::closed().unwrap(), Gate::closed().unwrap());
+    let gives_up =
+        Script::honest().on_in(2, Trigger::Hello, [Step::hold(&greets), Step::Ack, Step::Exit(0)]);
+    let once = RestartPolicy { budget: 1, ..SOON };
+    let gives_up = gives_up.device("gives up", &trace).unwrap().on_loss(LossPolicy::Restart(once));
+    let slow = Script::honest().on(Phase::Stop, [Step::hold(&stops), Step::Ack]);
+    let machine =
+        start(builder().device(slow.device("slow", &trace).unwrap()).device(gives_up)).await;
+    let mut events = machine.events();
+    signal(&machine, "gives up", Signal::KILL).await;
+    let twice = |entries: &[standstill_testkit::Entry]| {
+        entries.iter().filter(|e| matches!(e.what, What::Began { .. })).count() == 3
+    };
+    trace.wait_for("the second process", twice).await;
+    let pause = tokio::spawn({
+        let machine = machine.clone();
+        async move { machine.pause().await }
+    });
+    let told = |entries: &[standstill_testkit::Entry]| {
+        let stop = |e: &standstill_testkit::Entry| {
+            matches!(e.what, What::Received { phase: Phase::Stop, .. })
+        };
+        entries.iter().any(stop)
+    };
+    trace.wait_for("the second phase", told).await;
+    greets.open();
+    let gone =
+        |event: &MachineEvent| matches!(event, MachineEvent::DeviceFenced { incarnation: 2, .. });
+    let seen = events_until(&mut events, "it to give up", gone).await;
+    assert!(!seen.iter().any(|e| matches!(e, MachineEvent::Transition(_))), "{seen:?}");
+    stops.open();
+    let stopped = within(LONG, "pause", pause).await.unwrap().unwrap();
+    let (seen, incarnation) = until_joined(&mut events, "gives up").await;
+    assert_eq!(incarnation, 3, "{seen:?}");
+    within(LONG, "resume", stopped.resume()).await.unwrap();
+    assert_whole_and_end(&machine, &trace, 2).await;
+}
+
+#[tokio::test]
+async fn a_device_joins_a_held_machine_in_stop_and_the_machine_stays_held() {
+    let trace = Trace::new().unwrap();
+    let gate = Gate::closed().unwrap();
+    let key = gate.key();
+    let hook = TracedHook::new("vcpus", &trace).unwrap().doing(move |call| match call {
+        Call::Stop => Ok(key.wait()?),
+        Call::Start => Ok(()),
+    });
+    let machine = start(
+        builder()
+            .device(honest("d0", &trace))
+            .device(restarted(Script::honest(), "d1", &trace))
+            .hook(HookSpec::new("vcpus", Slot::After).deadline(SHORT), hook),
+    )
+    .await;
+    within(LONG, "pause", machine.pause()).await.unwrap_err();
+    let mut events = machine.events();
+    signal(&machine, "d1", Signal::KILL).await;
+    until_joined(&mut events, "d1").await;
+    let status = machine.status().await.unwrap();
+    assert_eq!(status.machine, MachineState::Held);
+    assert_eq!(status.devices[1].state, Some(MigrationState::Stop));
+    gate.open();
+    let ended = |event: &MachineEvent| matches!(event, MachineEvent::HoldEnded { .. });
+    events_until(&mut events, "the hold to end", ended).await;
+    within(LONG, "resume", machine.resume()).await.unwrap();
+    assert_nothing_left(&machine, &trace).await;
 }
 
 #[tokio::test]
