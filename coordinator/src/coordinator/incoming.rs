@@ -210,28 +210,19 @@ impl State {
             ProcessEvent::Exited(exit) => {
                 // Its last answers count: they were sent before it ended.
                 self.drain(id, usize::MAX);
-                let Some(device) = self.device(id) else { return };
-                device.exit = Some(exit);
+                // Whoever took the machine over may have ended it.
                 if self.is_superseded() {
                     return;
                 }
+                self.exited(id, exit);
                 let Some(device) = self.device(id) else { return };
-                let (name, incarnation) = (device.spec.name.clone(), device.incarnation);
-                let event = MachineEvent::DeviceExited { device: name, incarnation, exit };
                 match device.standing {
                     Standing::Greeting => {
-                        self.emit(event);
                         self.close(id);
                         self.greeting_failed(id, GreetingError::Exited(exit));
                     }
-                    Standing::Leaving => {
-                        device.tell(DeviceActorMessage::Fence);
-                        self.emit(event);
-                    }
-                    _ => {
-                        self.emit(event);
-                        self.lost(id, Loss::Exited, format!("its process ended: {exit}"));
-                    }
+                    Standing::Leaving => device.tell(DeviceActorMessage::Fence),
+                    _ => self.lost(id, Loss::Exited, format!("its process ended: {exit}")),
                 }
             }
             ProcessEvent::Fenced { exit, locks } => self.fenced(id, exit, locks),
@@ -240,7 +231,18 @@ impl State {
         }
     }
 
+    /// A process ended; whoever listens is told once.
+    fn exited(&mut self, id: ParticipantId, exit: Exit) {
+        let Some(device) = self.device(id) else { return };
+        if device.exit.replace(exit).is_none() {
+            let (device, incarnation) = (device.spec.name.clone(), device.incarnation);
+            self.emit(MachineEvent::DeviceExited { device, incarnation, exit });
+        }
+    }
+
     fn fenced(&mut self, id: ParticipantId, exit: Exit, locks: usize) {
+        // The fence may have seen it first.
+        self.exited(id, exit);
         let Some(device) = self.device(id) else { return };
         let why = match std::mem::replace(&mut device.standing, Standing::Greeting) {
             Standing::Lost(why) | Standing::Fenced(why) => why,
@@ -248,7 +250,6 @@ impl State {
             Standing::Greeting | Standing::Joining | Standing::Ready => Loss::Exited.to_string(),
         };
         device.standing = Standing::Fenced(why);
-        device.exit = Some(exit);
         if matches!(device.care.recovery, Recovery::Unproven) {
             device.care.recovery = Recovery::Undecided;
         }

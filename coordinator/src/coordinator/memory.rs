@@ -75,6 +75,14 @@ impl State {
             None => device.care.recovery = Recovery::Revoking,
         }
         let mut files = device.hello.as_ref().map_or_else(Vec::new, |hello| hello.memory.clone());
+        // What a living device has too is not gone, whoever has claimed it.
+        for peer in self.devices.iter() {
+            if let (Standing::Ready | Standing::Joining, Some(hello)) =
+                (&peer.standing, &peer.hello)
+            {
+                files.retain(|file| !hello.memory.contains(file));
+            }
+        }
         files.truncate(MAX_FILES);
         let mut waiting = BTreeSet::new();
         let sequence = self.next_declaration;

@@ -347,7 +347,7 @@ impl State {
         let during = self
             .active
             .as_ref()
-            .filter(|active| !active.purpose.is_internal())
+            .filter(|active| !active.purpose.is_internal() && active.recorder.knows(id))
             .map(|active| active.operation);
         let Some(device) = self.device(id) else { return };
         let (device, incarnation) = (device.spec.name.clone(), device.incarnation);

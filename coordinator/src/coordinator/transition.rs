@@ -117,7 +117,12 @@ impl State {
         };
         match Transition::new(plan) {
             Ok(transition) => self.carry_on(operation, transition, purpose),
-            Err(error) => self.lost(id, Loss::Refused, error.to_string()),
+            Err(error) => {
+                self.lost(id, Loss::Refused, error.to_string());
+                if let Purpose::Leave(id) = purpose {
+                    self.leaver_moved(id);
+                }
+            }
         }
     }
 

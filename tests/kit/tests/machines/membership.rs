@@ -169,16 +169,17 @@ async fn a_device_is_removed_from_a_running_and_from_a_stopped_machine() {
 
 #[tokio::test]
 async fn a_device_that_will_not_go_is_killed() {
-    for (trigger, steps) in [
-        (Trigger::Shutdown, vec![]),
-        (Trigger::Shutdown, vec![Step::Freeze]),
-        (Trigger::Phase(Phase::Stop), vec![Step::Refuse("I stay".into()), Step::Freeze]),
+    for (trigger, steps, killed) in [
+        (Trigger::Shutdown, vec![], true),
+        (Trigger::Shutdown, vec![Step::Freeze], true),
+        // It ends when its channel does, or is killed: whichever is first.
+        (Trigger::Phase(Phase::Stop), vec![Step::Refuse("I stay".into())], false),
     ] {
         let trace = Trace::new().unwrap();
         let stays = Script::honest().on(trigger, steps).device("stays", &trace).unwrap();
         let machine = start(builder().device(honest("d0", &trace)).device(stays)).await;
         let exit = within(LONG, "removal", machine.remove_device("stays")).await.unwrap();
-        assert!(exit.is_some_and(Exit::is_kill), "{exit:?}");
+        assert!(exit.is_some_and(|exit| exit.is_kill() || !killed), "{exit:?}");
         assert_whole_and_end(&machine, &trace, 1).await;
     }
 }
@@ -218,6 +219,30 @@ async fn a_device_that_cannot_be_proven_gone_stays_until_it_can() {
     assert_whole_and_end(&machine, &trace, 1).await;
 }
 
+/// A newcomer that may run in a machine that is to stand: nothing starts before that is settled.
+#[tokio::test]
+async fn a_newcomer_that_cannot_be_proven_stopped_holds_a_stopped_machine() {
+    let trace = Trace::new().unwrap();
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let lock = file.reopen().unwrap();
+    flock(&lock, FlockOperation::LockExclusive).unwrap();
+    let frozen = Script::honest().backing_file(file.path()).on(Phase::PrepareStop, [Step::Freeze]);
+    let frozen = frozen.device("frozen", &trace).unwrap().deadlines(SHORT, LONG);
+    let limits = Deadlines { fence: SHORT, ..deadlines() };
+    let machine = start(builder().deadlines(limits).device(honest("d0", &trace))).await;
+    machine.pause().await.unwrap().leave_stopped();
+    let mut events = machine.events();
+    let error = within(LONG, "add", machine.add_device(frozen)).await.unwrap_err();
+    assert!(matches!(&error, MachineError::Unproven { device } if device == "frozen"), "{error}");
+    assert_machine(&machine, MachineState::Held).await;
+    within(LONG, "resume", machine.resume()).await.unwrap_err();
+    drop(lock);
+    let ended = |event: &MachineEvent| matches!(event, MachineEvent::HoldEnded { by_owner: false });
+    events_until(&mut events, "the hold to end", ended).await;
+    within(LONG, "resume", machine.resume()).await.unwrap();
+    assert_whole_and_end(&machine, &trace, 1).await;
+}
+
 #[tokio::test]
 async fn a_device_is_removed_while_it_is_being_added_or_restarted() {
     let trace = Trace::new().unwrap();
@@ -232,6 +257,36 @@ async fn a_device_is_removed_while_it_is_being_added_or_restarted() {
     within(LONG, "removal", machine.remove_device("silent")).await.unwrap();
     let error = within(LONG, "add", add).await.unwrap().unwrap_err();
     assert!(error.to_string().contains("being removed"), "{error}");
+    assert_whole_and_end(&machine, &trace, 1).await;
+}
+
+#[tokio::test]
+async fn only_so_many_requests_wait() {
+    let trace = Trace::new().unwrap();
+    let gate = Gate::closed().unwrap();
+    let slow = Script::honest().on_nth(Phase::PrepareStop, 1, [Step::hold(&gate), Step::Ack]);
+    let machine = start(builder().device(slow.device("slow", &trace).unwrap())).await;
+    let pause = tokio::spawn({
+        let machine = machine.clone();
+        async move { machine.pause().await.map(standstill_coordinator::Stopped::leave_stopped) }
+    });
+    let told = |entries: &[standstill_testkit::Entry]| {
+        entries.iter().any(|e| matches!(e.what, What::Received { .. }))
+    };
+    trace.wait_for("it to be told", told).await;
+    let mut waiting = tokio::task::JoinSet::new();
+    for _ in 0..65 {
+        let machine = machine.clone();
+        waiting.spawn(async move { machine.remove_device("nobody").await.unwrap_err() });
+    }
+    let first = within(LONG, "one too many", waiting.join_next()).await.unwrap().unwrap();
+    assert!(matches!(first, MachineError::Busy(64)), "{first}");
+    gate.open();
+    while let Some(error) = within(LONG, "the others", waiting.join_next()).await {
+        assert!(matches!(error.unwrap(), MachineError::NoDevice { .. }));
+    }
+    within(LONG, "pause", pause).await.unwrap().unwrap();
+    within(LONG, "resume", machine.resume()).await.unwrap();
     assert_whole_and_end(&machine, &trace, 1).await;
 }
 

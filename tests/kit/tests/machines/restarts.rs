@@ -10,12 +10,13 @@ use rustix::process::Signal;
 use standstill_coordinator::error::{GreetingError, MachineError, StartError};
 use standstill_coordinator::process::Exit;
 use standstill_coordinator::{
-    DeviceSpec, DeviceStanding, LossPolicy, MachineEvent, QEMU_VFIO_USER, RestartPolicy,
+    DeviceSpec, DeviceStanding, HookSpec, LossPolicy, MachineEvent, QEMU_VFIO_USER, RestartPolicy,
+    Slot,
 };
 use standstill_protocol::message::{FileIdentity, Phase};
 use standstill_protocol::migration::MigrationState;
 use standstill_protocol::transition::{Loss, MachineState};
-use standstill_testkit::{Gate, Script, Step, Trace, Trigger, What, within};
+use standstill_testkit::{Call, Gate, Script, Step, Trace, TracedHook, Trigger, What, within};
 use std::time::Duration;
 
 const MEMORY: FileIdentity = FileIdentity { device: 7, inode: 4711 };
@@ -271,6 +272,25 @@ async fn peers_lose_their_windows_before_the_next_process_is_started() {
 }
 
 #[tokio::test]
+async fn what_a_living_device_has_too_is_not_revoked() {
+    let trace = Trace::new().unwrap();
+    let claims = Script::honest().memory([MEMORY]);
+    let machine = start(
+        builder()
+            .device(honest("d0", &trace))
+            .device(claims.clone().device("owner", &trace).unwrap())
+            .device(restarted(claims, "thief", &trace)),
+    )
+    .await;
+    let mut events = machine.events();
+    signal(&machine, "thief", Signal::KILL).await;
+    until_joined(&mut events, "thief").await;
+    let revoked = |e: &standstill_testkit::Entry| matches!(e.what, What::Revoked { .. });
+    assert!(!trace.entries().iter().any(revoked), "{}", trace.text());
+    assert_whole_and_end(&machine, &trace, 3).await;
+}
+
+#[tokio::test]
 async fn a_peer_that_does_not_let_go_of_its_windows_is_lost() {
     let trace = Trace::new().unwrap();
     let deaf = Script::honest().on(Trigger::Memory, []);
@@ -357,6 +377,39 @@ async fn a_pause_that_comes_while_a_device_joins_waits_and_is_not_refused() {
     assert_whole_and_end(&machine, &trace, 2).await;
 }
 
+#[tokio::test]
+async fn a_pause_that_waits_can_be_cancelled() {
+    let trace = Trace::new().unwrap();
+    let gate = Gate::closed().unwrap();
+    let slow = Script::honest().on(Phase::PrepareStop, [Step::hold(&gate), Step::Ack]);
+    let machine = start(builder().device(honest("d0", &trace))).await;
+    let call = |adds: bool| {
+        let (machine, spec) = (machine.clone(), slow.clone().device("slow", &trace).unwrap());
+        tokio::spawn(async move {
+            match adds {
+                true => machine.add_device(spec).await,
+                false => machine.pause().await.map(drop),
+            }
+        })
+    };
+    let add = call(true);
+    let told = |entries: &[standstill_testkit::Entry]| {
+        entries.iter().any(|e| matches!(e.what, What::Received { .. }))
+    };
+    trace.wait_for("the newcomer to be told to stop", told).await;
+    let pause = call(false);
+    // Whichever of the two is there first: the pause is cancelled, or has still to be.
+    while !pause.is_finished() {
+        machine.cancel().await.unwrap();
+        tokio::task::yield_now().await;
+    }
+    let error = within(LONG, "pause", pause).await.unwrap().unwrap_err();
+    assert!(matches!(error, MachineError::Cancelled { .. }), "{error}");
+    gate.open();
+    within(LONG, "add", add).await.unwrap().unwrap();
+    assert_whole_and_end(&machine, &trace, 2).await;
+}
+
 /// Its process is started, and says Hello in the middle of a pause: it gets its Welcome after it.
 #[tokio::test]
 async fn a_device_that_greets_during_a_transition_is_welcomed_after_it() {
@@ -402,6 +455,78 @@ async fn a_device_that_greets_during_a_transition_is_welcomed_after_it() {
     until_joined(&mut events, "late").await;
     within(LONG, "resume", stopped.resume()).await.unwrap();
     assert_whole_and_end(&machine, &trace, 2).await;
+}
+
+/// It was made to wait for its Welcome and would not: that is no failure of its own.
+#[tokio::test]
+async fn a_device_that_does_not_wait_for_its_welcome_is_not_charged_for_it() {
+    let trace = Trace::new().unwrap();
+    let (greets, stops) = (Gate::closed().unwrap(), Gate::closed().unwrap());
+    let gives_up =
+        Script::honest().on_in(2, Trigger::Hello, [Step::hold(&greets), Step::Ack, Step::Exit(0)]);
+    let once = RestartPolicy { budget: 1, ..SOON };
+    let gives_up = gives_up.device("gives up", &trace).unwrap().on_loss(LossPolicy::Restart(once));
+    let slow = Script::honest().on(Phase::Stop, [Step::hold(&stops), Step::Ack]);
+    let machine =
+        start(builder().device(slow.device("slow", &trace).unwrap()).device(gives_up)).await;
+    let mut events = machine.events();
+    signal(&machine, "gives up", Signal::KILL).await;
+    let twice = |entries: &[standstill_testkit::Entry]| {
+        entries.iter().filter(|e| matches!(e.what, What::Began { .. })).count() == 3
+    };
+    trace.wait_for("the second process", twice).await;
+    let pause = tokio::spawn({
+        let machine = machine.clone();
+        async move { machine.pause().await }
+    });
+    let told = |entries: &[standstill_testkit::Entry]| {
+        let stop = |e: &standstill_testkit::Entry| {
+            matches!(e.what, What::Received { phase: Phase::Stop, .. })
+        };
+        entries.iter().any(stop)
+    };
+    trace.wait_for("the second phase", told).await;
+    greets.open();
+    let gone =
+        |event: &MachineEvent| matches!(event, MachineEvent::DeviceFenced { incarnation: 2, .. });
+    let seen = events_until(&mut events, "it to give up", gone).await;
+    assert!(!seen.iter().any(|e| matches!(e, MachineEvent::Transition(_))), "{seen:?}");
+    stops.open();
+    let stopped = within(LONG, "pause", pause).await.unwrap().unwrap();
+    let (seen, incarnation) = until_joined(&mut events, "gives up").await;
+    assert_eq!(incarnation, 3, "{seen:?}");
+    within(LONG, "resume", stopped.resume()).await.unwrap();
+    assert_whole_and_end(&machine, &trace, 2).await;
+}
+
+#[tokio::test]
+async fn a_device_joins_a_held_machine_in_stop_and_the_machine_stays_held() {
+    let trace = Trace::new().unwrap();
+    let gate = Gate::closed().unwrap();
+    let key = gate.key();
+    let hook = TracedHook::new("vcpus", &trace).unwrap().doing(move |call| match call {
+        Call::Stop => Ok(key.wait()?),
+        Call::Start => Ok(()),
+    });
+    let machine = start(
+        builder()
+            .device(honest("d0", &trace))
+            .device(restarted(Script::honest(), "d1", &trace))
+            .hook(HookSpec::new("vcpus", Slot::After).deadline(SHORT), hook),
+    )
+    .await;
+    within(LONG, "pause", machine.pause()).await.unwrap_err();
+    let mut events = machine.events();
+    signal(&machine, "d1", Signal::KILL).await;
+    until_joined(&mut events, "d1").await;
+    let status = machine.status().await.unwrap();
+    assert_eq!(status.machine, MachineState::Held);
+    assert_eq!(status.devices[1].state, Some(MigrationState::Stop));
+    gate.open();
+    let ended = |event: &MachineEvent| matches!(event, MachineEvent::HoldEnded { .. });
+    events_until(&mut events, "the hold to end", ended).await;
+    within(LONG, "resume", machine.resume()).await.unwrap();
+    assert_nothing_left(&machine, &trace).await;
 }
 
 #[tokio::test]
