@@ -19,7 +19,7 @@ use crate::error::{MachineError, TakeOverError};
 use crate::machine::{Machine, TakenOver};
 use crate::policy::{Policies, Presence};
 use crate::process::{BackingFile, DeviceProcess, Spawner, open_recorded};
-use crate::record::{DeviceRecord, MachineRecord};
+use crate::record::{DeviceRecord, MachineRecord, ProcessIdentity};
 use ractor::Actor;
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::geteuid;
@@ -60,7 +60,7 @@ struct Greeting {
     channel: CoordinatorEnd,
     hello: Hello,
     files: Vec<BackingFile>,
-    pid: u32,
+    process: ProcessIdentity,
 }
 
 /// Takes a machine over; see the module's documentation.
@@ -205,7 +205,11 @@ async fn greet(path: PathBuf, deadline: Instant) -> Result<Greeting, String> {
         let uid = peer.uid;
         return Err(format!("user {uid} listens in its place, expected {user} or root"));
     }
-    let pid = u32::try_from(peer.pid).unwrap_or(0);
+    // 0 is one that cannot be seen from this pid namespace.
+    let pid = u32::try_from(peer.pid).ok().filter(|&pid| pid > 0);
+    let pid = pid.ok_or("its process cannot be seen from here")?;
+    let process =
+        identity(pid).map_err(|error| format!("its process {pid} cannot be seen: {error}"))?;
     let channel =
         AsyncChannel::new(channel).map_err(|error| format!("it cannot be watched: {error}"))?;
     let received = match timeout_at(deadline, channel.recv()).await {
@@ -224,7 +228,7 @@ async fn greet(path: PathBuf, deadline: Instant) -> Result<Greeting, String> {
     if files.iter().any(|file| !file.is_locked().unwrap_or(false)) {
         return Err("it declared a backing file that it has not locked".to_owned());
     }
-    Ok(Greeting { channel: channel.into_inner(), hello, files, pid })
+    Ok(Greeting { channel: channel.into_inner(), hello, files, process })
 }
 
 /// Whether a Hello is that of a device of this machine with which this coordinator can talk.
@@ -249,12 +253,12 @@ fn raise(
 ) -> Result<Kept, TakeOverError> {
     let ours = record.clone();
     for (spec, greeting) in specs.iter().zip(greetings) {
-        let Ok(Greeting { hello, files, pid, .. }) = greeting else { continue };
+        let Ok(Greeting { hello, files, process, .. }) = greeting else { continue };
         if hello.term.0 >= record.term {
             record.term = hello.term.0.saturating_add(1);
         }
         if let Some(device) = record.devices.iter_mut().find(|device| device.name == spec.name) {
-            device.process = examined(format!("/proc/{pid}"), identity(*pid))?;
+            device.process = *process;
             device.backing_files = files.iter().map(BackingFile::record).collect();
         }
     }
@@ -284,18 +288,18 @@ fn find(
     let program = spec.process.program().to_owned();
     let custody = || Arc::clone(&kept.custody);
     let why = match greeting {
-        Ok(Greeting { channel, hello, files, pid }) => {
+        Ok(Greeting { channel, hello, files, process }) => {
             // Older kernels tell the number alone.
             let pidfd = match channel.peer_pidfd() {
                 Ok(pidfd) => Ok(Some(pidfd)),
-                Err(_) => open_recorded(known.process),
+                Err(_) => open_recorded(process),
             };
             let (log_end, log) = pipe_with(PipeFlags::CLOEXEC)
                 .map_err(|errno| system("make a pipe for a device's log", errno))?;
             match pidfd {
                 Ok(Some(pidfd)) => {
                     let process =
-                        DeviceProcess::adopt(program, pid, pidfd, Some(log_end), custody())
+                        DeviceProcess::adopt(program, process.pid, pidfd, Some(log_end), custody())
                             .map_err(|error| system("take charge of a device process", error))?;
                     let version = VERSIONS.negotiate(hello.versions).unwrap_or(VERSIONS.min);
                     let contact = Ok(Contact { channel, hello, version, log });

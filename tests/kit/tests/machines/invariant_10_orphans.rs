@@ -239,6 +239,20 @@ async fn a_record_that_is_cut_off_is_named_and_nobody_is_harmed() {
     left.end(machine).await;
 }
 
+/// Its processes are gone, whatever their numbers are now.
+#[tokio::test]
+async fn a_record_from_before_the_last_boot_is_recognized() {
+    let left = left_with(Script::honest()).await;
+    let mut boot = Uuid::nil();
+    edit(&left.directory(), |record| boot = std::mem::replace(&mut record.boot, Uuid::new_v4()));
+    let error = left.course.builder().unwrap().take_over().await.unwrap_err();
+    let other_boot = |error: &ControlDirectoryError| matches!(error, ControlDirectoryError::OtherBoot { machine, .. } if machine == "vm");
+    assert!(matches!(&error, TakeOverError::ControlDirectory(e) if other_boot(e)), "{error}");
+    edit(&left.directory(), |record| record.boot = boot);
+    let TakenOver { machine, .. } = left.take_over().await;
+    left.end(machine).await;
+}
+
 #[tokio::test]
 async fn a_directory_in_which_a_machine_lives_is_not_used_for_another_one() {
     let left = left_with(Script::honest()).await;
