@@ -187,6 +187,7 @@ impl Prepared {
             transitions: 0,
             starting: Some(Starting { reply, deadline }),
             ending: None,
+            over: false,
             declarations: BTreeMap::new(),
             next_declaration: 1,
             events,

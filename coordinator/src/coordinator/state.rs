@@ -76,6 +76,8 @@ pub(crate) struct State {
     pub(super) transitions: u64,
     pub(super) starting: Option<Starting>,
     pub(super) ending: Option<Ending>,
+    /// Everything has ended; nothing is begun any more.
+    pub(super) over: bool,
     pub(super) declarations: BTreeMap<u64, Declaration>,
     pub(super) next_declaration: u64,
     pub(super) events: broadcast::Sender<MachineEvent>,

@@ -95,6 +95,7 @@ impl State {
             && self.active.is_none()
             && self.starting.is_none()
             && self.ending.is_none()
+            && !self.over
         {
             if let Some(request) = self.queue.pop_front() {
                 self.request(request);
