@@ -82,6 +82,7 @@ pub(super) async fn without_channel(
         progress: 0,
         exit: None,
         gone: false,
+        lost_before: None,
         allowance: Allowance::new(),
         care: Care::default(),
     })

@@ -77,6 +77,7 @@ impl State {
         let Some(Ending { reply, deadline }) = self.ending.take() else { return };
         deadline.abort();
         self.leave_directory();
+        self.over = true;
         match reply {
             EndingReply::Owner(reply) => {
                 let exits = self.devices.iter();

@@ -248,6 +248,7 @@ impl Prepared {
             transitions: 0,
             starting,
             ending: None,
+            over: false,
             declarations: BTreeMap::new(),
             next_declaration: 1,
             events,

@@ -26,8 +26,8 @@ use standstill_protocol::message::{
 };
 use standstill_protocol::migration::{MigrationFlags, MigrationState};
 use standstill_protocol::transition::{
-    HeldReason, Hook, HookMoment, MachineState, OnFailure, Operation, ParticipantId, Phases, Timer,
-    Transition,
+    HeldReason, Hook, HookMoment, Loss, MachineState, OnFailure, Operation, ParticipantId, Phases,
+    Timer, Transition,
 };
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::os::fd::OwnedFd;
@@ -81,6 +81,8 @@ pub(crate) struct State {
     pub(super) transitions: u64,
     pub(super) starting: Option<Starting>,
     pub(super) ending: Option<Ending>,
+    /// Everything has ended; nothing is begun any more.
+    pub(super) over: bool,
     pub(super) declarations: BTreeMap<u64, Declaration>,
     pub(super) next_declaration: u64,
     pub(super) events: broadcast::Sender<MachineEvent>,
@@ -105,6 +107,8 @@ pub(super) struct Device {
     pub(super) progress: u64,
     pub(super) exit: Option<Exit>,
     pub(super) gone: bool,
+    /// In what way it was lost before this coordinator had it.
+    pub(super) lost_before: Option<Loss>,
     pub(super) allowance: Allowance,
     pub(super) care: Care,
 }
@@ -133,6 +137,7 @@ impl Device {
             progress: 0,
             exit: None,
             gone: true,
+            lost_before: None,
             allowance: Allowance::new(),
             care: Care::default(),
         }

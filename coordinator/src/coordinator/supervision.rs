@@ -96,6 +96,7 @@ impl State {
             && self.starting.is_none()
             && self.ending.is_none()
             && self.superseded.is_none()
+            && !self.over
         {
             if let Some(request) = self.queue.pop_front() {
                 self.request(request);

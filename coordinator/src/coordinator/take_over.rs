@@ -23,11 +23,11 @@ use crate::record::{DeviceRecord, MachineRecord, ProcessIdentity};
 use ractor::Actor;
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::geteuid;
-use standstill_protocol::channel::{AsyncChannel, CoordinatorEnd};
+use standstill_protocol::channel::{AsyncChannel, CoordinatorEnd, RecvError};
 use standstill_protocol::message::{
     CoordinatorMessage, DeviceMessage as FromDevice, Hello, VERSIONS, Welcome,
 };
-use standstill_protocol::transition::{HeldReason, Outcome, ParticipantId};
+use standstill_protocol::transition::{HeldReason, Loss, Outcome, ParticipantId};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -39,8 +39,8 @@ use tokio::time::{Instant, timeout_at};
 pub(super) struct Found {
     pub(super) process: DeviceProcess,
     pub(super) incarnation: u64,
-    /// How to talk to it; why that is not possible, for a person.
-    pub(super) contact: Result<Contact, String>,
+    /// How to talk to it, or why that is not possible.
+    pub(super) contact: Result<Contact, Unreachable>,
     pub(super) files: Vec<BackingFile>,
     /// Why its end cannot be proven, for a person.
     pub(super) unprovable: Option<String>,
@@ -53,6 +53,19 @@ pub(super) struct Contact {
     version: u16,
     /// Where it is to write its log.
     log: OwnedFd,
+}
+
+/// Why there is no talking to a device process.
+pub(super) struct Unreachable {
+    loss: Loss,
+    /// For a person.
+    why: String,
+}
+
+impl Unreachable {
+    fn new(loss: Loss, why: impl Into<String>) -> Self {
+        Self { loss, why: why.into() }
+    }
 }
 
 /// What came back from a device's socket.
@@ -179,8 +192,11 @@ async fn greet_all(
     directory: &ControlDirectory,
     specs: &[DeviceSpec],
     deadline: Instant,
-) -> Result<Vec<Result<Greeting, String>>, TakeOverError> {
-    let mut greetings: Vec<_> = specs.iter().map(|_| Err("it was not asked".to_owned())).collect();
+) -> Result<Vec<Result<Greeting, Unreachable>>, TakeOverError> {
+    let mut greetings: Vec<_> = specs
+        .iter()
+        .map(|_| Err(Unreachable::new(Loss::Disconnected, "it was not asked")))
+        .collect();
     let mut tasks = JoinSet::new();
     for (at, spec) in specs.iter().enumerate() {
         let path = directory.socket_path(&spec.name).map_err(ControlDirectoryError::from)?;
@@ -194,39 +210,45 @@ async fn greet_all(
 }
 
 /// Connects to one device and waits for its Hello. An error says what it did instead.
-async fn greet(path: PathBuf, deadline: Instant) -> Result<Greeting, String> {
+async fn greet(path: PathBuf, deadline: Instant) -> Result<Greeting, Unreachable> {
+    let lost = |why| Unreachable::new(Loss::Disconnected, why);
+    let broke =
+        |what: &str| Unreachable::new(Loss::Protocol, format!("it broke the protocol: {what}"));
     let channel = CoordinatorEnd::connect(&path)
-        .map_err(|error| format!("nobody can be reached at {}: {error}", path.display()))?;
+        .map_err(|error| lost(format!("nobody can be reached at {}: {error}", path.display())))?;
     let peer = channel
         .peer_credentials()
-        .map_err(|error| format!("it does not show its credentials: {error}"))?;
+        .map_err(|error| lost(format!("it does not show its credentials: {error}")))?;
     let user = geteuid().as_raw();
     if peer.uid != user && peer.uid != 0 {
         let uid = peer.uid;
-        return Err(format!("user {uid} listens in its place, expected {user} or root"));
+        return Err(lost(format!("user {uid} listens in its place, expected {user} or root")));
     }
     // 0 is one that cannot be seen from this pid namespace.
     let pid = u32::try_from(peer.pid).ok().filter(|&pid| pid > 0);
-    let pid = pid.ok_or("its process cannot be seen from here")?;
-    let process =
-        identity(pid).map_err(|error| format!("its process {pid} cannot be seen: {error}"))?;
-    let channel =
-        AsyncChannel::new(channel).map_err(|error| format!("it cannot be watched: {error}"))?;
+    let pid = pid.ok_or_else(|| lost("its process cannot be seen from here".to_owned()))?;
+    let process = identity(pid)
+        .map_err(|error| lost(format!("its process {pid} cannot be seen: {error}")))?;
+    let channel = AsyncChannel::new(channel)
+        .map_err(|error| lost(format!("it cannot be watched: {error}")))?;
     let received = match timeout_at(deadline, channel.recv()).await {
         Ok(Ok(received)) => received,
-        Ok(Err(error)) => return Err(format!("it broke the protocol: {error}")),
-        Err(_) => return Err("it did not say Hello in time".to_owned()),
+        Ok(Err(RecvError::Disconnected)) => {
+            return Err(lost("it closed the connection before it said Hello".to_owned()));
+        }
+        Ok(Err(error)) => return Err(broke(&error.to_string())),
+        Err(_) => return Err(Unreachable::new(Loss::Timeout, "it did not say Hello in time")),
     };
     let FromDevice::Hello(hello) = received.message else {
-        return Err("it broke the protocol: its first message was no Hello".to_owned());
+        return Err(broke("its first message was no Hello"));
     };
     let mut files = Vec::with_capacity(received.fds.len());
     for fd in received.fds {
-        files.push(BackingFile::reopen(fd).map_err(|error| error.to_string())?);
+        files.push(BackingFile::reopen(fd).map_err(|error| broke(&error.to_string()))?);
     }
     // A fence waits for these locks: one that was never taken would prove nothing.
     if files.iter().any(|file| !file.is_locked().unwrap_or(false)) {
-        return Err("it declared a backing file that it has not locked".to_owned());
+        return Err(broke("it declared a backing file that it has not locked"));
     }
     Ok(Greeting { channel: channel.into_inner(), hello, files, process })
 }
@@ -249,7 +271,7 @@ fn raise(
     directory: ControlDirectory,
     mut record: MachineRecord,
     specs: &[DeviceSpec],
-    greetings: &[Result<Greeting, String>],
+    greetings: &[Result<Greeting, Unreachable>],
 ) -> Result<Kept, TakeOverError> {
     let ours = record.clone();
     for (spec, greeting) in specs.iter().zip(greetings) {
@@ -280,7 +302,7 @@ fn raise(
 /// What there is of a device (nothing of one that was never started): its process, its files, and a way to talk to it.
 fn find(
     spec: &DeviceSpec,
-    greeting: Result<Greeting, String>,
+    greeting: Result<Greeting, Unreachable>,
     kept: &Kept,
 ) -> Result<Option<Found>, TakeOverError> {
     let Some(known) = kept.record.device(&spec.name) else { return Ok(None) };
@@ -306,8 +328,11 @@ fn find(
                     let unprovable = None;
                     return Ok(Some(Found { process, incarnation, contact, files, unprovable }));
                 }
-                Ok(None) => "its process has ended".to_owned(),
-                Err(error) => format!("its process cannot be held: {error}"),
+                Ok(None) => Unreachable::new(Loss::Exited, "its process has ended"),
+                Err(error) => {
+                    let why = format!("its process cannot be held: {error}");
+                    Unreachable::new(Loss::Disconnected, why)
+                }
             }
         }
         Err(why) => why,
@@ -372,9 +397,11 @@ impl State {
     }
 
     /// A device that cannot be reached: the transition that follows fences it.
-    pub(super) fn not_found(&mut self, id: ParticipantId, why: String) {
+    pub(super) fn not_found(&mut self, id: ParticipantId, unreachable: Unreachable) {
+        let Unreachable { loss, why } = unreachable;
         if let Some(device) = self.device(id) {
             tracing::warn!(device = device.spec.name, why, "cannot be taken over");
+            device.lost_before = Some(loss);
             device.standing = Standing::Lost(why);
         }
     }

@@ -150,7 +150,7 @@ impl State {
             .devices
             .iter()
             .filter(|device| matches!(device.standing, Standing::Lost(_)))
-            .map(|device| Event::Lost(device.id, Loss::Exited))
+            .map(|device| Event::Lost(device.id, device.lost_before.unwrap_or(Loss::Exited)))
             .collect();
         // Those that are lost already are not told anything.
         for event in lost.into_iter().chain([Event::Begin]) {

@@ -11,7 +11,7 @@ use standstill_coordinator::{
 };
 use standstill_protocol::message::Phase;
 use standstill_protocol::migration::MigrationState;
-use standstill_protocol::transition::{HeldReason, MachineState};
+use standstill_protocol::transition::{HeldReason, Loss, MachineState};
 use standstill_testkit::{
     Call, Gate, Packet, Script, Step, TracedHook, TracedLocal, Trigger, What, chain, within,
 };
@@ -36,7 +36,7 @@ async fn left_with(d1: Script) -> Left {
 }
 
 /// Takes a machine over whose `d1` is lost, and checks that the others run on.
-async fn d1_is_fenced(mut left: Left, hello: Duration, why: &str) {
+async fn d1_is_fenced(mut left: Left, hello: Duration, loss: Loss, why: &str) {
     left.course.other = hello;
     let process = left.process("d1");
     let TakenOver { machine, report } = left.take_over().await;
@@ -44,8 +44,8 @@ async fn d1_is_fenced(mut left: Left, hello: Duration, why: &str) {
     match &report.outcome {
         Outcome::Degraded { machine: MachineState::Running, fenced } => {
             let fenced: Vec<_> =
-                fenced.iter().map(|(id, _)| report.names.participant(*id)).collect();
-            assert_eq!(fenced, ["d1"], "{text}");
+                fenced.iter().map(|(id, loss)| (report.names.participant(*id), *loss)).collect();
+            assert_eq!(fenced, [("d1".to_owned(), loss)], "{text}");
         }
         _ => panic!("{text}"),
     }
@@ -109,32 +109,38 @@ async fn a_device_that_has_died_meanwhile_is_fenced() {
     let process = left.process("d1");
     process.signal(Signal::KILL);
     assert!(process.ends_within(LONG).await);
-    d1_is_fenced(left, LONG, "nobody can be reached").await;
+    d1_is_fenced(left, LONG, Loss::Disconnected, "nobody can be reached").await;
 }
 
 #[tokio::test]
 async fn a_device_that_hangs_is_fenced() {
     let left = left_with(Script::honest()).await;
     left.process("d1").signal(Signal::STOP);
-    d1_is_fenced(left, Duration::from_secs(3), "did not say Hello in time").await;
+    d1_is_fenced(left, Duration::from_secs(3), Loss::Timeout, "did not say Hello in time").await;
 }
 
 #[tokio::test]
 async fn a_device_that_says_garbage_is_fenced() {
     let script = Script::honest().on_nth(Trigger::Hello, 2, [Step::Send(Packet::Garbage)]);
-    d1_is_fenced(left_with(script).await, LONG, "broke the protocol").await;
+    d1_is_fenced(left_with(script).await, LONG, Loss::Protocol, "broke the protocol").await;
 }
 
 #[tokio::test]
 async fn a_device_that_is_silent_is_fenced() {
     let script = Script::honest().on_nth(Trigger::Hello, 2, []);
-    d1_is_fenced(left_with(script).await, Duration::from_secs(3), "did not say Hello").await;
+    d1_is_fenced(
+        left_with(script).await,
+        Duration::from_secs(3),
+        Loss::Timeout,
+        "did not say Hello",
+    )
+    .await;
 }
 
 #[tokio::test]
 async fn a_device_that_says_garbage_after_the_welcome_is_fenced() {
     let script = Script::honest().on_nth(Trigger::Welcome, 2, [Step::Send(Packet::Garbage)]);
-    d1_is_fenced(left_with(script).await, LONG, "d1").await;
+    d1_is_fenced(left_with(script).await, LONG, Loss::Protocol, "d1").await;
 }
 
 /// Somebody else's process behind the path of a device.
@@ -167,7 +173,7 @@ async fn a_device_under_another_user_is_no_device() {
     let mut events = machine.events();
     drop(machine);
     while events.recv().await.is_ok() {}
-    d1_is_fenced(left, LONG, "user 65534 listens in its place").await;
+    d1_is_fenced(left, LONG, Loss::Disconnected, "user 65534 listens in its place").await;
 }
 
 #[tokio::test]

@@ -652,6 +652,36 @@ async fn a_shutdown_in_the_middle_of_it_leaves_nothing() {
     }
 }
 
+/// Devices die and come again all the time, and the machine ends at any moment of that.
+#[tokio::test]
+async fn a_shutdown_at_any_moment_of_a_restart_leaves_nothing() {
+    let soon = Duration::from_millis(1);
+    let at_once = RestartPolicy { budget: u32::MAX, longest_backoff: soon, ..SOON };
+    let triggers =
+        [Trigger::Hello, Trigger::Welcome, Phase::PrepareStop.into(), Phase::Start.into()];
+    for round in 0..24 {
+        let trace = Trace::new().unwrap();
+        let dies = (2..200).fold(Script::honest().memory([MEMORY]), |script, incarnation| {
+            script.on_in(incarnation, triggers[round % triggers.len()], [Step::Exit(1)])
+        });
+        let device =
+            |name| dies.clone().device(name, &trace).unwrap().on_loss(LossPolicy::Restart(at_once));
+        // One ends late, and the others' restarts are due meanwhile.
+        let late = Script::honest()
+            .on(Trigger::Shutdown, [Step::Delay(Duration::from_millis(20)), Step::Ack]);
+        let late = late.device("late", &trace).unwrap();
+        let machine = start(builder().devices(["d0", "d1", "d2"].map(device)).device(late)).await;
+        let mut events = machine.events();
+        for name in ["d0", "d1", "d2"] {
+            signal(&machine, name, Signal::KILL).await;
+        }
+        for _ in 0..=round * 2 {
+            within(LONG, "some events", events.recv()).await.unwrap();
+        }
+        assert_nothing_left(&machine, &trace).await;
+    }
+}
+
 #[tokio::test]
 async fn a_restarted_device_that_does_not_fit_in_any_more_is_given_up() {
     let trace = Trace::new().unwrap();
