@@ -277,7 +277,9 @@ async fn demonstrate(
 async fn device_lost(mut events: broadcast::Receiver<MachineEvent>) -> DemoError {
     let (device, why) = loop {
         match events.recv().await {
-            Ok(MachineEvent::DeviceLost { device, why }) => break (device, why),
+            Ok(MachineEvent::DeviceLost { device, detail, during: None, .. }) => {
+                break (device, detail);
+            }
             Ok(_) | Err(RecvError::Lagged(_)) => {}
             // The machine is gone: whoever waits for it learns that.
             Err(RecvError::Closed) => std::future::pending().await,
@@ -286,8 +288,8 @@ async fn device_lost(mut events: broadcast::Receiver<MachineEvent>) -> DemoError
     let fenced = async {
         loop {
             match events.recv().await {
-                Ok(MachineEvent::DeviceFenced { device: fenced, proof }) if fenced == device => {
-                    return Some(proof);
+                Ok(MachineEvent::DeviceFenced { device: fenced, exit, .. }) if fenced == device => {
+                    return Some(exit.to_string());
                 }
                 Ok(_) | Err(RecvError::Lagged(_)) => {}
                 Err(RecvError::Closed) => return None,

@@ -1,23 +1,34 @@
 //! The coordinator actor: owns the machine and every control socket, and runs transitions.
 //!
-//! It never waits: requests, packets, process ends, hook returns and deadlines are messages, and
-//! each is handled at once. The decisions are those of the pure
+//! It never waits for another process: requests, packets, process ends, hook returns and deadlines
+//! are messages, and each is handled at once. The decisions are those of the pure
 //! [`Transition`]; here is the I/O around it.
 
 mod greeting;
+mod incarnation;
 mod incoming;
+mod join;
+mod keep;
 mod memory;
+mod removal;
+mod roster;
 mod shutdown;
 mod start;
 mod state;
+mod superseded;
+mod supervision;
+mod take_over;
 mod transition;
+mod watch;
 
+use crate::description::DeviceSpec;
 use crate::device::ProcessEvent;
-use crate::error::MachineError;
-use crate::machine::Status;
+use crate::error::{MachineError, StartError};
+use crate::events::MachineEvent;
 use crate::participant::LocalAnswer;
 use crate::process::Exit;
 use crate::report::TransitionReport;
+use crate::status::Status;
 use ractor::{Actor, ActorProcessingErr, ActorRef, SupervisionEvent};
 use standstill_protocol::transition::{HeldReason, MachineState, Operation, ParticipantId, Timer};
 use std::os::fd::OwnedFd;
@@ -25,27 +36,38 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::oneshot;
 
+use incarnation::Spawned;
 pub(crate) use start::start;
 use state::{Standing, State};
+use supervision::Recovery;
+pub(crate) use take_over::take_over;
 
 /// How ended device processes are told: by name, `None` where no end was seen.
 pub(crate) type Exits = Vec<(String, Option<Exit>)>;
+/// Where an owner waits for an answer.
+pub(crate) type Reply<T> = oneshot::Sender<Result<T, MachineError>>;
 
 /// What an owner asks of a machine.
 #[derive(Debug)]
 pub(crate) enum Request {
     /// Move it.
-    Transition(Operation, oneshot::Sender<Result<Arc<TransitionReport>, MachineError>>),
+    Transition(Operation, Reply<Arc<TransitionReport>>),
     /// Say where it is.
     Status(oneshot::Sender<Status>),
     /// Declare a file to be RAM.
-    DeclareRam(OwnedFd, oneshot::Sender<Result<(), MachineError>>),
+    DeclareRam(OwnedFd, Reply<()>),
+    /// Add a device.
+    AddDevice(Box<DeviceSpec>, Reply<()>),
+    /// Remove the device of that name.
+    RemoveDevice(String, Reply<Option<Exit>>),
+    /// Start the lost device of that name again.
+    RestartDevice(String, Reply<()>),
     /// Give up what is under way.
     Cancel(oneshot::Sender<()>),
     /// Take what is not proven as it is.
-    AcceptHold(oneshot::Sender<Result<(), MachineError>>),
+    AcceptHold(Reply<()>),
     /// End every process.
-    Shutdown(Duration, oneshot::Sender<Exits>),
+    Shutdown(Duration, Reply<Exits>),
 }
 
 /// What the actor handles.
@@ -67,6 +89,19 @@ pub(crate) enum Message {
     MemoryExpired(u64),
     /// The deadline of a shutdown.
     ShutdownExpired,
+    /// For the device whose last incarnation was the first, the process of the second was started,
+    /// or could not be.
+    Spawned(ParticipantId, ParticipantId, Result<Spawned, Box<StartError>>),
+    /// A process that nobody wanted is gone.
+    Discarded,
+    /// The backoff of a restart is over.
+    RestartDue(ParticipantId),
+    /// The deadline of a new incarnation's greeting.
+    JoinExpired(ParticipantId),
+    /// The grace of a fence outside any transition.
+    FenceExpired(ParticipantId),
+    /// It is time to look for devices that hang.
+    Tick,
 }
 
 pub(crate) struct CoordinatorActor;
@@ -99,7 +134,14 @@ impl Actor for CoordinatorActor {
             Message::HelloExpired => state.hello_expired(),
             Message::MemoryExpired(sequence) => state.memory_expired(sequence),
             Message::ShutdownExpired => state.shutdown_expired(),
+            Message::Spawned(id, next, spawned) => state.spawned(id, next, spawned).await,
+            Message::Discarded => state.discarded(),
+            Message::RestartDue(id) => state.restart_due(id),
+            Message::JoinExpired(id) => state.join_expired(id),
+            Message::FenceExpired(id) => state.fence_expired(id),
+            Message::Tick => state.tick(),
         }
+        state.settle();
         Ok(())
     }
 
@@ -121,11 +163,16 @@ impl Actor for CoordinatorActor {
 
 impl State {
     fn request(&mut self, request: Request) {
+        let Some(request) = self.refuse_if_superseded(request) else { return };
+        let Some(request) = self.in_turn(request) else { return };
         // Whoever asked may be gone: an answer that nobody hears is no error.
         match request {
             Request::Transition(operation, reply) => self.begin(operation, reply),
             Request::Status(reply) => drop(reply.send(self.status())),
-            Request::DeclareRam(fd, reply) => self.declare_ram(&fd, reply),
+            Request::DeclareRam(fd, reply) => self.declare_ram(fd, reply),
+            Request::AddDevice(spec, reply) => self.add_device(*spec, reply),
+            Request::RemoveDevice(name, reply) => self.remove_device(&name, reply),
+            Request::RestartDevice(name, reply) => self.restart_device(&name, reply),
             Request::Cancel(reply) => {
                 self.cancel();
                 let _ = reply.send(());
@@ -147,6 +194,7 @@ impl State {
                     {
                         let why = format!("{why}; not proven gone, taken as it is by the owner");
                         device.standing = Standing::Fenced(why);
+                        device.care.recovery = Recovery::Unproven;
                     }
                 }
                 HeldReason::LocalHung(id) => {
@@ -158,6 +206,8 @@ impl State {
             }
         }
         self.machine = MachineState::Stopped;
+        self.emit(MachineEvent::HoldEnded { by_owner: true });
+        self.unsettled = true;
         Ok(())
     }
 }

@@ -4,10 +4,12 @@
 //! dropped for whatever reason, its process is killed.
 
 use crate::coordinator::Message as CoordinatorMessage;
+use crate::custody::Custody;
 use crate::logs::{self, LogTail, Origin};
 use crate::process::{BackingFile, DeviceProcess, Exit, Fence, FenceProgress};
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 use standstill_protocol::channel::Readiness;
+use standstill_protocol::message::Term;
 use standstill_protocol::transition::ParticipantId;
 use std::time::Duration;
 use tokio::task::{AbortHandle, JoinHandle};
@@ -24,6 +26,9 @@ const LOG_GRACE: Duration = Duration::from_millis(200);
 pub(crate) enum Message {
     /// These are the files that a fence must find unlocked.
     BackingFiles(Vec<BackingFile>),
+    /// Of some files nobody can say whether they are unlocked: its end cannot be proven, for this
+    /// reason.
+    Unprovable(String),
     /// Kill the process and prove it.
     Fence,
     /// The process is to end by itself; kill it after this time.
@@ -36,6 +41,8 @@ pub(crate) enum Message {
     TryLocks,
     /// Its log was read to the end, or was waited for long enough.
     LogEnded,
+    /// The machine has done with it: end when the last words are read.
+    Retire,
 }
 
 /// What it tells the coordinator.
@@ -52,6 +59,8 @@ pub(crate) enum ProcessEvent {
     },
     /// It has ended and its last words were read.
     Gone,
+    /// It was not killed: another coordinator has it, with that term.
+    Superseded(Term),
 }
 
 pub(crate) struct DeviceActor;
@@ -69,6 +78,7 @@ pub(crate) struct State {
     name: String,
     process: DeviceProcess,
     files: Vec<BackingFile>,
+    unprovable: Option<String>,
     fence: Option<Fence>,
     /// The proof of the fence, once there is one.
     proven: Option<(Exit, usize)>,
@@ -78,12 +88,25 @@ pub(crate) struct State {
     coordinator: ActorRef<CoordinatorMessage>,
     tasks: Vec<AbortHandle>,
     log: Option<JoinHandle<()>>,
+    /// Its last words were read.
+    gone: bool,
+    retired: bool,
 }
 
 impl State {
     fn tell(&self, event: ProcessEvent) {
         // A coordinator that is gone needs to know nothing.
         let _ = self.coordinator.cast(CoordinatorMessage::Process(self.id, event));
+    }
+
+    /// True if the process is another coordinator's; that was told then.
+    fn is_superseded(&mut self) -> bool {
+        let term = self.process.custody().and_then(Custody::superseded);
+        if let Some(term) = term {
+            self.fence = None;
+            self.tell(ProcessEvent::Superseded(term));
+        }
+        term.is_some()
     }
 
     fn poll_fence(&mut self, myself: &ActorRef<Message>) {
@@ -93,7 +116,9 @@ impl State {
             FenceProgress::WaitingForExit => {
                 if let Some(obstacle) = fence.obstacle() {
                     tracing::warn!(device = self.name, error = %obstacle, "fence is obstructed");
-                    self.retry(myself);
+                    if !self.is_superseded() {
+                        self.retry(myself);
+                    }
                 }
             }
             FenceProgress::WaitingForLocks { held } => {
@@ -103,10 +128,22 @@ impl State {
             FenceProgress::Proven(proof) => {
                 let (exit, locks) = (proof.exit(), proof.locks());
                 self.fence = None;
+                if let Some(why) = &self.unprovable {
+                    tracing::error!(device = self.name, %exit, why, "its end cannot be proven");
+                    return;
+                }
                 self.proven = Some((exit, locks));
                 tracing::info!(device = self.name, %exit, locks, "fenced");
                 self.tell(ProcessEvent::Fenced { exit, locks });
             }
+        }
+    }
+
+    fn last_words_read(&mut self, myself: &ActorRef<Message>) {
+        self.gone = true;
+        self.tell(ProcessEvent::Gone);
+        if self.retired {
+            myself.stop(None);
         }
     }
 
@@ -160,6 +197,7 @@ impl Actor for DeviceActor {
             name,
             process,
             files: Vec::new(),
+            unprovable: None,
             fence: None,
             proven: None,
             retrying: false,
@@ -167,6 +205,8 @@ impl Actor for DeviceActor {
             coordinator,
             tasks,
             log,
+            gone: false,
+            retired: false,
         })
     }
 
@@ -178,6 +218,7 @@ impl Actor for DeviceActor {
     ) -> Result<(), ActorProcessingErr> {
         match message {
             Message::BackingFiles(files) => state.files = files,
+            Message::Unprovable(why) => state.unprovable = Some(why),
             Message::Fence => match state.proven {
                 Some((exit, locks)) => state.tell(ProcessEvent::Fenced { exit, locks }),
                 None => {
@@ -194,6 +235,7 @@ impl Actor for DeviceActor {
             Message::Kill => {
                 if let Err(error) = state.process.kill() {
                     tracing::warn!(device = state.name, %error, "cannot be killed");
+                    state.is_superseded();
                 }
             }
             Message::Exited => {
@@ -217,14 +259,20 @@ impl Actor for DeviceActor {
                     });
                     state.tasks.push(rest.abort_handle());
                 } else {
-                    state.tell(ProcessEvent::Gone);
+                    state.last_words_read(&myself);
                 }
             }
             Message::TryLocks => {
                 state.retrying = false;
                 state.poll_fence(&myself);
             }
-            Message::LogEnded => state.tell(ProcessEvent::Gone),
+            Message::LogEnded => state.last_words_read(&myself),
+            Message::Retire => {
+                state.retired = true;
+                if state.gone || state.process.exit().is_none() {
+                    myself.stop(None);
+                }
+            }
         }
         Ok(())
     }

@@ -1,14 +1,16 @@
 //! Why a machine does not start, stop or answer.
 
+use crate::control_directory::ControlDirectoryError;
 use crate::process::{Exit, SpawnError};
 use crate::report::TransitionReport;
 use standstill_protocol::channel::{RecvError, SendError};
-use standstill_protocol::message::VersionRange;
+use standstill_protocol::message::{Term, VersionRange};
 use standstill_protocol::transition::{MachineState, Operation, PlanError};
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 use thiserror::Error;
+use uuid::Uuid;
 
 /// Why a machine was not started. Everything that was started is gone.
 #[derive(Debug, Error)]
@@ -34,6 +36,9 @@ pub enum StartError {
         /// The last lines that it wrote to standard error.
         stderr: Vec<String>,
     },
+    /// The directory in which a later coordinator is to find the machine cannot be used.
+    #[error("the machine cannot be kept for a later coordinator")]
+    ControlDirectory(#[from] ControlDirectoryError),
     /// The machine as a whole is not possible.
     #[error("device {device:?} does not fit into this machine: {source}")]
     Plan {
@@ -41,6 +46,14 @@ pub enum StartError {
         device: String,
         /// Why.
         source: PlanError,
+    },
+    /// The device is to be restarted when it is lost, and its client cannot reconnect.
+    #[error("device {device:?} cannot have the policy restart: {reason}")]
+    RestartRefused {
+        /// Its name.
+        device: String,
+        /// Why its client cannot.
+        reason: String,
     },
     /// The system refused something.
     #[error("cannot {what}")]
@@ -50,6 +63,81 @@ pub enum StartError {
         /// Why.
         source: io::Error,
     },
+}
+
+/// Why a machine was not taken over. Nothing was told to its devices.
+#[derive(Debug, Error)]
+pub enum TakeOverError {
+    /// The description does not say where the machine is.
+    #[error("the description has no control directory: say which one with `keep`")]
+    NoControlDirectory,
+    /// The directory or its record cannot be used.
+    #[error("the machine cannot be found")]
+    ControlDirectory(#[from] ControlDirectoryError),
+    /// Another machine is there.
+    #[error("machine {found:?} is recorded there, expected {expected:?}")]
+    Machine {
+        /// Its name.
+        found: String,
+        /// The name in the description.
+        expected: String,
+    },
+    /// The description lacks a device. Nobody would stop it with the others.
+    #[error("device {device:?} is recorded and the description lacks it")]
+    Undescribed {
+        /// Its name.
+        device: String,
+    },
+    /// The description has a device that was not there.
+    #[error("device {device:?} is described and was never recorded: add it after the take-over")]
+    Unrecorded {
+        /// Its name.
+        device: String,
+    },
+    /// A device belongs to another machine.
+    #[error("device {device:?} belongs to {}, expected machine {expected}", machine(.found))]
+    ForeignMachine {
+        /// Its name in the record.
+        device: String,
+        /// The machine to which it belongs.
+        found: Option<Uuid>,
+        /// The machine of the record.
+        expected: Uuid,
+    },
+    /// A device speaks other versions of the protocol.
+    #[error("device {device:?} speaks protocol version {theirs}, this coordinator speaks {ours}")]
+    Version {
+        /// Its name.
+        device: String,
+        /// What it speaks.
+        theirs: VersionRange,
+        /// What this coordinator speaks.
+        ours: VersionRange,
+    },
+    /// Yet another coordinator has taken the machine over meanwhile.
+    #[error("another coordinator with the higher term {term} has the machine")]
+    Superseded {
+        /// Its term.
+        term: Term,
+    },
+    /// The description does not fit.
+    #[error(transparent)]
+    Description(Box<StartError>),
+    /// The take-over was begun and its end is not known.
+    #[error("the take-over did not end as it should")]
+    Unfinished(#[source] MachineError),
+    /// The system refused something.
+    #[error("cannot {what}")]
+    System {
+        /// What.
+        what: &'static str,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+fn machine(found: &Option<Uuid>) -> String {
+    found.map_or_else(|| "no machine".to_owned(), |uuid| format!("machine {uuid}"))
 }
 
 fn tail(lines: &[String]) -> String {
@@ -83,6 +171,12 @@ pub enum GreetingError {
     /// It sent something that is no Hello.
     #[error("broke the protocol before it said Hello")]
     Protocol(#[source] ProtocolError),
+    /// It cannot be kept for a later coordinator.
+    #[error("cannot be kept for a later coordinator")]
+    Keep(#[source] Box<ControlDirectoryError>),
+    /// It was welcomed and was lost on its way in.
+    #[error("was lost before it had joined the machine: {0}")]
+    Joining(String),
     /// It greeted, and was lost while others had still to greet.
     #[error("greeted and was lost before the machine had started: {0}")]
     Lost(String),
@@ -114,6 +208,9 @@ pub enum ProtocolError {
     /// It cannot be answered.
     #[error("cannot be answered")]
     Send(#[from] SendError),
+    /// It says that another coordinator has it, and none has taken the machine over.
+    #[error("says that another coordinator has it, with term {0}, which is not so")]
+    NotSuperseded(Term),
     /// It claims to belong to another machine or term although it has just been started.
     #[error("claims a past although it has just been started")]
     NotFresh,
@@ -157,9 +254,58 @@ pub enum MachineError {
         /// Why.
         source: io::Error,
     },
+    /// Another coordinator has taken the machine over.
+    #[error("another coordinator with the higher term {term} has the machine")]
+    Superseded {
+        /// Its term.
+        term: Term,
+    },
     /// The machine is not held.
     #[error("the machine is {0}, not held")]
     NotHeld(MachineState),
+    /// A device that the machine must not run without is missing. Remove it, or restart it.
+    #[error("device {device:?} is missing, and the machine must not run without it: {why}")]
+    Missing {
+        /// Its name.
+        device: String,
+        /// Why it is missing, for a person.
+        why: String,
+    },
+    /// There is no device process of that name.
+    #[error("the machine has no device process {device:?}")]
+    NoDevice {
+        /// The name.
+        device: String,
+    },
+    /// Something cannot be done with a device as things are; nothing was begun.
+    #[error("{what} device {device:?} is not possible: {why}")]
+    Device {
+        /// What: adding, removing or restarting.
+        what: &'static str,
+        /// Its name.
+        device: String,
+        /// Why not, for a person.
+        why: String,
+    },
+    /// A device was to be added or restarted, and was not. Nothing of it is left, or its fence is
+    /// still to be proven.
+    #[error(transparent)]
+    NotStarted(Box<StartError>),
+    /// A device is being removed, and its end is not proven within the grace.
+    #[error("nothing proves that device {device:?} is gone")]
+    Unproven {
+        /// Its name.
+        device: String,
+    },
+    /// What waited for its turn was given up by the owner.
+    #[error("the {operation} was cancelled before it had begun")]
+    Cancelled {
+        /// What was asked.
+        operation: Operation,
+    },
+    /// Too many requests wait for their turn.
+    #[error("{0} requests wait for their turn already")]
+    Busy(usize),
     /// The machine was shut down.
     #[error("the machine is gone")]
     Gone,

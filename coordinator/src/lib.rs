@@ -4,9 +4,12 @@
 //! `resume`, `status`, `shutdown`. Every transition gives a [`report::TransitionReport`]; a failure
 //! is data: who, in which phase, in what state, what was done about it.
 //!
-//! - [`machine`]: the API;
+//! - [`description`]: what a machine is made of; [`machine`]: its handle; [`events`] and [`status`]:
+//!   what it tells;
+//! - [`policy`]: what the loss of a device means for its machine;
 //! - [`participant`]: devices and hooks inside the VMM;
 //! - [`report`]: what happened, when, per participant;
+//! - [`control_directory`], [`record`]: where a later coordinator finds a machine;
 //! - [`error`]: why a machine does not start, stop or answer;
 //! - [`process`]: starts device processes and proves that they are gone;
 //! - [`logs`]: takes what they write to standard error into this program's log.
@@ -17,21 +20,32 @@
 
 #![forbid(unsafe_code)]
 
+pub mod control_directory;
 mod coordinator;
+mod custody;
+pub mod description;
 mod device;
 pub mod error;
+pub mod events;
 pub mod logs;
 pub mod machine;
 pub mod participant;
+pub mod policy;
 mod poll;
 pub mod process;
+pub mod record;
 mod recorder;
 pub mod report;
+mod restarts;
+pub mod status;
+mod watchdog;
 
-pub use error::{MachineError, StartError};
-pub use machine::{
-    Deadlines, DeviceSpec, DeviceStatus, HookSpec, Machine, MachineBuilder, MachineEvent, Status,
-    Stopped,
-};
+pub use description::{Deadlines, DeviceSpec, HookSpec, MachineBuilder};
+pub use error::{MachineError, StartError, TakeOverError};
+pub use events::MachineEvent;
+pub use machine::{Machine, Stopped, TakenOver};
 pub use participant::{Hook, LocalDevice, LocalError};
+pub use policy::{LossPolicy, Presence, QEMU_VFIO_USER, RestartPolicy};
 pub use standstill_protocol::transition::{OnFailure, OnLoss, Operation, Outcome, Slot};
+pub use status::{DeviceStanding, DeviceStatus, Status};
+pub use watchdog::Hang;

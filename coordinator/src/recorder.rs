@@ -167,6 +167,11 @@ impl Recorder {
         }
     }
 
+    /// Whether that participant takes part.
+    pub(crate) fn knows(&self, id: ParticipantId) -> bool {
+        self.index.contains_key(&id)
+    }
+
     /// Whether a participant has answered everything that it was sent.
     pub(crate) fn has_answered(&self, id: ParticipantId) -> bool {
         let commands = self.index.get(&id).map(|&at| &self.participants[at].commands);

@@ -334,7 +334,11 @@ impl fmt::Display for TransitionReport {
         )?;
         for participant in &self.participants {
             write!(f, "  {:<16} {}", participant.name, participant.before)?;
+            let mut undo = false;
             for command in &participant.commands {
+                if command.undo && !std::mem::replace(&mut undo, true) {
+                    write!(f, "; undo:")?;
+                }
                 match (&command.answer, command.net_ns()) {
                     (CommandAnswer::Reached { state, .. }, Some(ns)) => {
                         write!(f, " → {state} in {}", Nanos(ns))?;
@@ -420,6 +424,8 @@ pub struct JsonParticipant {
     pub commands: Vec<JsonCommand>,
     /// Why it was fenced.
     pub fenced: Option<String>,
+    /// The proof of the fence; absent without one.
+    pub proof: Option<String>,
 }
 
 /// One command of a [`JsonParticipant`].
@@ -469,6 +475,7 @@ impl From<&ParticipantReport> for JsonParticipant {
             after: participant.after.map(MigrationState::name),
             commands: participant.commands.iter().map(JsonCommand::from).collect(),
             fenced: participant.fence.as_ref().map(|fence| fence.detail.clone()),
+            proof: participant.fence.as_ref().and_then(|fence| fence.proof.clone()),
         }
     }
 }

@@ -1,17 +1,23 @@
 //! Hello and Welcome.
 
+use super::join::Failure;
 use super::state::{EndingReply, Standing, Starting, State};
 use crate::device::Message as DeviceMessage;
 use crate::error::{GreetingError, ProtocolError};
+use crate::events::MachineEvent;
+use crate::policy::Presence;
 use crate::process::BackingFile;
 use standstill_protocol::message::{CoordinatorMessage, Hello, Reject, Term, VERSIONS, Welcome};
 use standstill_protocol::migration::MigrationState;
-use standstill_protocol::transition::ParticipantId;
-use std::os::fd::OwnedFd;
+use standstill_protocol::transition::{Loss, ParticipantId};
+use std::os::fd::{AsFd, OwnedFd};
 
 impl State {
     /// A device process said Hello.
     pub(super) fn hello(&mut self, id: ParticipantId, hello: Hello, files: Vec<OwnedFd>) {
+        if self.device(id).is_some_and(|device| device.care.join.is_some()) {
+            return self.newcomer_greeted(id, hello, files);
+        }
         match self.welcome(id, &hello, files) {
             Ok(()) => {
                 if let Some(device) = self.device(id) {
@@ -19,7 +25,7 @@ impl State {
                         device = device.spec.name,
                         kind = hello.kind,
                         version = hello.program_version,
-                        pid = device.pid,
+                        pid = device.pid(),
                         "greeted"
                     );
                     device.state = hello.state;
@@ -32,7 +38,7 @@ impl State {
         }
     }
 
-    fn welcome(
+    pub(super) fn welcome(
         &mut self,
         id: ParticipantId,
         hello: &Hello,
@@ -66,41 +72,72 @@ impl State {
         if files.iter().any(|file| !file.is_locked().unwrap_or(false)) {
             return Err(protocol(ProtocolError::BackingFileUnlocked));
         }
+        let listener =
+            self.keep_device(id, &files).map_err(|error| GreetingError::Keep(Box::new(error)))?;
+        let Some(device) = self.device(id) else { return Ok(()) };
+        let Some(channel) = &device.channel else { return Ok(()) };
         let welcome = Welcome {
             version,
             machine,
             name: device.spec.name.clone(),
-            incarnation: 1,
+            incarnation: device.incarnation,
             term,
             epoch,
             heartbeat_ns,
             orphan,
-            listener: false,
+            listener: listener.is_some(),
             log: false,
         };
+        let fds: Vec<_> = listener.iter().map(AsFd::as_fd).collect();
         channel
-            .try_send(&CoordinatorMessage::Welcome(welcome), &[])
+            .try_send(&CoordinatorMessage::Welcome(welcome), &fds)
             .map_err(|error| protocol(ProtocolError::Send(error)))?;
         channel.set_version(version);
         // What has files has sent them; kernels that cannot say so leave it at that.
         let _ = channel.refuse_fds();
         // An actor that is gone is seen at the socket.
-        let _ = device.actor.cast(DeviceMessage::BackingFiles(files));
+        device.tell(DeviceMessage::BackingFiles(files));
         Ok(())
     }
 
-    /// One device that does not greet is one machine that does not start.
+    /// One device that does not greet is one machine that does not start, unless it is optional or
+    /// comes later.
     pub(super) fn greeting_failed(&mut self, id: ParticipantId, error: GreetingError) {
-        if let Some(Starting { reply, deadline }) = self.starting.take() {
+        let Some(device) = self.devices.get(id) else { return };
+        if device.care.join.is_some() {
+            return self.join_failed(id, Failure::Greeting(error));
+        }
+        if self.policies.resolve(&device.spec).1 == Presence::Optional {
+            return self.not_started(id, &error.to_string());
+        }
+        if let Some(Starting { reply, deadline, .. }) = self.starting.take() {
             deadline.abort();
             self.end_after(EndingReply::Starter(reply, id, error));
         }
     }
 
+    /// An optional device does not start with its machine.
+    fn not_started(&mut self, id: ParticipantId, why: &str) {
+        self.close(id);
+        let Some(device) = self.device(id) else { return };
+        device.standing = Standing::Lost(format!("it {why}"));
+        let device = device.spec.name.clone();
+        tracing::warn!(device, why, "an optional device did not start");
+        self.emit(MachineEvent::DeviceNotStarted { device, why: why.to_owned() });
+        self.fence_outside(id, Loss::Refused, why);
+        self.maybe_started();
+    }
+
     pub(super) fn hello_expired(&mut self) {
-        let silent = self.devices.iter().find(|device| device.standing == Standing::Greeting);
-        if let Some(id) = silent.map(|device| device.id) {
-            self.greeting_failed(id, GreetingError::Silent(self.deadlines.hello));
+        let time = self.deadlines.hello;
+        let silent = self.devices.iter().filter(|device| device.standing == Standing::Greeting);
+        let mut silent: Vec<_> = silent.map(|device| device.id).collect();
+        let settling = self.starting.as_ref().and_then(|starting| starting.settling.as_ref());
+        silent.extend(settling.into_iter().flatten());
+        for id in silent {
+            if self.starting.is_some() {
+                self.greeting_failed(id, GreetingError::Silent(time));
+            }
         }
     }
 }

@@ -1,11 +1,14 @@
 //! What comes from device processes: packets, and their ends.
 
+use super::join::Stage;
 use super::state::{Allowance, Standing, State};
+use super::supervision::Recovery;
 use crate::device::{Message as DeviceActorMessage, ProcessEvent};
 use crate::error::{GreetingError, ProtocolError};
-use crate::machine::MachineEvent;
+use crate::events::MachineEvent;
+use crate::process::Exit;
 use standstill_protocol::channel::{Received, RecvError};
-use standstill_protocol::message::{DeviceMessage, Phase};
+use standstill_protocol::message::{DeviceEvent, DeviceMessage, Phase};
 use standstill_protocol::transition::{
     Answer, Event, HeldReason, Loss, MachineState, ParticipantId,
 };
@@ -18,18 +21,26 @@ const ROUNDS: usize = 16;
 impl State {
     /// Reads what there is to read, in turns, so that one that floods delays nobody for long.
     pub(super) fn readable(&mut self) {
+        if self.read_ready() {
+            self.poll.drained();
+        } else {
+            // Others may have something to say to this actor; then it goes on.
+            let _ = self.myself.cast(super::Message::Readable);
+        }
+    }
+
+    /// False if there is more to read than there was time for.
+    pub(super) fn read_ready(&mut self) -> bool {
         for _ in 0..ROUNDS {
             let ready = self.poll.ready();
             if ready.is_empty() {
-                self.poll.drained();
-                return;
+                return true;
             }
             for id in ready {
                 self.drain(id, PACKETS);
             }
         }
-        // Others may have something to say to this actor; then it goes on.
-        let _ = self.myself.cast(super::Message::Readable);
+        false
     }
 
     /// Reads up to that many packets of a device process.
@@ -65,11 +76,15 @@ impl State {
     ) -> Result<(), ProtocolError> {
         let Received { message, fds } = received;
         let Some(device) = self.device(id) else { return Ok(()) };
+        device.care.pulse.heard();
         let greeting = device.standing == Standing::Greeting;
+        let greeted =
+            device.care.join.as_ref().is_some_and(|join| matches!(join.stage, Stage::Greeted(..)));
         let unexpected = |what, expected| Err(ProtocolError::Unexpected { what, expected });
         match message {
-            DeviceMessage::Hello(hello) if greeting => self.hello(id, hello, fds),
+            DeviceMessage::Hello(hello) if greeting && !greeted => self.hello(id, hello, fds),
             DeviceMessage::Hello(_) => return unexpected("a second Hello", "an answer"),
+            _ if greeted => return unexpected("something", "nothing before its Welcome"),
             _ if greeting => return unexpected("something else", "a Hello"),
             DeviceMessage::Reached(reached) => {
                 let event = Event::Answer {
@@ -104,6 +119,7 @@ impl State {
                 self.feed(event);
             }
             DeviceMessage::Status(status) => {
+                self.settled(id);
                 let answer = Answer::Status { moving_to: status.moving_to };
                 // A status belongs to no phase; the transition does not look at it.
                 let phase = Phase::PrepareStop;
@@ -113,7 +129,13 @@ impl State {
             DeviceMessage::MemoryAccepted(accepted) => {
                 self.memory_accepted(id, accepted.sequence);
             }
-            DeviceMessage::Heartbeat(heartbeat) => device.progress = heartbeat.progress,
+            DeviceMessage::Heartbeat(heartbeat) => {
+                device.progress = heartbeat.progress;
+                device.care.pulse.heartbeat(&heartbeat);
+            }
+            DeviceMessage::Event(DeviceEvent::Superseded(term)) => {
+                return self.device_superseded(term);
+            }
             DeviceMessage::Event(event) => {
                 let device = device.spec.name.clone();
                 tracing::debug!(device, ?event, "event");
@@ -144,14 +166,14 @@ impl State {
         let Some(device) = self.device(id) else { return };
         match device.standing {
             Standing::Greeting => self.greeting_failed(id, GreetingError::Disconnected),
-            Standing::Ready => {
+            Standing::Ready | Standing::Joining => {
                 self.lost(id, Loss::Disconnected, Loss::Disconnected.to_string());
             }
-            Standing::Lost(_) | Standing::Fenced(_) => {}
+            Standing::Lost(_) | Standing::Fenced(_) | Standing::Leaving => {}
         }
     }
 
-    fn close(&mut self, id: ParticipantId) {
+    pub(super) fn close(&mut self, id: ParticipantId) {
         if let Some(channel) = self.device(id).and_then(|device| device.channel.take()) {
             self.poll.remove(&channel);
         }
@@ -161,26 +183,25 @@ impl State {
     pub(super) fn lost(&mut self, id: ParticipantId, why: Loss, text: String) {
         self.close(id);
         let ending = self.ending.is_some();
+        let member =
+            self.active.as_ref().is_some_and(|active| active.transition.state(id).is_some());
         let Some(device) = self.device(id) else { return };
-        if device.standing != Standing::Ready || ending {
+        let counts = matches!(device.standing, Standing::Ready | Standing::Joining);
+        if !counts || ending || self.is_superseded() {
             return;
         }
+        let Some(device) = self.device(id) else { return };
         device.standing = Standing::Lost(text.clone());
+        self.unsettled = true;
         self.memory_lost(id, &text);
         if self.starting.is_some() {
             // Nobody would miss it: the others' greetings are all that is waited for.
             self.greeting_failed(id, GreetingError::Lost(text));
-            return;
-        }
-        if self.active.is_some() {
+        } else if member {
+            self.tell_loss(id, why, &text);
             self.feed(Event::Lost(id, why));
         } else {
-            let Some(device) = self.device(id) else { return };
-            let name = device.spec.name.clone();
-            tracing::warn!(device = name, why = text, "a device process is lost");
-            // An actor that is gone has killed its process.
-            let _ = device.actor.cast(DeviceActorMessage::Fence);
-            self.emit(MachineEvent::DeviceLost { device: name, why: text });
+            self.fence_outside(id, why, &text);
         }
     }
 
@@ -189,39 +210,59 @@ impl State {
             ProcessEvent::Exited(exit) => {
                 // Its last answers count: they were sent before it ended.
                 self.drain(id, usize::MAX);
+                // Whoever took the machine over may have ended it.
+                if self.is_superseded() {
+                    return;
+                }
+                self.exited(id, exit);
                 let Some(device) = self.device(id) else { return };
-                device.exit = Some(exit);
                 match device.standing {
                     Standing::Greeting => {
                         self.close(id);
                         self.greeting_failed(id, GreetingError::Exited(exit));
                     }
+                    Standing::Leaving => device.tell(DeviceActorMessage::Fence),
                     _ => self.lost(id, Loss::Exited, format!("its process ended: {exit}")),
                 }
             }
-            ProcessEvent::Fenced { exit, locks } => {
-                let proof = match locks {
-                    0 => exit.to_string(),
-                    _ => format!("{exit}, {locks} backing files unlocked"),
-                };
-                self.fenced(id, proof);
-            }
+            ProcessEvent::Fenced { exit, locks } => self.fenced(id, exit, locks),
             ProcessEvent::Gone => self.process_gone(id),
+            ProcessEvent::Superseded(term) => self.superseded(term),
         }
     }
 
-    fn fenced(&mut self, id: ParticipantId, proof: String) {
+    /// A process ended; whoever listens is told once.
+    fn exited(&mut self, id: ParticipantId, exit: Exit) {
+        let Some(device) = self.device(id) else { return };
+        if device.exit.replace(exit).is_none() {
+            let (device, incarnation) = (device.spec.name.clone(), device.incarnation);
+            self.emit(MachineEvent::DeviceExited { device, incarnation, exit });
+        }
+    }
+
+    fn fenced(&mut self, id: ParticipantId, exit: Exit, locks: usize) {
+        // The fence may have seen it first.
+        self.exited(id, exit);
         let Some(device) = self.device(id) else { return };
         let why = match std::mem::replace(&mut device.standing, Standing::Greeting) {
             Standing::Lost(why) | Standing::Fenced(why) => why,
-            Standing::Greeting | Standing::Ready => Loss::Exited.to_string(),
+            Standing::Leaving => "it was removed".to_owned(),
+            Standing::Greeting | Standing::Joining | Standing::Ready => Loss::Exited.to_string(),
         };
         device.standing = Standing::Fenced(why);
-        let name = device.spec.name.clone();
-        if let Some(active) = &mut self.active {
-            active.recorder.fenced(id, proof.clone());
+        if matches!(device.care.recovery, Recovery::Unproven) {
+            device.care.recovery = Recovery::Undecided;
         }
-        self.emit(MachineEvent::DeviceFenced { device: name, proof });
+        let (name, incarnation) = (device.spec.name.clone(), device.incarnation);
+        self.unsettled = true;
+        if let Some(active) = &mut self.active {
+            let proof = match locks {
+                0 => exit.to_string(),
+                _ => format!("{exit}, {locks} backing files unlocked"),
+            };
+            active.recorder.fenced(id, proof);
+        }
+        self.emit(MachineEvent::DeviceFenced { device: name, incarnation, exit, locks });
         self.feed(Event::Fenced(id));
         self.proven(|reason| *reason == HeldReason::FenceUnproven(id));
     }
@@ -233,6 +274,8 @@ impl State {
             if self.held.is_empty() {
                 tracing::info!("everything is proven now; the machine is stopped");
                 self.machine = MachineState::Stopped;
+                self.emit(MachineEvent::HoldEnded { by_owner: false });
+                self.unsettled = true;
             }
         }
     }

@@ -1,22 +1,22 @@
 //! The end of a machine: every process is asked to end, and killed if it does not.
 
 use super::state::{Ending, EndingReply, Standing, State};
-use super::{Exits, Message};
+use super::{Exits, Message, Reply};
 use crate::device::Message as DeviceMessage;
-use crate::error::{GreetingError, StartError};
+use crate::error::{GreetingError, MachineError, StartError};
 use crate::report::nanos;
 use standstill_protocol::message::{CoordinatorMessage, Shutdown};
 use standstill_protocol::transition::ParticipantId;
 use std::time::Duration;
-use tokio::sync::oneshot;
 
 impl State {
     /// The owner wants the machine to end.
-    pub(super) fn shutdown(&mut self, grace: Duration, reply: oneshot::Sender<Exits>) {
+    pub(super) fn shutdown(&mut self, grace: Duration, reply: Reply<Exits>) {
         let message =
             CoordinatorMessage::Shutdown(Shutdown { term: self.term, grace_ns: nanos(grace) });
-        for device in self.devices.iter().filter(|d| d.standing == Standing::Ready) {
-            if let Some(channel) = &device.channel {
+        for device in self.devices.iter() {
+            let welcomed = matches!(device.standing, Standing::Ready | Standing::Joining);
+            if let Some(channel) = device.channel.as_ref().filter(|_| welcomed) {
                 // One that cannot be told is killed after the grace.
                 let _ = channel.try_send(&message, &[]);
             }
@@ -36,10 +36,14 @@ impl State {
         }
         // Whoever waits for a transition learns that the machine is gone.
         self.active = None;
-        for device in &self.devices {
-            let message =
-                if grace.is_zero() { DeviceMessage::Kill } else { DeviceMessage::Expect(grace) };
-            let _ = device.actor.cast(message);
+        self.queue.clear();
+        for device in self.devices.iter() {
+            let message = if grace.is_zero() || device.standing == Standing::Greeting {
+                DeviceMessage::Kill
+            } else {
+                DeviceMessage::Expect(grace)
+            };
+            device.tell(message);
         }
         let deadline =
             self.after(grace.saturating_add(self.deadlines.fence), || Message::ShutdownExpired);
@@ -51,6 +55,7 @@ impl State {
     pub(super) fn process_gone(&mut self, id: ParticipantId) {
         if let Some(device) = self.device(id) {
             device.gone = true;
+            self.unsettled = true;
         }
         self.maybe_ended();
     }
@@ -59,20 +64,28 @@ impl State {
         self.ended();
     }
 
-    fn maybe_ended(&mut self) {
-        if self.ending.is_some() && self.devices.iter().all(|device| device.gone) {
+    pub(super) fn maybe_ended(&mut self) {
+        if self.ending.is_some()
+            && self.spawning == 0
+            && self.devices.iter().all(|device| device.gone)
+        {
             self.ended();
         }
     }
 
-    fn ended(&mut self) {
+    pub(super) fn ended(&mut self) {
         let Some(Ending { reply, deadline }) = self.ending.take() else { return };
         deadline.abort();
+        self.leave_directory();
+        self.over = true;
         match reply {
             EndingReply::Owner(reply) => {
                 let exits = self.devices.iter();
                 let exits = exits.map(|device| (device.spec.name.clone(), device.exit)).collect();
-                let _ = reply.send(exits);
+                let _ = reply.send(match self.superseded {
+                    Some(term) => Err(MachineError::Superseded { term }),
+                    None => Ok(exits),
+                });
             }
             EndingReply::Starter(reply, id, error) => {
                 let _ = reply.send(Err(self.greeting_error(id, error)));
@@ -83,7 +96,7 @@ impl State {
     }
 
     /// By now it is known how the process ended and what it wrote last.
-    fn greeting_error(&mut self, id: ParticipantId, error: GreetingError) -> StartError {
+    pub(super) fn greeting_error(&mut self, id: ParticipantId, error: GreetingError) -> StartError {
         let Some(device) = self.device(id) else {
             return StartError::Description(error.to_string());
         };

@@ -1,45 +1,57 @@
 //! From a description to a running machine.
 
-use super::state::{
-    Allowance, Device, EndingReply, HookEntry, Local, Standing, Starting, State, cast_after,
-};
+use super::incarnation::{self, Spawned};
+use super::keep::Kept;
+use super::roster::{Ids, Roster};
+use super::state::{Device, EndingReply, HookEntry, Local, Standing, Starting, State, cast_after};
+use super::take_over::Found;
 use super::{CoordinatorActor, Message};
-use crate::device::{Arguments, DeviceActor};
+use crate::description::{Deadlines, HookSpec, MachineBuilder};
 use crate::error::StartError;
-use crate::logs::{LogTail, Origin};
-use crate::machine::{DeviceSpec, HookSpec, Machine, MachineBuilder, MachineEvent};
+use crate::events::MachineEvent;
+use crate::machine::Machine;
 use crate::participant::{self, LocalAnswer};
+use crate::policy::{Policies, Presence};
 use crate::poll::Poll;
-use crate::process::{DeviceProcess, Spawner};
+use crate::process::Spawner;
 use crate::report::{Names, nanos};
+use crate::watchdog::{Limits, Ticks};
 use ractor::{Actor, ActorRef};
-use standstill_protocol::channel::CoordinatorEnd;
 use standstill_protocol::message::{Epoch, MAX_NAME, Term};
 use standstill_protocol::migration::MigrationState;
-use standstill_protocol::transition::{Hook, HookId, MachineState, Operation, ParticipantId};
-use std::collections::{BTreeMap, BTreeSet};
+use standstill_protocol::transition::{Hook, HookId, MachineState, Operation};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io;
+use std::time::Instant;
 use tokio::sync::{broadcast, oneshot};
 use uuid::Uuid;
 
-/// How many events a slow reader may be behind.
-const EVENTS: usize = 1024;
-
-/// A machine whose processes run and have not greeted yet.
+/// A machine whose processes run.
 pub(crate) struct Prepared {
-    builder: MachineBuilder,
-    processes: Vec<(CoordinatorEnd, DeviceProcess)>,
-    events: broadcast::Sender<MachineEvent>,
-    reply: oneshot::Sender<Result<Machine, StartError>>,
+    pub(super) builder: MachineBuilder,
+    pub(super) spawner: Spawner,
+    pub(super) kept: Option<Kept>,
+    pub(super) events: broadcast::Sender<MachineEvent>,
+    pub(super) beginning: Beginning,
+}
+
+/// Where its processes come from; in the order of the description.
+pub(super) enum Beginning {
+    /// They were started and have not greeted yet.
+    Started(Vec<Start>, oneshot::Sender<Result<Machine, StartError>>),
+    /// Another coordinator has left them behind. There is nothing of an optional device that was
+    /// never started.
+    TakenOver(Vec<Option<Found>>),
 }
 
 /// Starts a machine: its processes, its actors, its threads; waits for the greetings.
 pub(crate) async fn start(builder: MachineBuilder) -> Result<Machine, StartError> {
     check(&builder)?;
-    let (builder, processes) = spawn_processes(builder).await?;
-    let (events, _) = broadcast::channel(EVENTS);
+    let (builder, spawner, kept, processes) = spawn_processes(builder).await?;
+    let events = builder.events.clone();
     let (reply, answer) = oneshot::channel();
-    let prepared = Prepared { builder, processes, events, reply };
+    let beginning = Beginning::Started(processes, reply);
+    let prepared = Prepared { builder, spawner, kept, events, beginning };
     let actor = Actor::spawn(None, CoordinatorActor, prepared).await;
     actor.map_err(|error| system("start the coordinator actor", io::Error::other(error)))?;
     answer.await.unwrap_or_else(|_| {
@@ -51,69 +63,130 @@ fn system(what: &'static str, source: io::Error) -> StartError {
     StartError::System { what, source }
 }
 
-/// Whether the names are usable.
-fn check(builder: &MachineBuilder) -> Result<(), StartError> {
+/// Whether the names are usable and the policies possible.
+pub(super) fn check(builder: &MachineBuilder) -> Result<(), StartError> {
     let devices = builder.devices.iter().map(|spec| &spec.name);
     let names = devices.chain(builder.locals.iter().map(|(name, _)| name));
     let mut seen = BTreeSet::new();
     for name in names {
-        if name.is_empty() || name.len() > MAX_NAME {
-            let text = format!("device name {name:?} must have 1 to {MAX_NAME} bytes");
-            return Err(StartError::Description(text));
-        }
-        if !seen.insert(name) {
-            return Err(StartError::Description(format!("two devices are named {name:?}")));
-        }
+        check_name(name, !seen.insert(name))?;
+    }
+    let policies = policies(builder);
+    builder.devices.iter().try_for_each(|spec| policies.check(spec))
+}
+
+pub(super) fn policies(builder: &MachineBuilder) -> Policies {
+    Policies { on_loss: builder.on_loss, presence: builder.presence }
+}
+
+/// Whether a device may have that name.
+pub(super) fn check_name(name: &str, taken: bool) -> Result<(), StartError> {
+    if name.is_empty() || name.len() > MAX_NAME {
+        let text = format!("device name {name:?} must have 1 to {MAX_NAME} bytes");
+        return Err(StartError::Description(text));
+    }
+    if taken {
+        return Err(StartError::Description(format!("two devices are named {name:?}")));
     }
     Ok(())
 }
 
+/// What came of the start of a process; of an optional one it may be nothing.
+pub(super) type Start = Result<Spawned, StartError>;
+
 /// Starts all device processes, on a thread that may block.
 async fn spawn_processes(
     builder: MachineBuilder,
-) -> Result<(MachineBuilder, Vec<(CoordinatorEnd, DeviceProcess)>), StartError> {
+) -> Result<(MachineBuilder, Spawner, Option<Kept>, Vec<Start>), StartError> {
     let specs: Vec<_> = builder.devices.clone();
+    let (name, directory) = (builder.name.clone(), builder.control_directory.clone());
+    let policies = policies(&builder);
     let task = tokio::task::spawn_blocking(move || {
         let spawner = Spawner::new().map_err(|source| StartError::Spawn {
             device: specs.first().map_or_else(String::new, |spec| spec.name.clone()),
             source,
         })?;
-        specs.iter().map(|spec| spawn_process(&spawner, spec)).collect()
+        let kept = directory.map(|path| Kept::claim(&path, &name, &specs)).transpose()?;
+        let custody = kept.as_ref().map(|kept| &kept.custody);
+        let processes = specs.iter().map(|spec| {
+            let spawned = incarnation::spawn(&spawner, spec, custody);
+            match policies.resolve(spec).1 {
+                Presence::Optional => Ok(spawned),
+                Presence::Required => spawned.map(Ok),
+            }
+        });
+        let processes = processes.collect::<Result<Vec<_>, _>>();
+        let Some(mut kept) = kept else { return Ok((spawner, None, processes?)) };
+        let written = processes.and_then(|processes| {
+            kept.add_processes(&specs, &processes)?;
+            Ok(processes)
+        });
+        match written {
+            Ok(processes) => Ok((spawner, Some(kept), processes)),
+            Err(error) => {
+                kept.leave();
+                Err(error)
+            }
+        }
     });
-    let processes: Result<Vec<_>, StartError> =
+    let spawned: Result<_, StartError> =
         task.await.map_err(|error| system("start processes", io::Error::other(error)))?;
-    Ok((builder, processes?))
-}
-
-fn spawn_process(
-    spawner: &Spawner,
-    spec: &DeviceSpec,
-) -> Result<(CoordinatorEnd, DeviceProcess), StartError> {
-    let (channel, stdin) =
-        CoordinatorEnd::pair().map_err(|source| system("make a control channel", source))?;
-    let process = spawner
-        .spawn(&spec.process, stdin)
-        .map_err(|source| StartError::Spawn { device: spec.name.clone(), source })?;
-    Ok((channel, process))
+    let (spawner, kept, processes) = spawned?;
+    Ok((builder, spawner, kept, processes))
 }
 
 impl Prepared {
     pub(super) async fn into_state(self, myself: ActorRef<Message>) -> io::Result<State> {
-        let Self { builder, processes, events, reply } = self;
+        let Self { builder, spawner, kept, events, beginning } = self;
         let poll = Poll::new(myself.clone())?;
         let mut names = Names::default();
-        let mut devices = Vec::with_capacity(processes.len());
-        for ((spec, (channel, process)), number) in
-            builder.devices.into_iter().zip(processes).zip(0..)
-        {
-            let id = ParticipantId(number);
-            names.participants.insert(id, spec.name.clone());
-            poll.add(id, &channel)?;
-            devices.push(device(&myself, id, spec, channel, process).await?);
+        let mut ids = Ids::default();
+        let mut fresh = || ids.next().ok_or_else(|| io::Error::other("too many participants"));
+        let mut devices = Roster::default();
+        let mut starter = None;
+        let mut all_found = Vec::new();
+        let specs = builder.devices.into_iter();
+        match beginning {
+            Beginning::Started(processes, reply) => {
+                starter = Some(reply);
+                for (spec, process) in specs.zip(processes) {
+                    let id = fresh()?;
+                    names.participants.insert(id, spec.name.clone());
+                    devices.push(match process {
+                        Ok(process) => {
+                            poll.add(id, &process.0)?;
+                            incarnation::device(&myself, id, spec, 1, process).await?
+                        }
+                        Err(error) => {
+                            let (device, why) = (spec.name.clone(), error.to_string());
+                            tracing::warn!(device, why, "an optional device did not start");
+                            let event = MachineEvent::DeviceNotStarted { device, why: why.clone() };
+                            let _ = events.send(event);
+                            Device::without_process(id, spec, why)
+                        }
+                    });
+                }
+            }
+            Beginning::TakenOver(found) => {
+                for (spec, found) in specs.zip(found) {
+                    let id = fresh()?;
+                    names.participants.insert(id, spec.name.clone());
+                    let Some(Found { process, incarnation, contact, files, unprovable }) = found
+                    else {
+                        let why = "it was never started".to_owned();
+                        devices.push(Device::without_process(id, spec, why));
+                        continue;
+                    };
+                    let device =
+                        incarnation::without_channel(&myself, id, spec, incarnation, process);
+                    devices.push(device.await?);
+                    all_found.push((id, contact, files, unprovable));
+                }
+            }
         }
         let mut locals = Vec::with_capacity(builder.locals.len());
-        for ((name, local), number) in builder.locals.into_iter().zip(devices.len()..) {
-            let id = ParticipantId(u32::try_from(number).map_err(io::Error::other)?);
+        for (name, local) in builder.locals {
+            let id = fresh()?;
             names.participants.insert(id, name.clone());
             let (flags, peer_dma) = (local.migration(), local.peer_dma());
             let thread = participant::local_device(id, &name, local, answer(&myself))?;
@@ -128,73 +201,72 @@ impl Prepared {
             let hook = hook_of(id, &spec);
             hooks.push(HookEntry { hook, hung: false, thread });
         }
-        let hello = builder.deadlines.hello;
-        let deadline = cast_after(&myself, hello, || Message::HelloExpired);
+        let policies = Policies { on_loss: builder.on_loss, presence: builder.presence };
+        let Deadlines { hello, stall, silence, .. } = builder.deadlines;
+        let limits = Limits::new(stall, silence, builder.heartbeat);
+        let ticks = limits.interval().map(|interval| Ticks::new(interval, Instant::now()));
+        let starting = starter.map(|reply| {
+            let deadline = cast_after(&myself, hello, || Message::HelloExpired);
+            Starting { reply, deadline, settling: None }
+        });
+        // Of a machine that is taken over nobody knows yet.
+        let machine = if starting.is_some() { MachineState::Running } else { MachineState::Held };
+        let (uuid, term) = match &kept {
+            Some(kept) => (kept.record.uuid, kept.record.term()),
+            None => (Uuid::new_v4(), Term(1)),
+        };
         let mut state = State {
             myself,
             name: builder.name,
-            uuid: Uuid::new_v4(),
-            term: Term(1),
+            uuid,
+            term,
             epoch: Epoch(0),
-            machine: MachineState::Running,
+            machine,
             held: Vec::new(),
             deadlines: builder.deadlines,
             on_failure: builder.on_failure,
             orphan: builder.orphan,
+            kept,
+            superseded: None,
             heartbeat_ns: nanos(builder.heartbeat),
             phases: builder.phases,
             poll,
+            spawner,
             devices,
             locals,
+            ids,
+            policies,
+            unsettled: false,
+            queue: VecDeque::new(),
+            spawning: 0,
+            limits,
+            ticks,
+            ram: Vec::new(),
             hooks,
             names,
             active: None,
             transitions: 0,
-            starting: Some(Starting { reply, deadline }),
+            starting,
             ending: None,
+            over: false,
             declarations: BTreeMap::new(),
             next_declaration: 1,
             events,
             paused_at: None,
         };
+        for (id, contact, files, unprovable) in all_found {
+            state.found_files(id, files, unprovable);
+            match contact {
+                Ok(contact) => state.welcome_found(id, contact),
+                Err(why) => state.not_found(id, why),
+            }
+        }
         // A machine without device processes has nobody to wait for.
+        state.watch();
         state.maybe_started();
+        state.settle();
         Ok(state)
     }
-}
-
-async fn device(
-    myself: &ActorRef<Message>,
-    id: ParticipantId,
-    spec: DeviceSpec,
-    channel: CoordinatorEnd,
-    process: DeviceProcess,
-) -> io::Result<Device> {
-    let tail = LogTail::default();
-    let pid = process.pid();
-    let pidfd = process.pidfd().try_clone_to_owned()?;
-    let origin = Origin { device: spec.name.clone(), incarnation: 1 };
-    let arguments =
-        Arguments { id, origin, process, tail: tail.clone(), coordinator: myself.clone() };
-    let (actor, _) = Actor::spawn_linked(None, DeviceActor, arguments, myself.get_cell())
-        .await
-        .map_err(io::Error::other)?;
-    Ok(Device {
-        id,
-        spec,
-        pid,
-        pidfd,
-        actor,
-        channel: Some(channel),
-        tail,
-        standing: Standing::Greeting,
-        hello: None,
-        state: MigrationState::Running,
-        progress: 0,
-        exit: None,
-        gone: false,
-        allowance: Allowance::new(),
-    })
 }
 
 fn answer(myself: &ActorRef<Message>) -> impl Fn(LocalAnswer) + Send + 'static {
@@ -220,16 +292,26 @@ fn hook_of(id: HookId, spec: &HookSpec) -> Hook {
 impl State {
     /// The machine runs when everybody has greeted and the whole is possible.
     pub(super) fn maybe_started(&mut self) {
-        if self.devices.iter().any(|device| device.standing != Standing::Ready) {
+        if self.devices.iter().any(|device| device.standing == Standing::Greeting) {
             return;
         }
-        let Some(Starting { reply, deadline }) = self.starting.take() else { return };
+        if !self.have_settled() {
+            return;
+        }
+        let Some(Starting { reply, deadline, .. }) = self.starting.take() else { return };
         deadline.abort();
         match self.plan(Operation::Pause).check() {
             Ok(()) => {
+                self.unsettled = true;
                 let machine = Machine::new(self.myself.clone(), &self.events);
+                let custody = self.custody().cloned();
+                // From here on the owner has it, and with it the decision.
+                custody.iter().for_each(|custody| custody.keep());
                 // Whoever has given up waiting drops the machine, and so ends it.
-                let _ = reply.send(Ok(machine));
+                if let Err(unheard) = reply.send(Ok(machine)) {
+                    custody.iter().for_each(|custody| custody.give_up());
+                    drop(unheard);
+                }
             }
             Err(source) => {
                 let error = StartError::Plan { device: self.in_the_way(&source), source };

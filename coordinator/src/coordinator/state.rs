@@ -1,25 +1,35 @@
 //! What the coordinator actor knows about its machine.
 
-use super::{Exits, Message};
+use super::keep::Kept;
+use super::roster::{Ids, Roster};
+use super::supervision::Care;
+use super::{Exits, Message, Reply, Request};
+use crate::description::{Deadlines, DeviceSpec};
 use crate::device::Message as DeviceMessage;
-use crate::error::{GreetingError, MachineError, StartError};
+use crate::error::{GreetingError, StartError};
+use crate::events::MachineEvent;
 use crate::logs::LogTail;
-use crate::machine::{Deadlines, DeviceSpec, DeviceStatus, Machine, MachineEvent, Status};
+use crate::machine::Machine;
 use crate::participant::LocalThread;
+use crate::policy::Policies;
 use crate::poll::Poll;
-use crate::process::Exit;
+use crate::process::{Exit, Spawner};
 use crate::recorder::Recorder;
 use crate::report::{Names, TransitionReport};
+use crate::status::{DeviceStanding, DeviceStatus, Status};
+use crate::watchdog::{Limits, Ticks};
 use ractor::{ActorId, ActorRef};
 use rustix::process::Signal;
 use standstill_protocol::channel::CoordinatorEnd;
-use standstill_protocol::message::{Command, Epoch, Hello, OrphanPolicy, PeerDma, Term};
+use standstill_protocol::message::{
+    Command, Epoch, FileIdentity, Hello, OrphanPolicy, PeerDma, Term,
+};
 use standstill_protocol::migration::{MigrationFlags, MigrationState};
 use standstill_protocol::transition::{
-    HeldReason, Hook, HookMoment, MachineState, OnFailure, Operation, ParticipantId, Phases, Timer,
-    Transition,
+    HeldReason, Hook, HookMoment, Loss, MachineState, OnFailure, Operation, ParticipantId, Phases,
+    Timer, Transition,
 };
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -40,33 +50,54 @@ pub(crate) struct State {
     pub(super) deadlines: Deadlines,
     pub(super) on_failure: OnFailure,
     pub(super) orphan: OrphanPolicy,
+    /// If the device processes outlive this coordinator.
+    pub(super) kept: Option<Kept>,
+    /// Another coordinator has the machine, with that term.
+    pub(super) superseded: Option<Term>,
     pub(super) heartbeat_ns: u64,
     pub(super) phases: Phases,
     pub(super) poll: Poll,
-    /// By participant number, from 0.
-    pub(super) devices: Vec<Device>,
-    /// Their participant numbers follow those of the devices.
+    /// Starts the processes of later incarnations.
+    pub(super) spawner: Spawner,
+    pub(super) devices: Roster,
+    /// By participant number.
     pub(super) locals: Vec<Local>,
+    pub(super) ids: Ids,
+    pub(super) policies: Policies,
+    /// Something may have to be done that no message is for: see [`State::settle`].
+    pub(super) unsettled: bool,
+    /// Requests that wait for the end of what is under way.
+    pub(super) queue: VecDeque<Request>,
+    /// How many processes are being started, or are being ended because nobody wants them.
+    pub(super) spawning: usize,
+    pub(super) limits: Limits,
+    /// `None` if there is nothing to look for.
+    pub(super) ticks: Option<Ticks>,
+    /// All RAM that was declared.
+    pub(super) ram: Vec<(FileIdentity, OwnedFd)>,
     pub(super) hooks: Vec<HookEntry>,
     pub(super) names: Names,
     pub(super) active: Option<Active>,
     pub(super) transitions: u64,
     pub(super) starting: Option<Starting>,
     pub(super) ending: Option<Ending>,
+    /// Everything has ended; nothing is begun any more.
+    pub(super) over: bool,
     pub(super) declarations: BTreeMap<u64, Declaration>,
     pub(super) next_declaration: u64,
     pub(super) events: broadcast::Sender<MachineEvent>,
     pub(super) paused_at: Option<Instant>,
 }
 
-/// One device process.
+/// One device, with its present process.
 pub(super) struct Device {
+    /// Of this incarnation.
     pub(super) id: ParticipantId,
     pub(super) spec: DeviceSpec,
-    pub(super) pid: u32,
-    /// Of its own, so that all can be killed at once.
-    pub(super) pidfd: OwnedFd,
-    pub(super) actor: ActorRef<DeviceMessage>,
+    /// How often it was started.
+    pub(super) incarnation: u64,
+    /// `None` if it could not be started.
+    pub(super) process: Option<Process>,
     /// `None` once it was read to its end.
     pub(super) channel: Option<CoordinatorEnd>,
     pub(super) tail: LogTail,
@@ -76,7 +107,52 @@ pub(super) struct Device {
     pub(super) progress: u64,
     pub(super) exit: Option<Exit>,
     pub(super) gone: bool,
+    /// In what way it was lost before this coordinator had it.
+    pub(super) lost_before: Option<Loss>,
     pub(super) allowance: Allowance,
+    pub(super) care: Care,
+}
+
+/// The process of a device.
+pub(super) struct Process {
+    pub(super) pid: u32,
+    /// Of its own, so that all can be killed at once.
+    pub(super) pidfd: OwnedFd,
+    pub(super) actor: ActorRef<DeviceMessage>,
+}
+
+impl Device {
+    /// A device whose process could not be started, or is still to be.
+    pub(super) fn without_process(id: ParticipantId, spec: DeviceSpec, why: String) -> Self {
+        Self {
+            id,
+            spec,
+            incarnation: 0,
+            process: None,
+            channel: None,
+            tail: LogTail::default(),
+            standing: Standing::Fenced(why),
+            hello: None,
+            state: MigrationState::Running,
+            progress: 0,
+            exit: None,
+            gone: true,
+            lost_before: None,
+            allowance: Allowance::new(),
+            care: Care::default(),
+        }
+    }
+
+    /// Tells the actor of the process something. One that is gone has killed its process.
+    pub(super) fn tell(&self, message: DeviceMessage) {
+        if let Some(process) = &self.process {
+            let _ = process.actor.cast(message);
+        }
+    }
+
+    pub(super) fn pid(&self) -> Option<u32> {
+        self.process.as_ref().map(|process| process.pid)
+    }
 }
 
 /// Whether a device process counts.
@@ -84,12 +160,16 @@ pub(super) struct Device {
 pub(super) enum Standing {
     /// It has not said Hello yet.
     Greeting,
+    /// It was welcomed, and is being brought to the machine's state.
+    Joining,
     /// It counts.
     Ready,
     /// It does not; its end is not proven yet.
     Lost(String),
     /// It does not, and nothing of it is left.
     Fenced(String),
+    /// It is in STOP, and its process is to end.
+    Leaving,
 }
 
 /// How much a device process may say that nobody has asked for: a number of messages a second.
@@ -151,7 +231,23 @@ pub(super) struct Active {
     pub(super) transition: Transition,
     pub(super) recorder: Recorder,
     pub(super) timers: Timers,
-    pub(super) reply: oneshot::Sender<Result<Arc<TransitionReport>, MachineError>>,
+    pub(super) purpose: Purpose,
+}
+
+/// Who wants a transition.
+pub(super) enum Purpose {
+    /// The owner.
+    Owner(Reply<Arc<TransitionReport>>),
+    /// Nobody but this device, which joins.
+    Join(ParticipantId),
+    /// Nobody but this device, which leaves.
+    Leave(ParticipantId),
+}
+
+impl Purpose {
+    pub(super) fn is_internal(&self) -> bool {
+        !matches!(self, Self::Owner(_))
+    }
 }
 
 /// Deadlines that run; they are forgotten with the transition.
@@ -183,6 +279,9 @@ impl Drop for Timers {
 pub(super) struct Starting {
     pub(super) reply: oneshot::Sender<Result<Machine, StartError>>,
     pub(super) deadline: AbortHandle,
+    /// Who has been welcomed and has not shown yet that it can outlive this coordinator; `None`
+    /// while some have still to be welcomed.
+    pub(super) settling: Option<BTreeSet<ParticipantId>>,
 }
 
 /// The end of a machine.
@@ -194,20 +293,28 @@ pub(super) struct Ending {
 /// Who waits for the end.
 pub(super) enum EndingReply {
     /// Whoever asked for it.
-    Owner(oneshot::Sender<Exits>),
+    Owner(Reply<Exits>),
     /// Whoever tried to start a machine of which one device did not start.
     Starter(oneshot::Sender<Result<Machine, StartError>>, ParticipantId, GreetingError),
     /// Whoever tried to start a machine that is not possible as a whole.
     Planner(oneshot::Sender<Result<Machine, StartError>>, StartError),
 }
 
-/// A memory declaration that is not in force everywhere yet.
+/// A declaration about memory that is not in force everywhere yet.
 pub(super) struct Declaration {
     pub(super) waiting: BTreeSet<ParticipantId>,
-    pub(super) reply: oneshot::Sender<Result<(), MachineError>>,
+    pub(super) purpose: Declared,
     pub(super) deadline: AbortHandle,
-    /// Kept open until every device has it.
-    pub(super) _ram: OwnedFd,
+}
+
+/// What about memory is declared.
+pub(super) enum Declared {
+    /// RAM, by the owner.
+    By(Reply<()>),
+    /// RAM, to this newcomer.
+    To(ParticipantId),
+    /// That what this device had is gone.
+    Gone(ParticipantId),
 }
 
 /// Casts a message to the coordinator actor after a time.
@@ -226,17 +333,20 @@ pub(super) fn cast_after(
 }
 
 impl State {
+    /// The device of that incarnation; `None` for an earlier one, which nobody listens to.
     pub(super) fn device(&mut self, id: ParticipantId) -> Option<&mut Device> {
-        self.devices.get_mut(usize::try_from(id.0).ok()?)
+        self.devices.get_mut(id)
     }
 
     pub(super) fn local(&mut self, id: ParticipantId) -> Option<&mut Local> {
-        let at = usize::try_from(id.0).ok()?.checked_sub(self.devices.len())?;
+        let at = self.locals.binary_search_by_key(&id, |local| local.id).ok()?;
         self.locals.get_mut(at)
     }
 
     pub(super) fn device_of_actor(&self, actor: ActorId) -> Option<&str> {
-        let device = self.devices.iter().find(|device| device.actor.get_id() == actor)?;
+        let is_of = |process: &Process| process.actor.get_id() == actor;
+        let mut devices = self.devices.iter();
+        let device = devices.find(|device| device.process.as_ref().is_some_and(is_of))?;
         Some(&device.spec.name)
     }
 
@@ -256,18 +366,31 @@ impl State {
 
     pub(super) fn status(&self) -> Status {
         let devices = self.devices.iter().map(|device| {
-            let (state, lost) = match &device.standing {
-                Standing::Ready => (Some(device.state), None),
-                Standing::Greeting => (None, None),
-                Standing::Lost(why) | Standing::Fenced(why) => (None, Some(why.clone())),
+            let (standing, lost) = match &device.standing {
+                Standing::Ready => (DeviceStanding::Ready, None),
+                Standing::Greeting => (DeviceStanding::Starting, None),
+                Standing::Joining => (DeviceStanding::Joining, None),
+                Standing::Leaving => (DeviceStanding::Leaving, None),
+                Standing::Lost(why) => (DeviceStanding::Lost, Some(why.clone())),
+                Standing::Fenced(why) => {
+                    let restarts = device.care.recovery.is_under_way();
+                    let fenced = DeviceStanding::Fenced;
+                    let standing = if restarts { DeviceStanding::Restarting } else { fenced };
+                    (standing, Some(why.clone()))
+                }
             };
+            let standing =
+                if device.care.leaving.is_some() { DeviceStanding::Leaving } else { standing };
+            let state = (device.standing == Standing::Ready).then_some(device.state);
             let kind = device.hello.as_ref().map_or_else(String::new, |hello| {
                 format!("{} {}", hello.kind, hello.program_version)
             });
             let name = device.spec.name.clone();
             DeviceStatus {
                 name,
-                pid: Some(device.pid),
+                pid: device.pid(),
+                incarnation: device.incarnation,
+                standing,
                 kind,
                 state,
                 lost,
@@ -277,6 +400,8 @@ impl State {
         let locals = self.locals.iter().map(|local| DeviceStatus {
             name: local.name.clone(),
             pid: None,
+            incarnation: 0,
+            standing: DeviceStanding::Ready,
             kind: "local".to_owned(),
             state: Some(local.state),
             lost: None,
@@ -293,10 +418,15 @@ impl State {
 
 impl Drop for State {
     fn drop(&mut self) {
+        if self.kept.as_ref().is_some_and(|kept| kept.custody.spares()) {
+            return;
+        }
         // All are killed before the first is waited for, which their actors' ends do.
         for device in self.devices.iter().filter(|device| device.exit.is_none()) {
-            // Fails only if it is gone.
-            let _ = rustix::process::pidfd_send_signal(&device.pidfd, Signal::KILL);
+            if let Some(process) = &device.process {
+                // Fails only if it is gone.
+                let _ = rustix::process::pidfd_send_signal(&process.pidfd, Signal::KILL);
+            }
         }
     }
 }

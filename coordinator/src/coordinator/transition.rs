@@ -1,11 +1,11 @@
 //! Runs a transition: the effects of the pure machine are carried out, what comes of them is fed
 //! back.
 
-use super::Message;
-use super::state::{Active, Local, Standing, State, Timers};
+use super::state::{Active, Device, Local, Purpose, Standing, State, Timers};
+use super::{Message, Reply};
 use crate::device::Message as DeviceActorMessage;
 use crate::error::MachineError;
-use crate::machine::MachineEvent;
+use crate::events::MachineEvent;
 use crate::participant::LocalAnswer;
 use crate::recorder::Recorder;
 use crate::report::{TransitionReport, nanos};
@@ -14,39 +14,19 @@ use standstill_protocol::message::{Command, CoordinatorMessage, PeerDma};
 use standstill_protocol::migration::{Activity, MigrationFlags};
 use standstill_protocol::transition::{
     Answer, Effect, Event, HeldReason, HookId, HookMoment, Loss, MachineState, Member, MemberKind,
-    OnLoss, Operation, Outcome, ParticipantId, Plan, PlanError, Timer, Transition,
+    OnFailure, OnLoss, Operation, Outcome, ParticipantId, Plan, PlanError, Timer, Transition,
 };
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tokio::sync::oneshot;
-
-type Reply = oneshot::Sender<Result<Arc<TransitionReport>, MachineError>>;
 
 impl State {
     /// What an operation would be for this machine as it is.
     pub(super) fn plan(&self, operation: Operation) -> Plan {
         let default = (self.deadlines.first_phase, self.deadlines.second_phase);
         let devices = self.devices.iter().filter_map(|device| {
-            let on_loss = match device.standing {
-                Standing::Ready => device.spec.on_loss,
-                // It was lost before; what is left is to prove it.
-                Standing::Lost(_) => OnLoss::ContinueWithout,
-                Standing::Greeting | Standing::Fenced(_) => return None,
-            };
-            let capabilities = device.hello.as_ref().map(|hello| hello.capabilities);
-            Some(Member {
-                id: device.id,
-                kind: MemberKind::Process,
-                state: device.state,
-                flags: capabilities.map_or(MigrationFlags::STOP_COPY, |c| c.migration),
-                peer_dma: capabilities.map_or(PeerDma::Possible, |c| c.peer_dma),
-                one_phase_allowed: device.spec.one_phase_allowed,
-                on_loss,
-                first_ns: nanos(device.spec.first_phase.unwrap_or(default.0)),
-                second_ns: nanos(device.spec.second_phase.unwrap_or(default.1)),
-                lease_ns: 0,
-            })
+            let counts = matches!(device.standing, Standing::Ready | Standing::Lost(_));
+            counts.then(|| self.member(device)).flatten()
         });
         let locals = self.locals.iter().filter(|local| !local.hung).map(|local| Member {
             id: local.id,
@@ -73,41 +53,108 @@ impl State {
         }
     }
 
+    /// What a device is to a transition; `None` if it has no process.
+    pub(super) fn member(&self, device: &Device) -> Option<Member> {
+        let default = (self.deadlines.first_phase, self.deadlines.second_phase);
+        let lost = match device.standing {
+            Standing::Ready | Standing::Greeting | Standing::Joining => false,
+            // It was lost before; what is left is to prove it.
+            Standing::Lost(_) => true,
+            Standing::Fenced(_) | Standing::Leaving => return None,
+        };
+        let on_loss = match lost {
+            true => OnLoss::ContinueWithout,
+            false => self.policies.in_transition(&device.spec),
+        };
+        let capabilities = device.hello.as_ref().map(|hello| hello.capabilities);
+        Some(Member {
+            id: device.id,
+            kind: MemberKind::Process,
+            state: device.state,
+            flags: capabilities.map_or(MigrationFlags::STOP_COPY, |c| c.migration),
+            peer_dma: capabilities.map_or(PeerDma::Possible, |c| c.peer_dma),
+            // One that is lost is told nothing.
+            one_phase_allowed: device.spec.one_phase_allowed || lost,
+            on_loss,
+            first_ns: nanos(device.spec.first_phase.unwrap_or(default.0)),
+            second_ns: nanos(device.spec.second_phase.unwrap_or(default.1)),
+            lease_ns: 0,
+        })
+    }
+
     /// The owner asks for a transition.
-    pub(super) fn begin(&mut self, operation: Operation, reply: Reply) {
+    pub(super) fn begin(&mut self, operation: Operation, reply: Reply<Arc<TransitionReport>>) {
         match self.admit(operation) {
             Ok(transition) => {
-                let began = Instant::now();
-                self.transitions += 1;
-                let members = self.devices.iter().map(|d| (d.id, d.spec.name.clone(), d.state));
-                let locals = self.locals.iter().map(|l| (l.id, l.name.clone(), l.state));
-                let recorder = Recorder::new(
-                    operation,
-                    (self.term, transition.epoch()),
-                    began,
-                    members.chain(locals).filter(|(id, ..)| transition.state(*id).is_some()),
-                    self.names.clone(),
-                );
-                self.active = Some(Active {
-                    number: self.transitions,
-                    operation,
-                    transition,
-                    recorder,
-                    timers: Timers::default(),
-                    reply,
-                });
-                let lost: Vec<_> = self
-                    .devices
-                    .iter()
-                    .filter(|device| matches!(device.standing, Standing::Lost(_)))
-                    .map(|device| Event::Lost(device.id, Loss::Exited))
-                    .collect();
-                // Those that are lost already are not told anything.
-                for event in lost.into_iter().chain([Event::Begin]) {
-                    self.feed(event);
-                }
+                let epoch = transition.epoch();
+                self.emit(MachineEvent::TransitionBegan { operation, epoch });
+                self.carry_on(operation, transition, Purpose::Owner(reply));
             }
             Err(error) => drop(reply.send(Err(error))),
+        }
+    }
+
+    /// A device is moved by itself, on its way into the machine or out of it.
+    pub(super) fn begin_internal(
+        &mut self,
+        id: ParticipantId,
+        operation: Operation,
+        purpose: Purpose,
+    ) {
+        let Some(member) = self.devices.get(id).and_then(|device| self.member(device)) else {
+            return;
+        };
+        let plan = Plan {
+            operation,
+            term: self.term,
+            epoch: self.epoch.next(),
+            members: vec![Member { on_loss: OnLoss::Fail, ..member }],
+            hooks: Vec::new(),
+            phases: self.phases,
+            on_failure: OnFailure::Rollback,
+            undo_ns: nanos(self.deadlines.undo),
+            fence_ns: nanos(self.deadlines.fence),
+        };
+        match Transition::new(plan) {
+            Ok(transition) => self.carry_on(operation, transition, purpose),
+            Err(error) => {
+                self.lost(id, Loss::Refused, error.to_string());
+                if let Purpose::Leave(id) = purpose {
+                    self.leaver_moved(id);
+                }
+            }
+        }
+    }
+
+    fn carry_on(&mut self, operation: Operation, transition: Transition, purpose: Purpose) {
+        let began = Instant::now();
+        self.transitions += 1;
+        let members = self.devices.iter().map(|d| (d.id, d.spec.name.clone(), d.state));
+        let locals = self.locals.iter().map(|l| (l.id, l.name.clone(), l.state));
+        let recorder = Recorder::new(
+            operation,
+            (self.term, transition.epoch()),
+            began,
+            members.chain(locals).filter(|(id, ..)| transition.state(*id).is_some()),
+            self.names.clone(),
+        );
+        self.active = Some(Active {
+            number: self.transitions,
+            operation,
+            transition,
+            recorder,
+            timers: Timers::default(),
+            purpose,
+        });
+        let lost: Vec<_> = self
+            .devices
+            .iter()
+            .filter(|device| matches!(device.standing, Standing::Lost(_)))
+            .map(|device| Event::Lost(device.id, device.lost_before.unwrap_or(Loss::Exited)))
+            .collect();
+        // Those that are lost already are not told anything.
+        for event in lost.into_iter().chain([Event::Begin]) {
+            self.feed(event);
         }
     }
 
@@ -128,10 +175,31 @@ impl State {
         if under_way.is_some() || !possible || self.ending.is_some() {
             return Err(MachineError::State { operation, machine: self.machine, under_way });
         }
+        if operation == Operation::Resume {
+            self.nobody_is_missing()?;
+        }
         Transition::new(self.plan(operation)).map_err(|source| {
             let device = self.in_the_way(&source);
             MachineError::Plan { device, source }
         })
+    }
+
+    /// Whether every device is there that the machine must not run without.
+    fn nobody_is_missing(&self) -> Result<(), MachineError> {
+        for device in self.devices.iter() {
+            let missed = !device.care.added
+                && device.care.leaving.is_none()
+                && !self.policies.may_be_missing(&device.spec);
+            let why = match &device.standing {
+                Standing::Lost(why) | Standing::Fenced(why) => why.clone(),
+                Standing::Greeting | Standing::Joining => "it is being restarted".to_owned(),
+                Standing::Ready | Standing::Leaving => continue,
+            };
+            if missed {
+                return Err(MachineError::Missing { device: device.spec.name.clone(), why });
+            }
+        }
+        Ok(())
     }
 
     /// The name of the participant or hook that a plan fails for.
@@ -145,7 +213,10 @@ impl State {
     }
 
     pub(super) fn cancel(&mut self) {
-        self.feed(Event::Cancel);
+        self.cancel_queued();
+        if self.active.as_ref().is_some_and(|active| !active.purpose.is_internal()) {
+            self.feed(Event::Cancel);
+        }
     }
 
     pub(super) fn timer_expired(&mut self, number: u64, timer: Timer) {
@@ -289,8 +360,12 @@ impl State {
         // What was seen says more than the kind of loss.
         let detail = match &device.standing {
             Standing::Lost(text) | Standing::Fenced(text) => text.clone(),
-            Standing::Greeting | Standing::Ready => contradiction.unwrap_or(why.to_string()),
+            _ => contradiction.unwrap_or(why.to_string()),
         };
+        let counted = matches!(device.standing, Standing::Ready | Standing::Joining);
+        if counted {
+            self.tell_loss(id, why, &detail);
+        }
         if let Some(active) = &mut self.active {
             active.recorder.fencing(id, why, detail.clone());
         }
@@ -298,10 +373,11 @@ impl State {
         match &device.standing {
             Standing::Fenced(_) => events.push_back(Event::Fenced(id)),
             _ => {
-                device.standing = Standing::Lost(detail);
-                tracing::warn!(device = device.spec.name, %why, "fencing");
+                device.standing = Standing::Lost(detail.clone());
+                self.memory_lost(id, &detail);
+                let Some(device) = self.device(id) else { return };
                 // An actor that is gone cannot prove anything: the grace decides.
-                let _ = device.actor.cast(DeviceActorMessage::Fence);
+                device.tell(DeviceActorMessage::Fence);
             }
         }
     }
@@ -365,11 +441,15 @@ impl State {
 
     fn finish(&mut self, outcome: Outcome) {
         let Some(active) = self.active.take() else { return };
+        self.unsettled = true;
         self.epoch = active.transition.epoch();
-        for device in &mut self.devices {
+        for device in self.devices.iter_mut() {
             if let Some(state) = active.transition.state(device.id) {
                 device.state = state;
             }
+        }
+        if active.purpose.is_internal() {
+            return self.finish_internal(active, &outcome);
         }
         for local in &mut self.locals {
             if let Some(state) = active.transition.state(local.id) {
@@ -382,7 +462,8 @@ impl State {
             }
         }
         self.machine = match (&outcome, active.operation) {
-            (Outcome::Done, Operation::Resume) => MachineState::Running,
+            (Outcome::Done, Operation::Resume)
+            | (Outcome::Done | Outcome::RolledBack, Operation::TakeOver) => MachineState::Running,
             (Outcome::Done | Outcome::Stopped, _) => MachineState::Stopped,
             (Outcome::RolledBack, _) => self.machine,
             (Outcome::Degraded { machine, .. }, _) => *machine,
@@ -401,7 +482,14 @@ impl State {
             self.machine = MachineState::Stopped;
         }
         let downtime_ns = self.downtime(&active);
-        let Active { transition, recorder, reply, .. } = active;
+        let unproven = self.held.iter().filter_map(|reason| match reason {
+            HeldReason::FenceUnproven(id) => Some(*id),
+            _ => None,
+        });
+        for id in unproven.collect::<Vec<_>>() {
+            self.fence_expired(id);
+        }
+        let Active { transition, recorder, purpose, .. } = active;
         let report = Arc::new(recorder.finish(&transition, outcome, self.machine, downtime_ns));
         for line in report.failure_lines() {
             tracing::warn!(operation = %report.operation, "{line}");
@@ -413,8 +501,43 @@ impl State {
             "transition ended"
         );
         self.emit(MachineEvent::Transition(Arc::clone(&report)));
-        // Whoever asked may have given up; the machine is where it is all the same.
-        let _ = reply.send(Ok(report));
+        if let Purpose::Owner(reply) = purpose {
+            // Whoever asked may have given up; the machine is where it is all the same.
+            let _ = reply.send(Ok(report));
+        }
+    }
+
+    /// A device was moved by itself: the machine is where it was.
+    fn finish_internal(&mut self, active: Active, outcome: &Outcome) {
+        let Active { operation, transition, recorder, purpose, .. } = active;
+        let report = recorder.finish(&transition, outcome.clone(), self.machine, None);
+        tracing::debug!(%report, "a device was moved by itself");
+        let text = report.failure_lines().join("; ");
+        if let Outcome::Held { reasons, .. } = outcome {
+            let unproven = reasons.iter().copied().filter(|reason| match reason {
+                HeldReason::FenceUnproven(id) => self
+                    .devices
+                    .get(*id)
+                    .is_some_and(|device| matches!(device.standing, Standing::Lost(_))),
+                _ => false,
+            });
+            let unproven: Vec<_> = unproven.collect();
+            for reason in &unproven {
+                if let HeldReason::FenceUnproven(id) = reason {
+                    self.fence_expired(*id);
+                }
+            }
+            // Something may run in a machine that is to stand.
+            if self.machine == MachineState::Stopped && !unproven.is_empty() {
+                self.machine = MachineState::Held;
+                self.held = unproven;
+            }
+        }
+        match purpose {
+            Purpose::Join(id) => self.newcomer_moved(id, operation, outcome, &text),
+            Purpose::Leave(id) => self.leaver_moved(id),
+            Purpose::Owner(_) => {}
+        }
     }
 
     /// What is left of a reason at the end of the hold: some of it may be proven by then.

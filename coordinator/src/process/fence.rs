@@ -11,11 +11,13 @@
 //! process has ended.
 
 use super::{DeviceProcess, Exit};
+use crate::record::FileRecord;
 use rustix::fs::{FileType, FlockOperation, Mode, OFlags};
 use rustix::io::Errno;
 use standstill_protocol::channel::close_at_once;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::PathBuf;
 use thiserror::Error;
 
 /// A file or block device that a device process writes to, opened anew, so that our lock on it is
@@ -23,6 +25,8 @@ use thiserror::Error;
 #[derive(Debug)]
 pub struct BackingFile {
     file: OwnedFd,
+    /// Where it was when it was opened, if that can be told.
+    path: Option<PathBuf>,
     device: u64,
     inode: u64,
 }
@@ -53,9 +57,67 @@ pub enum BackingFileError {
         /// Why not.
         source: io::Error,
     },
+    /// It was recorded by another coordinator without its path.
+    #[error("recorded backing file {device:#x}:{inode} has no path by which it could be found")]
+    NoPath {
+        /// Its `st_dev`.
+        device: u64,
+        /// Its `st_ino`.
+        inode: u64,
+    },
+    /// It was recorded by another coordinator, and there is no such file any more.
+    #[error("cannot open recorded backing file {path}: {source}")]
+    Open {
+        /// Where it was.
+        path: String,
+        /// Why not.
+        source: io::Error,
+    },
+    /// It was recorded by another coordinator, and another file is there now.
+    #[error(
+        "recorded backing file {path} is file {}:{} now, expected {}:{}",
+        found.0, found.1, expected.0, expected.1
+    )]
+    Changed {
+        /// Where it was.
+        path: String,
+        /// `st_dev` and `st_ino` of what is there.
+        found: (u64, u64),
+        /// Those of the backing file.
+        expected: (u64, u64),
+    },
 }
 
 impl BackingFile {
+    /// Opens a file that another coordinator has recorded, if it is still the same one.
+    ///
+    /// # Errors
+    ///
+    /// [`BackingFileError`].
+    pub fn find(record: &FileRecord) -> Result<Self, BackingFileError> {
+        let FileRecord { path, device, inode } = record;
+        let expected = (*device, *inode);
+        let Some(path) = path else {
+            return Err(BackingFileError::NoPath { device: expected.0, inode: expected.1 });
+        };
+        let file = rustix::fs::open(path, REOPEN, Mode::empty())
+            .map_err(|errno| BackingFileError::Open { path: path.clone(), source: errno.into() })?;
+        let found = examine(&file)?;
+        if found != expected {
+            let path = path.clone();
+            return Err(BackingFileError::Changed { path, found, expected });
+        }
+        let (device, inode) = found;
+        Ok(Self { file, path: Some(path.into()), device, inode })
+    }
+
+    /// What a later coordinator needs to find the file again.
+    #[must_use]
+    pub fn record(&self) -> FileRecord {
+        let path = self.path.as_deref().and_then(|path| path.to_str()).map(str::to_owned);
+        FileRecord { path, device: self.device, inode: self.inode }
+    }
+
     /// Opens the file again and closes the received fd, which would keep the device's own lock
     /// alive.
     ///
@@ -63,24 +125,21 @@ impl BackingFile {
     ///
     /// [`BackingFileError`]; the received fd is closed then, too.
     pub fn reopen(received: OwnedFd) -> Result<Self, BackingFileError> {
-        let status = rustix::fs::fstat(&received)
-            .map_err(|errno| BackingFileError::Examine { source: errno.into() })?;
-        match FileType::from_raw_mode(status.st_mode) {
-            FileType::RegularFile | FileType::BlockDevice => {}
-            other => {
+        let (device, inode) = match examine(&received) {
+            Ok(found) => found,
+            Err(error) => {
                 close_at_once(received);
-                return Err(BackingFileError::Kind { found: kind_name(other) });
+                return Err(error);
             }
-        }
-        let (device, inode) = (status.st_dev, status.st_ino);
-        // O_NONBLOCK: a lease that somebody holds on the file must not hold us up.
-        let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC | OFlags::NOCTTY;
-        let path = format!("/proc/self/fd/{}", received.as_raw_fd());
-        let file = rustix::fs::open(path, flags, Mode::empty())
+        };
+        let link = format!("/proc/self/fd/{}", received.as_raw_fd());
+        let file = rustix::fs::open(&link, REOPEN, Mode::empty())
             .map_err(|errno| BackingFileError::Reopen { device, inode, source: errno.into() })?;
+        // Of a file without a name it is one that leads nowhere, which is seen when it is needed.
+        let path = std::fs::read_link(&link).ok();
         // Whatever else happens: as long as this one is open, the device's lock stays.
         drop(received);
-        Ok(Self { file, device, inode })
+        Ok(Self { file, path, device, inode })
     }
 
     /// True if somebody holds a lock on the file. A running device must, on each of its backing
@@ -117,6 +176,21 @@ impl Drop for BackingFile {
     /// until it executes its program, and the lock would last as long.
     fn drop(&mut self) {
         self.unlock();
+    }
+}
+
+/// How a backing file is opened: `O_NONBLOCK`, since a lease that somebody holds on the file must
+/// not hold us up.
+const REOPEN: OFlags =
+    OFlags::RDONLY.union(OFlags::NONBLOCK).union(OFlags::CLOEXEC).union(OFlags::NOCTTY);
+
+/// Which file it is, if it can be a backing file.
+fn examine(file: &OwnedFd) -> Result<(u64, u64), BackingFileError> {
+    let status = rustix::fs::fstat(file)
+        .map_err(|errno| BackingFileError::Examine { source: errno.into() })?;
+    match FileType::from_raw_mode(status.st_mode) {
+        FileType::RegularFile | FileType::BlockDevice => Ok((status.st_dev, status.st_ino)),
+        other => Err(BackingFileError::Kind { found: kind_name(other) }),
     }
 }
 

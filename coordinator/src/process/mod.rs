@@ -9,15 +9,18 @@
 //! [`DeviceProcess::pidfd`] in it and asks again when it is readable.
 #![forbid(unsafe_code)]
 
+mod adopt;
 mod fence;
 mod spawn;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use adopt::open as open_recorded;
 pub use fence::{BackingFile, BackingFileError, Fence, FenceProgress, FenceProof};
 pub use rustix::process::Signal;
 pub use spawn::{ProcessSpec, SpawnError, Spawner};
 
+use crate::custody::Custody;
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 use rustix::process::{Pid, WaitId, WaitIdOptions, WaitIdStatus};
@@ -25,6 +28,7 @@ use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// How long dropping a [`DeviceProcess`] waits for the end of the process that it killed.
@@ -88,11 +92,15 @@ impl fmt::Display for Exit {
     }
 }
 
-/// A child process that runs a device, and the duty to end it.
+/// A process that runs a device, and the duty to end it: a child, or one that another coordinator
+/// has left behind, of which nobody here learns how it ends.
 ///
 /// Dropping it fences in the small: SIGKILL, then a wait of at most [`DROP_GRACE`], then the reap.
 /// A process that takes longer to die (it hangs in the kernel) is reaped later by the spawning
 /// thread, so that no zombie stays. A drop does not wait for backing files: see [`Fence`].
+///
+/// One that is to outlive its coordinator lives on when it is dropped, and is not killed any more
+/// once another coordinator has it.
 #[derive(Debug)]
 pub struct DeviceProcess {
     program: PathBuf,
@@ -100,11 +108,23 @@ pub struct DeviceProcess {
     pidfd: OwnedFd,
     stderr: Option<OwnedFd>,
     exit: Option<Exit>,
+    /// If it is to outlive this program.
+    custody: Option<Arc<Custody>>,
 }
 
 impl DeviceProcess {
     fn new(program: PathBuf, pid: Pid, pidfd: OwnedFd, stderr: OwnedFd) -> Self {
-        Self { program, pid, pidfd, stderr: Some(stderr), exit: None }
+        Self { program, pid, pidfd, stderr: Some(stderr), exit: None, custody: None }
+    }
+
+    /// It is to outlive this program, as long as it is this program's.
+    pub(crate) fn place_under(&mut self, custody: Arc<Custody>) {
+        self.custody = Some(custody);
+    }
+
+    /// How this program holds a process that is to outlive it.
+    pub(crate) fn custody(&self) -> Option<&Custody> {
+        self.custody.as_deref()
     }
 
     /// The program as it was named in its [`ProcessSpec`].
@@ -154,10 +174,15 @@ impl DeviceProcess {
     /// # Errors
     ///
     /// Whatever `pidfd_send_signal(2)` says, such as `EPERM` for a program with more rights than
-    /// this one.
+    /// this one. Of a process that is to outlive this program also a
+    /// [`ControlDirectoryError`](crate::control_directory::ControlDirectoryError), if another
+    /// coordinator has it or that cannot be found out; nothing was sent then.
     pub fn signal(&self, signal: Signal) -> io::Result<()> {
         if self.exit.is_some() {
             return Ok(());
+        }
+        if let Some(custody) = &self.custody {
+            custody.check().map_err(io::Error::other)?;
         }
         match rustix::process::pidfd_send_signal(&self.pidfd, signal) {
             Ok(()) | Err(Errno::SRCH) => Ok(()),
@@ -212,6 +237,12 @@ impl AsFd for DeviceProcess {
 impl Drop for DeviceProcess {
     fn drop(&mut self) {
         if self.exit.is_some() {
+            return;
+        }
+        if self.custody.as_ref().is_some_and(|custody| custody.spares()) {
+            if let Ok(pidfd) = self.pidfd.try_clone() {
+                spawn::reap_when_it_ends(pidfd);
+            }
             return;
         }
         if let Err(error) = self.kill() {

@@ -17,7 +17,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions};
 use std::collections::BTreeMap;
 use std::ffi::{CString, OsStr, OsString};
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
@@ -27,6 +27,8 @@ use thiserror::Error;
 
 /// How often the thread looks after processes that did not end within their grace.
 const REAP_INTERVAL: Duration = Duration::from_millis(100);
+/// How often it looks after children that live on although their machine was dropped.
+const SPARED_INTERVAL: Duration = Duration::from_secs(2);
 
 /// Which program to start, and how.
 ///
@@ -178,6 +180,13 @@ pub(super) fn reap_later(pid: Pid) {
     }
 }
 
+/// Leaves a process that lives on, and may be a child, to the spawning thread.
+pub(super) fn reap_when_it_ends(pidfd: OwnedFd) {
+    if let Ok(thread) = SpawnThread::get() {
+        let _ = thread.jobs.send(Job::Spared(pidfd));
+    }
+}
+
 /// The way to the spawning thread, and whose thread it is.
 #[derive(Clone, Debug)]
 struct SpawnThread {
@@ -209,6 +218,7 @@ enum Job {
         reply: mpsc::SyncSender<Result<DeviceProcess, SpawnError>>,
     },
     Reap(Pid),
+    Spared(OwnedFd),
 }
 
 /// The spawning thread.
@@ -216,11 +226,13 @@ fn work(queue: &Receiver<Job>) {
     // Killed, but not ended when their owners gave up waiting. Their pids cannot be reused before
     // they are reaped here.
     let mut dying: Vec<Pid> = Vec::new();
+    // These live on, and may be reaped by whoever takes them over in this program.
+    let mut spared: Vec<OwnedFd> = Vec::new();
     loop {
-        let job = if dying.is_empty() {
-            queue.recv().map_err(|_| RecvTimeoutError::Disconnected)
-        } else {
-            queue.recv_timeout(REAP_INTERVAL)
+        let job = match (dying.is_empty(), spared.is_empty()) {
+            (true, true) => queue.recv().map_err(|_| RecvTimeoutError::Disconnected),
+            (true, false) => queue.recv_timeout(SPARED_INTERVAL),
+            (false, _) => queue.recv_timeout(REAP_INTERVAL),
         };
         match job {
             Ok(Job::Spawn { image, stdin, reply }) => {
@@ -228,6 +240,7 @@ fn work(queue: &Receiver<Job>) {
                 let _ = reply.send(image.start(stdin, &mut dying));
             }
             Ok(Job::Reap(pid)) => dying.push(pid),
+            Ok(Job::Spared(pidfd)) => spared.push(pidfd),
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => return,
         }
@@ -237,6 +250,11 @@ fn work(queue: &Receiver<Job>) {
                 rustix::process::waitid(WaitId::Pid(pid), options),
                 Ok(None) | Err(Errno::INTR)
             )
+        });
+        spared.retain(|pidfd| {
+            let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG;
+            let id = WaitId::PidFd(pidfd.as_fd());
+            matches!(rustix::process::waitid(id, options), Ok(None) | Err(Errno::INTR))
         });
     }
 }

@@ -25,6 +25,7 @@
 //! - [`gate`]: holds a device, a local device or a hook until a test lets it go;
 //! - [`participant`]: hooks and local devices that write to the trace;
 //! - [`deadline`]: calls must end in time;
+//! - [`pilot`]: a coordinator in a process of its own, to be killed or stopped;
 //! - [`process`]: processes must be gone, and none of them a zombie.
 //!
 //! Checks panic where they fail, as tests do.
@@ -34,6 +35,7 @@
 pub mod deadline;
 pub mod gate;
 pub mod participant;
+pub mod pilot;
 pub mod process;
 pub mod script;
 pub mod trace;
@@ -41,8 +43,9 @@ pub mod trace;
 pub use deadline::{GRACE, within};
 pub use gate::{Gate, GateKey};
 pub use participant::{TracedHook, TracedLocal};
+pub use pilot::{Course, Pilot};
 pub use process::Processes;
-pub use script::{Forgery, Packet, Script, Step, Trigger};
+pub use script::{Forgery, Packet, Pulse, Script, Step, Trigger};
 pub use trace::{Call, Entry, Trace, What};
 
 /// An error and all its sources, as one line.

@@ -27,7 +27,7 @@ use crate::gate::{Gate, GateKey};
 use crate::trace::Trace;
 use serde::{Deserialize, Serialize};
 use standstill_coordinator::DeviceSpec;
-use standstill_protocol::message::{PeerDma, Phase, VERSIONS, VersionRange};
+use standstill_protocol::message::{FileIdentity, PeerDma, Phase, VERSIONS, VersionRange};
 use standstill_protocol::migration::MigrationFlags;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -50,6 +50,10 @@ pub struct Script {
     /// A backing file that it declares, so that a fence needs the lock of it. It does not take
     /// that lock itself: who holds it, holds the fence up.
     pub backing_file: Option<PathBuf>,
+    /// The files that it claims to have its memory in.
+    pub memory: Vec<FileIdentity>,
+    /// Whether it claims that its signs of life tell its progress.
+    pub progress: bool,
     /// What it does otherwise than it should.
     pub cues: Vec<Cue>,
 }
@@ -61,6 +65,8 @@ pub struct Cue {
     pub trigger: Trigger,
     /// The how-manieth of its kind, from 1; each if 0.
     pub nth: u32,
+    /// In which incarnation of the device (by the trace), from 1; in each if 0.
+    pub incarnation: u32,
     /// What is done instead of the honest answer.
     pub steps: Vec<Step>,
 }
@@ -103,6 +109,11 @@ pub enum Step {
     Delay(Duration),
     /// Goes on when the gate is open; meanwhile as with [`Step::Delay`].
     Hold(GateKey),
+    /// Begins to carry the command out, and is on the way until the gate is open. Messages are
+    /// read meanwhile; an arc that was begun is finished. To [`Trigger::Phase`] only.
+    Linger(GateKey),
+    /// From now on its signs of life say this of its data threads.
+    Pulse(Pulse),
     /// Stops itself by SIGSTOP.
     Freeze,
     /// Exits with this status.
@@ -123,6 +134,17 @@ impl Step {
     }
 }
 
+/// What signs of life say of the data threads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Pulse {
+    /// They have nothing to do, and do nothing.
+    Idle,
+    /// They have something to do, and do it.
+    Working,
+    /// They have something to do, and do not do it.
+    Hanging,
+}
+
 /// A packet that should not be sent, or not now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Packet {
@@ -136,6 +158,8 @@ pub enum Packet {
     Truncated,
     /// A sign of life with 20 file descriptors.
     ManyFds,
+    /// That another coordinator has the device, with term 99.
+    Superseded,
     /// An ack that is forged.
     Forged(Forgery),
 }
@@ -188,6 +212,8 @@ impl Script {
             peer_dma: PeerDma::Possible,
             versions: VERSIONS,
             backing_file: None,
+            memory: Vec::new(),
+            progress: false,
             cues: Vec::new(),
         }
     }
@@ -207,7 +233,34 @@ impl Script {
         steps: impl IntoIterator<Item = Step>,
     ) -> Self {
         let steps = steps.into_iter().collect();
-        self.cues.push(Cue { trigger: trigger.into(), nth, steps });
+        self.cues.push(Cue { trigger: trigger.into(), nth, incarnation: 0, steps });
+        self
+    }
+
+    /// Does these steps instead in one incarnation of the device (from 1), each time.
+    #[must_use]
+    pub fn on_in(
+        mut self,
+        incarnation: u32,
+        trigger: impl Into<Trigger>,
+        steps: impl IntoIterator<Item = Step>,
+    ) -> Self {
+        let steps = steps.into_iter().collect();
+        self.cues.push(Cue { trigger: trigger.into(), nth: 0, incarnation, steps });
+        self
+    }
+
+    /// Claims to have its memory in these files.
+    #[must_use]
+    pub fn memory(mut self, files: impl IntoIterator<Item = FileIdentity>) -> Self {
+        self.memory.extend(files);
+        self
+    }
+
+    /// Claims that its signs of life tell its progress; [`Step::Pulse`] says what they tell.
+    #[must_use]
+    pub fn progress(mut self) -> Self {
+        self.progress = true;
         self
     }
 
@@ -225,6 +278,14 @@ impl Script {
         self
     }
 
+    /// A device of a machine that another process starts: see [`Pilot`](crate::Pilot).
+    #[must_use]
+    pub fn named(mut self, name: &str, trace: &Trace) -> Self {
+        name.clone_into(&mut self.name);
+        self.trace = Some(trace.path().to_owned());
+        self
+    }
+
     /// Declares a backing file; see [`Script::backing_file`](field@Script::backing_file).
     #[must_use]
     pub fn backing_file(mut self, path: impl Into<PathBuf>) -> Self {
@@ -232,13 +293,14 @@ impl Script {
         self
     }
 
-    /// The steps at the `nth` message of that kind, if they are not the honest answer.
+    /// The steps at the `nth` message of that kind in that incarnation, if they are not the honest
+    /// answer.
     #[must_use]
-    pub fn steps(&self, trigger: Trigger, nth: u32) -> Option<&[Step]> {
-        let cue = self
-            .cues
-            .iter()
-            .find(|cue| cue.trigger == trigger && (cue.nth == 0 || cue.nth == nth))?;
+    pub fn steps(&self, incarnation: u32, trigger: Trigger, nth: u32) -> Option<&[Step]> {
+        let fits = |wanted: u32, is: u32| wanted == 0 || wanted == is;
+        let cue = self.cues.iter().find(|cue| {
+            cue.trigger == trigger && fits(cue.nth, nth) && fits(cue.incarnation, incarnation)
+        })?;
         Some(&cue.steps)
     }
 
@@ -247,11 +309,18 @@ impl Script {
     /// # Errors
     ///
     /// If the program is not there.
-    pub fn device(mut self, name: &str, trace: &Trace) -> Result<DeviceSpec, RogueError> {
-        name.clone_into(&mut self.name);
-        self.trace = Some(trace.path().to_owned());
-        let argument = serde_json::to_string(&self)?;
-        Ok(DeviceSpec::new(name, rogue_device()?).arg(argument))
+    pub fn device(self, name: &str, trace: &Trace) -> Result<DeviceSpec, RogueError> {
+        self.named(name, trace).spec()
+    }
+
+    /// A device of a machine, of the name that the script has.
+    ///
+    /// # Errors
+    ///
+    /// If the program is not there.
+    pub fn spec(&self) -> Result<DeviceSpec, RogueError> {
+        let argument = serde_json::to_string(self)?;
+        Ok(DeviceSpec::new(&self.name, rogue_device()?).arg(argument))
     }
 }
 
@@ -262,9 +331,14 @@ impl Script {
 ///
 /// If it is in neither.
 pub fn rogue_device() -> Result<PathBuf, RogueError> {
+    program("rogue-device")
+}
+
+/// Where a program of this package is, as [`rogue_device`].
+pub(crate) fn program(name: &str) -> Result<PathBuf, RogueError> {
     let test = std::env::current_exe().map_err(RogueError::Lost)?;
     let folders = test.ancestors().skip(1).take(2);
-    let programs: Vec<_> = folders.map(|folder: &Path| folder.join("rogue-device")).collect();
+    let programs: Vec<_> = folders.map(|folder: &Path| folder.join(name)).collect();
     match programs.iter().find(|program| program.is_file()) {
         Some(program) => Ok(program.clone()),
         None => Err(RogueError::Missing(programs.into_iter().next_back().unwrap_or_default())),
@@ -292,9 +366,16 @@ mod tests {
     fn the_nth_message_finds_its_cue() {
         let script =
             Script::honest().on_nth(Phase::Stop, 2, [Step::Crash]).on(Phase::Start, [Step::Freeze]);
-        assert_eq!(script.steps(Phase::Stop.into(), 1), None);
-        assert_eq!(script.steps(Phase::Stop.into(), 2), Some(&[Step::Crash][..]));
-        assert_eq!(script.steps(Phase::Stop.into(), 3), None);
-        assert_eq!(script.steps(Phase::Start.into(), 9), Some(&[Step::Freeze][..]));
+        assert_eq!(script.steps(1, Phase::Stop.into(), 1), None);
+        assert_eq!(script.steps(1, Phase::Stop.into(), 2), Some(&[Step::Crash][..]));
+        assert_eq!(script.steps(1, Phase::Stop.into(), 3), None);
+        assert_eq!(script.steps(7, Phase::Start.into(), 9), Some(&[Step::Freeze][..]));
+    }
+
+    #[test]
+    fn a_cue_of_one_incarnation_is_for_no_other() {
+        let script = Script::honest().on_in(2, Phase::Stop, [Step::Crash]);
+        assert_eq!(script.steps(1, Phase::Stop.into(), 1), None);
+        assert_eq!(script.steps(2, Phase::Stop.into(), 5), Some(&[Step::Crash][..]));
     }
 }

@@ -81,6 +81,16 @@ pub enum What {
         /// Number of the revocation.
         sequence: u64,
     },
+    /// Another coordinator has the device.
+    TakenOver {
+        /// Its term.
+        term: u64,
+    },
+    /// A command was received that names another term than that of the device's coordinator.
+    Stale {
+        /// The term that it names.
+        term: u64,
+    },
     /// A hook was called.
     Called(Call),
     /// A hook is about to return.
@@ -231,6 +241,13 @@ impl Trace {
     pub fn reached(&self, phase: Phase) -> Vec<Entry> {
         let is = |what: &What| matches!(what, What::Reached { phase: p, .. } if *p == phase);
         self.entries().into_iter().filter(|entry| is(&entry.what)).collect()
+    }
+
+    /// How often somebody's process was begun so far.
+    #[must_use]
+    pub fn incarnations(&self, who: &str) -> usize {
+        let began = |entry: &Entry| entry.who == who && matches!(entry.what, What::Began { .. });
+        self.entries().into_iter().filter(began).count()
     }
 
     /// Where somebody said last that it is; `None` if it has answered nothing.

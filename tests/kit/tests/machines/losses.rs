@@ -52,15 +52,24 @@ async fn a_machine_goes_on_without_an_optional_device() {
 async fn lost_and_fenced(
     events: &mut tokio::sync::broadcast::Receiver<MachineEvent>,
 ) -> (String, String) {
-    let lost = match within(LONG, "the loss", events.recv()).await.unwrap() {
-        MachineEvent::DeviceLost { device, why } => (device, why),
-        other => panic!("{other:?}"),
+    let lost = loop {
+        match within(LONG, "the loss", events.recv()).await.unwrap() {
+            // The end of its process may be seen before that of its channel.
+            MachineEvent::DeviceExited { .. } => {}
+            MachineEvent::DeviceLost { device, detail, .. } => break (device, detail),
+            other => panic!("{other:?}"),
+        }
     };
-    match within(LONG, "the proof", events.recv()).await.unwrap() {
-        MachineEvent::DeviceFenced { device, .. } => assert_eq!(device, lost.0),
-        other => panic!("{other:?}"),
+    loop {
+        match within(LONG, "the proof", events.recv()).await.unwrap() {
+            MachineEvent::DeviceExited { device, .. } => assert_eq!(device, lost.0),
+            MachineEvent::DeviceFenced { device, .. } => {
+                assert_eq!(device, lost.0);
+                return lost;
+            }
+            other => panic!("{other:?}"),
+        }
     }
-    lost
 }
 
 #[tokio::test]
@@ -85,6 +94,8 @@ async fn a_device_that_is_killed_between_transitions_is_lost_and_fenced() {
     assert_eq!(stopped.report().outcome, Outcome::Done, "{}", stopped.report());
     assert_eq!(stopped.report().participants.len(), 2);
     assert_all_in(&machine, &trace, &["d0", "d2"], MigrationState::Stop).await;
+    // Its owner does not want it any more.
+    within(LONG, "removal", machine.remove_device("d1")).await.unwrap();
     within(LONG, "resume", stopped.resume()).await.unwrap();
 }
 

@@ -1,24 +1,28 @@
 //! The device process: an event loop around a real [`Lifecycle`], and the steps of the script.
 
 use crate::Error;
+use crate::orphan::Orphan;
 use crate::packet::{heartbeat, send_message, send_packet};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::process::{Signal, getpid, kill_process};
 use standstill_protocol::channel::{DeviceEnd, RecvError};
-use standstill_protocol::lifecycle::{Effect, Event, Lifecycle};
+use standstill_protocol::lifecycle::{Effect, Event, Lifecycle, Stale};
 use standstill_protocol::message::{
-    Capabilities, Command, CoordinatorMessage, DeviceMessage, Epoch, Evidence, Hello,
-    MemoryAccepted, Reached, Refusal, RefusalKind, Refused, Term, Timings,
+    Capabilities, Command, CoordinatorMessage, DeviceEvent, DeviceMessage, Evidence, Hello,
+    MemoryAccepted, Reached, Refusal, RefusalKind, Refused, Timings, Welcome,
 };
-use standstill_protocol::migration::MigrationState;
 use standstill_testkit::gate::GateWatch;
-use standstill_testkit::trace::TraceWriter;
-use standstill_testkit::{Script, Step, Trigger, What};
+use standstill_testkit::trace::{Entry, TraceWriter};
+use standstill_testkit::{Pulse, Script, Step, Trigger, What};
 use std::collections::{HashMap, VecDeque};
 use std::fs::File;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
 use std::time::{Duration, Instant};
+
+/// How often a device without a coordinator looks whether its test is over.
+const LOOK: Duration = Duration::from_millis(500);
 
 /// What the steps that are being done are an answer to.
 #[derive(Clone, Copy, Debug)]
@@ -61,28 +65,51 @@ pub(crate) struct RogueDevice {
     /// `None` once it was closed on purpose.
     channel: Option<DeviceEnd>,
     lifecycle: Lifecycle,
+    orphan: Orphan,
     trace: Option<TraceWriter>,
+    /// What an arc that was begun waits for.
+    lingering: Option<GateWatch>,
     seen: HashMap<Trigger, u32>,
     performances: VecDeque<Performance>,
     heartbeat: Option<(Duration, Instant)>,
     heartbeats: u64,
+    pulse: Pulse,
+    /// The how-manieth process of this device this is, from 1.
+    incarnation: u32,
     /// The status to end with.
     end: Option<u8>,
+}
+
+/// How many processes of that name have begun by a trace.
+fn began(trace: &Path, name: &str) -> Result<u32, Error> {
+    let mut count = 0;
+    for line in std::fs::read_to_string(trace)?.lines() {
+        // Others may be writing their line just now.
+        let Ok(entry) = serde_json::from_str::<Entry>(line) else { continue };
+        count += u32::from(entry.who == name && matches!(entry.what, What::Began { .. }));
+    }
+    Ok(count)
 }
 
 impl RogueDevice {
     pub(crate) fn new(script: Script, channel: DeviceEnd) -> Result<Self, Error> {
         let open = |path| TraceWriter::open(path, script.name.clone());
         let trace = script.trace.as_deref().map(open).transpose()?;
+        let began = script.trace.as_deref().map_or(Ok(0), |path| began(path, &script.name))?;
+        let incarnation = began + 1;
         Ok(Self {
             lifecycle: Lifecycle::new(script.migration),
+            orphan: Orphan::default(),
             script,
             channel: Some(channel),
             trace,
+            lingering: None,
             seen: HashMap::new(),
             performances: VecDeque::new(),
             heartbeat: None,
             heartbeats: 0,
+            pulse: Pulse::Idle,
+            incarnation,
             end: None,
         })
     }
@@ -98,6 +125,7 @@ impl RogueDevice {
             }
             self.wait()?;
             self.receive()?;
+            self.meet_others()?;
             self.beat()?;
         }
     }
@@ -113,7 +141,7 @@ impl RogueDevice {
         let trigger = cause.trigger();
         let nth = self.seen.entry(trigger).or_default();
         *nth += 1;
-        let steps = match self.script.steps(trigger, *nth) {
+        let steps = match self.script.steps(self.incarnation, trigger, *nth) {
             Some(steps) => steps.iter().cloned().collect(),
             None => VecDeque::from([Step::Ack]),
         };
@@ -163,9 +191,14 @@ impl RogueDevice {
             Step::Flood(count) => {
                 for _ in 0..count {
                     self.heartbeats += 1;
-                    self.send(&heartbeat(self.heartbeats))?;
+                    self.send(&heartbeat(self.heartbeats, self.pulse))?;
                 }
             }
+            Step::Linger(gate) => {
+                self.lingering = gate.watch()?;
+                self.acknowledge(cause, None)?;
+            }
+            Step::Pulse(pulse) => self.pulse = pulse,
             Step::Freeze => kill_process(getpid(), Signal::STOP)?,
             Step::Exit(status) => std::process::exit(status),
             Step::Crash => std::process::abort(),
@@ -184,7 +217,7 @@ impl RogueDevice {
     /// The honest answer, or a refusal in its place.
     fn acknowledge(&mut self, cause: Cause, refusal: Option<String>) -> Result<(), Error> {
         match cause {
-            Cause::Hello => self.hello(),
+            Cause::Hello => self.channel.as_ref().map_or(Ok(()), |channel| self.hello(channel)),
             Cause::Welcome => Ok(()),
             Cause::Memory(sequence) => {
                 self.send(&DeviceMessage::MemoryAccepted(MemoryAccepted { sequence }))
@@ -197,7 +230,7 @@ impl RogueDevice {
         }
     }
 
-    fn hello(&self) -> Result<(), Error> {
+    fn hello(&self, channel: &DeviceEnd) -> Result<(), Error> {
         let file = self.script.backing_file.as_deref().map(File::open).transpose()?;
         let hello = Hello {
             versions: self.script.versions,
@@ -206,22 +239,86 @@ impl RogueDevice {
             capabilities: Capabilities {
                 migration: self.script.migration,
                 peer_dma: self.script.peer_dma,
-                progress: false,
+                progress: self.script.progress,
             },
-            machine: None,
-            term: Term(0),
-            epoch: Epoch(0),
-            state: MigrationState::Running,
+            machine: self.orphan.machine,
+            term: self.lifecycle.term(),
+            epoch: self.lifecycle.epoch(),
+            state: self.lifecycle.state(),
             backing_files: u8::from(file.is_some()),
-            memory: Vec::new(),
+            memory: self.script.memory.clone(),
         };
         let fds: Vec<_> = file.iter().map(AsFd::as_fd).collect();
-        match &self.channel {
-            Some(channel) => {
-                Ok(channel.send(&DeviceMessage::Hello(hello), &fds, Duration::from_secs(10))?)
+        Ok(channel.send(&DeviceMessage::Hello(hello), &fds, Duration::from_secs(10))?)
+    }
+
+    /// Lets later coordinators in, and follows one that has a higher term.
+    fn meet_others(&mut self) -> Result<(), Error> {
+        while let Some(candidate) = self.orphan.accept()? {
+            let nth = self.seen.entry(Trigger::Hello).or_default();
+            *nth += 1;
+            let steps = self.script.steps(self.incarnation, Trigger::Hello, *nth);
+            let steps = steps.map(<[Step]>::to_vec);
+            for step in steps.unwrap_or_else(|| vec![Step::Ack]) {
+                match step {
+                    // It may be gone again, which is seen where it is read.
+                    Step::Ack => drop(self.hello(&candidate)),
+                    Step::Send(packet) => send_packet(&candidate, packet, None)?,
+                    Step::Freeze => kill_process(getpid(), Signal::STOP)?,
+                    Step::Exit(status) => std::process::exit(status),
+                    other => {
+                        return Err(format!("not possible in a second Hello: {other:?}").into());
+                    }
+                }
             }
-            None => Ok(()),
+            self.orphan.candidates.push(candidate);
         }
+        for candidate in std::mem::take(&mut self.orphan.candidates) {
+            match candidate.try_recv() {
+                Ok(None) => self.orphan.candidates.push(candidate),
+                Ok(Some(received)) => {
+                    if let CoordinatorMessage::Welcome(welcome) = received.message {
+                        self.change_coordinator(candidate, &welcome, received.fds)?;
+                    }
+                }
+                // It has changed its mind, or is none.
+                Err(_) => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn change_coordinator(
+        &mut self,
+        candidate: DeviceEnd,
+        welcome: &Welcome,
+        fds: Vec<OwnedFd>,
+    ) -> Result<(), Error> {
+        candidate.set_version(welcome.version);
+        if self.orphan.machine != Some(welcome.machine) {
+            return Ok(());
+        }
+        let superseded = |term| DeviceMessage::Event(DeviceEvent::Superseded(term));
+        let Welcome { term, epoch, orphan, .. } = *welcome;
+        let effects = self.lifecycle.step(Event::Welcome { term, epoch, orphan });
+        if effects.contains(&Effect::Dropped(Stale::Term)) {
+            return send_message(&candidate, &superseded(self.lifecycle.term()));
+        }
+        self.trace(What::TakenOver { term: term.0 });
+        self.overtaken();
+        // What the earlier one has sent meanwhile is not even read.
+        self.send(&superseded(term))?;
+        self.channel = Some(candidate);
+        self.welcome(welcome, fds)
+    }
+
+    /// What a Welcome says besides its term.
+    fn welcome(&mut self, welcome: &Welcome, fds: Vec<OwnedFd>) -> Result<(), Error> {
+        let interval = Duration::from_nanos(welcome.heartbeat_ns);
+        self.heartbeat = (!interval.is_zero()).then(|| (interval, Instant::now() + interval));
+        self.orphan.welcome(welcome, fds)?;
+        self.perform(Cause::Welcome);
+        Ok(())
     }
 
     /// Feeds the lifecycle and carries out what it says, every arc at once.
@@ -229,6 +326,7 @@ impl RogueDevice {
         let mut effects = VecDeque::from(self.lifecycle.step(event));
         while let Some(effect) = effects.pop_front() {
             let next = match effect {
+                Effect::Arc(_) if self.lingering.is_some() => None,
                 Effect::Arc(_) => Some(match refusal.take() {
                     None => Event::ArcDone,
                     Some(text) => {
@@ -280,7 +378,9 @@ impl RogueDevice {
             Some(Wait::Until(end)) => Some(*end),
             _ => None,
         };
-        let due = due.into_iter().chain(self.heartbeat.map(|(_, next)| next)).min();
+        let next_look = self.channel.is_none().then(|| Instant::now() + LOOK);
+        let others = [self.heartbeat.map(|(_, next)| next), next_look];
+        let due = due.into_iter().chain(others.into_iter().flatten()).min();
         let left = due.map(|due| due.saturating_duration_since(Instant::now()));
         let timeout = left.and_then(|left| Timespec::try_from(left).ok());
         let channel = self.channel.iter().map(|channel| (channel.as_fd(), PollFlags::IN));
@@ -288,47 +388,67 @@ impl RogueDevice {
             Some(Wait::Gate(gate)) => Some((gate.as_fd(), PollFlags::empty())),
             _ => None,
         };
-        let mut fds: Vec<_> =
-            channel.chain(gate).map(|(fd, flags)| PollFd::from_borrowed_fd(fd, flags)).collect();
+        let others = self.orphan.fds().map(|fd| (fd, PollFlags::IN));
+        let lingering = self.lingering.as_ref().map(|gate| (gate.as_fd(), PollFlags::empty()));
+        let mut fds: Vec<_> = lingering
+            .into_iter()
+            .chain(channel)
+            .chain(others)
+            .chain(gate)
+            .map(|(fd, flags)| PollFd::from_borrowed_fd(fd, flags))
+            .collect();
         match poll(&mut fds, timeout.as_ref()) {
             Ok(_) | Err(Errno::INTR) => {}
             Err(error) => return Err(error.into()),
         }
         let opened =
             gate.is_some() && fds.last().is_some_and(|fd| fd.revents().contains(PollFlags::HUP));
+        let arrived = lingering.is_some() && fds[0].revents().contains(PollFlags::HUP);
         if opened && let Some(performance) = self.performances.front_mut() {
             performance.wait = None;
+        }
+        if arrived {
+            self.lingering = None;
+            self.feed(Event::ArcDone, None)?;
         }
         Ok(())
     }
 
     fn receive(&mut self) -> Result<(), Error> {
         let Some(channel) = &self.channel else {
+            // Whoever waits for another coordinator in vain: its test is over.
+            let trace = self.script.trace.as_deref();
+            if self.orphan.waits() && trace.is_some_and(|trace| !trace.exists()) {
+                self.end = Some(0);
+            }
             return Ok(());
         };
-        let message = match channel.try_recv() {
+        let (message, fds) = match channel.try_recv() {
             Ok(None) => return Ok(()),
-            Ok(Some(received)) => received.message,
+            Ok(Some(received)) => (received.message, received.fds),
             Err(RecvError::Disconnected) => {
-                self.end = Some(0);
-                return Ok(());
+                self.channel = None;
+                if self.orphan.machine.is_none() {
+                    self.end = Some(0);
+                }
+                return self.feed(Event::Disconnected, None);
             }
             Err(error) => return Err(error.into()),
         };
         match message {
             CoordinatorMessage::Welcome(welcome) => {
                 channel.set_version(welcome.version);
-                if welcome.heartbeat_ns > 0 {
-                    let interval = Duration::from_nanos(welcome.heartbeat_ns);
-                    self.heartbeat = Some((interval, Instant::now() + interval));
-                }
                 let (term, epoch, orphan) = (welcome.term, welcome.epoch, welcome.orphan);
                 self.feed(Event::Welcome { term, epoch, orphan }, None)?;
-                self.perform(Cause::Welcome);
+                self.welcome(&welcome, fds)?;
             }
             CoordinatorMessage::Reject(reject) => return Err(reject.reason.into()),
             CoordinatorMessage::Command(command) => {
-                let Command { phase, epoch, target, .. } = command;
+                let Command { term, phase, epoch, target, .. } = command;
+                if term != self.lifecycle.term() {
+                    self.trace(What::Stale { term: term.0 });
+                    return Ok(());
+                }
                 self.trace(What::Received { phase, epoch, target });
                 self.overtaken();
                 self.perform(Cause::Command(command));
@@ -359,7 +479,7 @@ impl RogueDevice {
         {
             self.heartbeat = Some((interval, now + interval));
             self.heartbeats += 1;
-            self.send(&heartbeat(self.heartbeats))?;
+            self.send(&heartbeat(self.heartbeats, self.pulse))?;
         }
         Ok(())
     }

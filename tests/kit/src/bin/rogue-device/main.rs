@@ -4,6 +4,7 @@
 #![forbid(unsafe_code)]
 
 mod device;
+mod orphan;
 mod packet;
 
 use device::RogueDevice;

@@ -6,10 +6,11 @@ use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, send, se
 use standstill_protocol::channel::Frame;
 use standstill_protocol::codec::MAX_PACKET;
 use standstill_protocol::message::{
-    Command, DeviceMessage, Epoch, Evidence, Heartbeat, Phase, Reached, Term, Timings, VERSIONS,
+    Command, DeviceEvent, DeviceMessage, Epoch, Evidence, Heartbeat, Phase, Reached, Term, Timings,
+    VERSIONS,
 };
 use standstill_protocol::migration::MigrationState;
-use standstill_testkit::{Forgery, Packet};
+use standstill_testkit::{Forgery, Packet, Pulse};
 use std::io::IoSlice;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -36,6 +37,7 @@ pub(crate) fn send_packet(
             whole.pop();
             whole
         }
+        Packet::Superseded => bytes(&DeviceMessage::Event(DeviceEvent::Superseded(Term(99))))?,
         Packet::ManyFds => return send_many_fds(socket),
         Packet::Forged(forgery) => reached(forgery)?,
     };
@@ -47,13 +49,13 @@ pub(crate) fn send_message(socket: impl AsFd, message: &DeviceMessage) -> Result
     send_bytes(socket, &bytes(message)?)
 }
 
-pub(crate) fn heartbeat(sequence: u64) -> DeviceMessage {
-    DeviceMessage::Heartbeat(Heartbeat {
-        sequence,
-        progress: sequence,
-        pending: false,
-        dropped_logs: 0,
-    })
+pub(crate) fn heartbeat(sequence: u64, pulse: Pulse) -> DeviceMessage {
+    let (progress, pending) = match pulse {
+        Pulse::Idle => (0, false),
+        Pulse::Working => (sequence, true),
+        Pulse::Hanging => (0, true),
+    };
+    DeviceMessage::Heartbeat(Heartbeat { sequence, progress, pending, dropped_logs: 0 })
 }
 
 fn bytes(message: &DeviceMessage) -> Result<Vec<u8>, Error> {
@@ -73,7 +75,7 @@ fn send_bytes(socket: impl AsFd, packet: &[u8]) -> Result<(), Error> {
 }
 
 fn send_many_fds(socket: impl AsFd) -> Result<(), Error> {
-    let packet = bytes(&heartbeat(1))?;
+    let packet = bytes(&heartbeat(1, Pulse::Idle))?;
     let stdin = std::io::stdin();
     let fds: [BorrowedFd<'_>; MANY] = [stdin.as_fd(); MANY];
     let mut room = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MANY))];

@@ -1,0 +1,341 @@
+//! Brings a new process of a device to the machine's present state, before it counts.
+//!
+//! ```text
+//! spawned ─ Hello ─┤no transition is under way├─ Welcome ─ STOP ─ RAM declared ─┐
+//!                                     ┌──────────────────────────────────────────┘
+//!                                     ├─ machine runs: RUNNING ─► counts
+//!                                     └─ machine stands: ───────► counts
+//! ```
+//!
+//! A device that was not welcomed serves nothing, so it does no DMA: it may wait.
+
+use super::Reply;
+use super::state::{Purpose, Standing, State};
+use crate::description::DeviceSpec;
+use crate::error::{GreetingError, MachineError, StartError};
+use crate::events::MachineEvent;
+use standstill_protocol::message::{CoordinatorMessage, Hello, MAX_FDS, MemoryDeclaration};
+use standstill_protocol::transition::{
+    Loss, MachineState, Operation, Outcome, ParticipantId, PlanError,
+};
+use std::collections::BTreeSet;
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::Instant;
+use tokio::task::AbortHandle;
+
+/// A new incarnation on its way in.
+#[derive(Debug)]
+pub(super) struct Join {
+    pub(super) stage: Stage,
+    /// When its process was started.
+    pub(super) began: Instant,
+}
+
+/// How far it is.
+#[derive(Debug)]
+pub(super) enum Stage {
+    /// Its Hello is waited for.
+    Greeting(AbortHandle),
+    /// It waits for its Welcome: a transition is under way.
+    Greeted(Box<Hello>, Vec<OwnedFd>),
+    /// It is brought to STOP.
+    Stopping,
+    /// So many declarations of RAM are to be accepted yet.
+    Memory(usize),
+    /// It is in STOP and knows the RAM.
+    Stopped,
+    /// It is brought to RUNNING.
+    Starting,
+    /// It will not come in.
+    Failed,
+}
+
+/// Why it did not come in.
+#[derive(Debug)]
+pub(super) enum Failure {
+    Start(Box<StartError>),
+    Greeting(GreetingError),
+    /// With it the machine would not be possible; the name is that of the device in the way.
+    Plan(String, PlanError),
+}
+
+impl State {
+    /// The owner wants another device.
+    pub(super) fn add_device(&mut self, spec: DeviceSpec, reply: Reply<()>) {
+        let refused = |error| Err(MachineError::NotStarted(Box::new(error)));
+        if self.machine == MachineState::Held {
+            let why = "the machine is held".to_owned();
+            let error = MachineError::Device { what: "adding", device: spec.name, why };
+            return drop(reply.send(Err(error)));
+        }
+        let devices = self.devices.iter().map(|device| device.spec.name.as_str());
+        let mut names = devices.chain(self.locals.iter().map(|local| local.name.as_str()));
+        if let Err(error) = super::start::check_name(&spec.name, names.any(|n| n == spec.name)) {
+            return drop(reply.send(refused(error)));
+        }
+        if let Err(error) = self.policies.check(&spec) {
+            return drop(reply.send(refused(error)));
+        }
+        self.place(spec, reply);
+    }
+
+    /// The owner wants a lost device back.
+    pub(super) fn restart_device(&mut self, name: &str, reply: Reply<()>) {
+        use super::supervision::Recovery;
+        let Some(device) = self.devices.iter_mut().find(|device| device.spec.name == name) else {
+            let device = name.to_owned();
+            return drop(reply.send(Err(MachineError::NoDevice { device })));
+        };
+        let under_way = device.care.owner.is_some()
+            || device.care.leaving.is_some()
+            || device.care.join.is_some()
+            || !matches!(
+                device.care.recovery,
+                Recovery::Undecided | Recovery::GivenUp | Recovery::Unproven | Recovery::Waiting(_)
+            );
+        let why = match (&device.spec.no_reconnect, &device.standing) {
+            (Some(reason), _) => Some(reason.clone()),
+            (None, Standing::Fenced(_)) if under_way => Some("it is under way already".to_owned()),
+            (None, Standing::Fenced(_)) => match device.care.recovery {
+                Recovery::Unproven => Some("nothing proves that it is gone".to_owned()),
+                _ => None,
+            },
+            (None, Standing::Lost(_)) => Some("it is not proven gone yet".to_owned()),
+            (None, _) => Some("it is not lost".to_owned()),
+        };
+        if let Some(why) = why {
+            let device = name.to_owned();
+            let error = MachineError::Device { what: "restarting", device, why };
+            return drop(reply.send(Err(error)));
+        }
+        if let Recovery::Waiting(timer) = &device.care.recovery {
+            timer.abort();
+        }
+        device.care.restarts.forgive();
+        device.care.recovery = Recovery::Due;
+        device.care.owner = Some(reply);
+        self.unsettled = true;
+    }
+
+    /// A new incarnation said Hello. It is welcomed when its turn comes.
+    pub(super) fn newcomer_greeted(
+        &mut self,
+        id: ParticipantId,
+        hello: Hello,
+        files: Vec<OwnedFd>,
+    ) {
+        let Some(join) = self.device(id).and_then(|device| device.care.join.as_mut()) else {
+            return;
+        };
+        let stage = Stage::Greeted(Box::new(hello), files);
+        if let Stage::Greeting(deadline) = std::mem::replace(&mut join.stage, stage) {
+            deadline.abort();
+        }
+        self.unsettled = true;
+    }
+
+    pub(super) fn join_expired(&mut self, id: ParticipantId) {
+        let time = self.deadlines.hello;
+        let stage = self.device(id).and_then(|device| device.care.join.as_ref());
+        if matches!(stage, Some(Join { stage: Stage::Greeting(_), .. })) {
+            self.join_failed(id, Failure::Greeting(GreetingError::Silent(time)));
+        }
+    }
+
+    /// A new incarnation that was not welcomed will not come in.
+    pub(super) fn join_failed(&mut self, id: ParticipantId, failure: Failure) {
+        self.close(id);
+        let Some(device) = self.device(id) else { return };
+        let Some(join) = &mut device.care.join else { return };
+        match std::mem::replace(&mut join.stage, Stage::Failed) {
+            Stage::Greeting(deadline) => deadline.abort(),
+            // It was made to wait, and would not.
+            Stage::Greeted(..) => device.care.uncharged = true,
+            _ => {}
+        }
+        let (loss, text) = match &failure {
+            Failure::Greeting(error) => {
+                let loss = match error {
+                    GreetingError::Silent(_) => Loss::Timeout,
+                    GreetingError::Exited(_) => Loss::Exited,
+                    GreetingError::Disconnected
+                    | GreetingError::Lost(_)
+                    | GreetingError::Joining(_) => Loss::Disconnected,
+                    GreetingError::Version { .. } | GreetingError::Protocol(_) => Loss::Protocol,
+                    GreetingError::Keep(_) => Loss::Refused,
+                };
+                (loss, format!("it {error}"))
+            }
+            Failure::Plan(_, error) => (Loss::Refused, format!("it does not fit in: {error}")),
+            Failure::Start(error) => (Loss::Exited, error.to_string()),
+        };
+        device.care.failure = Some(failure);
+        device.standing = Standing::Lost(text.clone());
+        self.fence_outside(id, loss, &text);
+    }
+
+    /// No transition is under way: the newcomer is welcomed and brought to STOP.
+    pub(super) fn welcome_newcomer(&mut self, id: ParticipantId) {
+        let whole = self.plan(Operation::Pause);
+        let Some(device) = self.devices.get_mut(id) else { return };
+        let Some(join) = &mut device.care.join else { return };
+        let Stage::Greeted(hello, files) = std::mem::replace(&mut join.stage, Stage::Stopping)
+        else {
+            return;
+        };
+        device.state = hello.state;
+        device.hello = Some(*hello.clone());
+        let mut whole = whole;
+        if let Some(member) = self.devices.get(id).and_then(|device| self.member(device)) {
+            whole.members.push(member);
+        }
+        if let Err(error) = whole.check() {
+            let name = self.in_the_way(&error);
+            return self.join_failed(id, Failure::Plan(name, error));
+        }
+        if let Err(error) = self.welcome(id, &hello, files) {
+            return self.join_failed(id, Failure::Greeting(error));
+        }
+        if let Some(device) = self.device(id) {
+            device.standing = Standing::Joining;
+        }
+        self.begin_internal(id, Operation::Pause, Purpose::Join(id));
+    }
+
+    /// A transition over the newcomer alone has ended.
+    pub(super) fn newcomer_moved(
+        &mut self,
+        id: ParticipantId,
+        operation: Operation,
+        outcome: &Outcome,
+        text: &str,
+    ) {
+        let Some(device) = self.device(id) else { return };
+        if device.standing != Standing::Joining {
+            // It was lost; its fence is what is waited for now.
+            return;
+        }
+        match (outcome, operation) {
+            (Outcome::Done, Operation::Pause) => self.declare_all(id),
+            (Outcome::Done, _) => self.counted(id),
+            (Outcome::Held { .. }, _) => self.lost(id, Loss::Timeout, text.to_owned()),
+            _ => self.lost(id, Loss::Refused, text.to_owned()),
+        }
+    }
+
+    /// Declares all RAM to a newcomer.
+    fn declare_all(&mut self, id: ParticipantId) {
+        let mut messages = 0;
+        let mut failed = None;
+        let first = self.next_declaration;
+        if let Some(device) = self.devices.get_mut(id)
+            && let Some(channel) = &device.channel
+        {
+            for chunk in self.ram.chunks(MAX_FDS) {
+                let fds: Vec<_> = chunk.iter().map(|(_, fd)| fd.as_fd()).collect();
+                let message = CoordinatorMessage::Memory(MemoryDeclaration {
+                    term: self.term,
+                    sequence: self.next_declaration,
+                    ram_fds: u8::try_from(fds.len()).unwrap_or(u8::MAX),
+                });
+                self.next_declaration += 1;
+                messages += 1;
+                device.allowance.asked();
+                if let Err(error) = channel.try_send(&message, &fds) {
+                    failed = Some(error.to_string());
+                    break;
+                }
+            }
+        }
+        if let Some(text) = failed {
+            return self.lost(id, Loss::Disconnected, text);
+        }
+        let stage = if messages == 0 { Stage::Stopped } else { Stage::Memory(messages) };
+        for sequence in first..self.next_declaration {
+            self.await_memory(sequence, BTreeSet::from([id]), super::state::Declared::To(id));
+        }
+        self.set_stage(id, stage);
+    }
+
+    /// A newcomer has accepted one declaration.
+    pub(super) fn newcomer_knows(&mut self, id: ParticipantId) {
+        let Some(join) = self.device(id).and_then(|device| device.care.join.as_mut()) else {
+            return;
+        };
+        if let Stage::Memory(left) = &mut join.stage {
+            *left = left.saturating_sub(1);
+            if *left == 0 {
+                self.set_stage(id, Stage::Stopped);
+            }
+        }
+    }
+
+    fn set_stage(&mut self, id: ParticipantId, stage: Stage) {
+        if let Some(join) = self.device(id).and_then(|device| device.care.join.as_mut()) {
+            join.stage = stage;
+            self.unsettled = true;
+        }
+    }
+
+    /// The newcomer goes where the machine is.
+    pub(super) fn follow(&mut self, id: ParticipantId) {
+        if self.machine == MachineState::Running {
+            self.set_stage(id, Stage::Starting);
+            self.begin_internal(id, Operation::Resume, Purpose::Join(id));
+        } else {
+            self.counted(id);
+        }
+    }
+
+    /// The newcomer is where the machine is.
+    fn counted(&mut self, id: ParticipantId) {
+        let Some(device) = self.device(id) else { return };
+        let Some(join) = device.care.join.take() else { return };
+        device.standing = Standing::Ready;
+        device.care.added = false;
+        device.care.pulse.reset();
+        let (name, incarnation) = (device.spec.name.clone(), device.incarnation);
+        let (state, took) = (device.state, join.began.elapsed());
+        if let Some(owner) = device.care.owner.take() {
+            let _ = owner.send(Ok(()));
+        }
+        tracing::info!(device = name, incarnation, %state, ?took, "a device has joined");
+        self.emit(MachineEvent::DeviceJoined { device: name, incarnation, state, took });
+        self.unsettled = true;
+    }
+
+    /// A newcomer did not come in, and nothing of it is left.
+    pub(super) fn give_in(&mut self, id: ParticipantId) {
+        use super::supervision::Recovery;
+        let Some(device) = self.device(id) else { return };
+        device.care.join = None;
+        let failure = device.care.failure.take().unwrap_or_else(|| {
+            let text = match &device.standing {
+                Standing::Lost(text) | Standing::Fenced(text) => text.clone(),
+                _ => String::new(),
+            };
+            Failure::Greeting(GreetingError::Joining(text))
+        });
+        // The same would come of another attempt.
+        let unfit = matches!(failure, Failure::Plan(..));
+        let error = match failure {
+            Failure::Start(error) => *error,
+            Failure::Greeting(error) => self.greeting_error(id, error),
+            Failure::Plan(device, source) => StartError::Plan { device, source },
+        };
+        let why = error.to_string();
+        let Some(device) = self.device(id) else { return };
+        let name = device.spec.name.clone();
+        let (added, owner) = (device.care.added, device.care.owner.take());
+        device.care.recovery = if unfit { Recovery::GivenUp } else { Recovery::Undecided };
+        tracing::warn!(device = name, why, "a device was not brought into the machine");
+        self.emit(MachineEvent::DeviceNotRestarted { device: name, why });
+        if added {
+            self.take_out(id);
+        }
+        if let Some(owner) = owner {
+            let _ = owner.send(Err(MachineError::NotStarted(Box::new(error))));
+        }
+        self.unsettled = true;
+    }
+}

@@ -1,0 +1,456 @@
+//! Takes over a machine that another coordinator has left behind, dead or alive.
+//!
+//! 1. The record gets a higher term, before anything else: whoever had the machine kills nobody
+//!    from then on.
+//! 2. Every device is connected to and says Hello; who does not is lost.
+//! 3. Every device that said Hello gets a Welcome with the term, and drops whatever the earlier
+//!    coordinator says from then on.
+//! 4. [`Operation::TakeOver`] asks all where they are, fences who is lost, and decides.
+
+use super::CoordinatorActor;
+use super::keep::{Kept, examined};
+use super::start::{Beginning, Prepared, check, policies};
+use super::state::{Standing, State};
+use crate::control_directory::{ControlDirectory, ControlDirectoryError, boot_id, identity};
+use crate::custody::Custody;
+use crate::description::{DeviceSpec, MachineBuilder};
+use crate::device::Message as DeviceMessage;
+use crate::error::{MachineError, TakeOverError};
+use crate::machine::{Machine, TakenOver};
+use crate::policy::{Policies, Presence};
+use crate::process::{BackingFile, DeviceProcess, Spawner, open_recorded};
+use crate::record::{DeviceRecord, MachineRecord, ProcessIdentity};
+use ractor::Actor;
+use rustix::pipe::{PipeFlags, pipe_with};
+use rustix::process::geteuid;
+use standstill_protocol::channel::{AsyncChannel, CoordinatorEnd, RecvError};
+use standstill_protocol::message::{
+    CoordinatorMessage, DeviceMessage as FromDevice, Hello, VERSIONS, Welcome,
+};
+use standstill_protocol::transition::{HeldReason, Loss, Outcome, ParticipantId};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use tokio::task::JoinSet;
+use tokio::time::{Instant, timeout_at};
+
+/// A device process of the earlier coordinator.
+pub(super) struct Found {
+    pub(super) process: DeviceProcess,
+    pub(super) incarnation: u64,
+    /// How to talk to it, or why that is not possible.
+    pub(super) contact: Result<Contact, Unreachable>,
+    pub(super) files: Vec<BackingFile>,
+    /// Why its end cannot be proven, for a person.
+    pub(super) unprovable: Option<String>,
+}
+
+/// A device process that has said Hello.
+pub(super) struct Contact {
+    pub(super) channel: CoordinatorEnd,
+    hello: Hello,
+    version: u16,
+    /// Where it is to write its log.
+    log: OwnedFd,
+}
+
+/// Why there is no talking to a device process.
+pub(super) struct Unreachable {
+    loss: Loss,
+    /// For a person.
+    why: String,
+}
+
+impl Unreachable {
+    fn new(loss: Loss, why: impl Into<String>) -> Self {
+        Self { loss, why: why.into() }
+    }
+}
+
+/// What came back from a device's socket.
+struct Greeting {
+    channel: CoordinatorEnd,
+    hello: Hello,
+    files: Vec<BackingFile>,
+    process: ProcessIdentity,
+}
+
+/// Takes a machine over; see the module's documentation.
+pub(crate) async fn take_over(builder: MachineBuilder) -> Result<TakenOver, TakeOverError> {
+    check(&builder).map_err(|error| TakeOverError::Description(Box::new(error)))?;
+    let path = builder.control_directory.clone().ok_or(TakeOverError::NoControlDirectory)?;
+    let (name, specs, policies) =
+        (builder.name.clone(), builder.devices.clone(), policies(&builder));
+    let (directory, record) = blocking(move || claim(&path, &name, &specs, policies)).await?;
+
+    let deadline = Instant::now() + builder.deadlines.hello;
+    let greetings = greet_all(&directory, &builder.devices, deadline).await?;
+    let uuid = record.uuid;
+    for (spec, greeting) in builder.devices.iter().zip(&greetings) {
+        if let Ok(Greeting { hello, .. }) = greeting {
+            check_hello(&spec.name, hello, uuid)?;
+        }
+    }
+
+    let specs = builder.devices.clone();
+    let (kept, found, spawner) = blocking(move || {
+        let kept = raise(directory, record, &specs, &greetings)?;
+        let found = specs.iter().zip(greetings);
+        let found = found
+            .map(|(spec, greeting)| find(spec, greeting, &kept))
+            .collect::<Result<Vec<_>, _>>()?;
+        let spawner = Spawner::new().map_err(|error| system("start processes", error))?;
+        Ok((kept, found, spawner))
+    })
+    .await?;
+
+    let events = builder.events.clone();
+    let beginning = Beginning::TakenOver(found);
+    let prepared =
+        Prepared { builder, spawner, kept: Some(kept), events: events.clone(), beginning };
+    let (actor, _) = Actor::spawn(None, CoordinatorActor, prepared)
+        .await
+        .map_err(|error| system("start the coordinator actor", error))?;
+    let machine = Machine::new(actor, &events);
+    // From here on the actor has the only one, so that readers learn when it ends.
+    drop(events);
+    let report = machine.finish_take_over().await.map_err(|error| match error {
+        MachineError::Superseded { term } => TakeOverError::Superseded { term },
+        error => TakeOverError::Unfinished(error),
+    })?;
+    if let Outcome::Held { reasons, .. } = &report.outcome
+        && reasons.contains(&HeldReason::Superseded)
+    {
+        // The term is asked for rather than guessed: whoever is superseded says by whom.
+        return Err(match machine.accept_hold().await {
+            Err(MachineError::Superseded { term }) => TakeOverError::Superseded { term },
+            Err(error) => TakeOverError::Unfinished(error),
+            Ok(()) => TakeOverError::Unfinished(MachineError::Transition(report)),
+        });
+    }
+    Ok(TakenOver { machine, report })
+}
+
+fn system(
+    what: &'static str,
+    error: impl Into<Box<dyn std::error::Error + Send + Sync>>,
+) -> TakeOverError {
+    TakeOverError::System { what, source: io::Error::other(error) }
+}
+
+/// Runs what may block on a thread that may.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, TakeOverError> + Send + 'static,
+) -> Result<T, TakeOverError> {
+    let done = tokio::task::spawn_blocking(work).await;
+    done.map_err(|error| system("run what may block", error))?
+}
+
+/// Gives the record a higher term, if the description fits.
+fn claim(
+    path: &Path,
+    machine: &str,
+    specs: &[DeviceSpec],
+    policies: Policies,
+) -> Result<(ControlDirectory, MachineRecord), TakeOverError> {
+    let directory = ControlDirectory::open(path)?;
+    let coordinator = examined("/proc/self", identity(std::process::id()))?;
+    let boot = examined("/proc/sys/kernel/random/boot_id", boot_id())?;
+    let lock = directory.lock()?;
+    let mut record = directory.read_existing()?;
+    if record.machine != machine {
+        let (found, expected) = (record.machine, machine.to_owned());
+        return Err(TakeOverError::Machine { found, expected });
+    }
+    let described = |device: &&DeviceRecord| specs.iter().any(|spec| spec.name == device.name);
+    if let Some(device) = record.devices.iter().find(|device| !described(device)) {
+        return Err(TakeOverError::Undescribed { device: device.name.clone() });
+    }
+    // One that is optional may have had no process.
+    let missing = |spec: &&DeviceSpec| {
+        record.device(&spec.name).is_none() && policies.resolve(spec).1 == Presence::Required
+    };
+    if let Some(spec) = specs.iter().find(missing) {
+        return Err(TakeOverError::Unrecorded { device: spec.name.clone() });
+    }
+    for spec in specs {
+        directory.socket_path(&spec.name).map_err(ControlDirectoryError::from)?;
+    }
+    if record.boot != boot {
+        return Err(TakeOverError::ControlDirectory(directory.other_boot(machine)));
+    }
+    record.term = record.term.saturating_add(1);
+    record.coordinator = coordinator;
+    lock.write(&record)?;
+    drop(lock);
+    Ok((directory, record))
+}
+
+/// Connects to every device and waits for its Hello, all at the same time.
+async fn greet_all(
+    directory: &ControlDirectory,
+    specs: &[DeviceSpec],
+    deadline: Instant,
+) -> Result<Vec<Result<Greeting, Unreachable>>, TakeOverError> {
+    let mut greetings: Vec<_> = specs
+        .iter()
+        .map(|_| Err(Unreachable::new(Loss::Disconnected, "it was not asked")))
+        .collect();
+    let mut tasks = JoinSet::new();
+    for (at, spec) in specs.iter().enumerate() {
+        let path = directory.socket_path(&spec.name).map_err(ControlDirectoryError::from)?;
+        tasks.spawn(async move { (at, greet(path, deadline).await) });
+    }
+    while let Some(done) = tasks.join_next().await {
+        let (at, greeting) = done.map_err(|error| system("wait for the greetings", error))?;
+        greetings[at] = greeting;
+    }
+    Ok(greetings)
+}
+
+/// Connects to one device and waits for its Hello. An error says what it did instead.
+async fn greet(path: PathBuf, deadline: Instant) -> Result<Greeting, Unreachable> {
+    let lost = |why| Unreachable::new(Loss::Disconnected, why);
+    let broke =
+        |what: &str| Unreachable::new(Loss::Protocol, format!("it broke the protocol: {what}"));
+    let channel = CoordinatorEnd::connect(&path)
+        .map_err(|error| lost(format!("nobody can be reached at {}: {error}", path.display())))?;
+    let peer = channel
+        .peer_credentials()
+        .map_err(|error| lost(format!("it does not show its credentials: {error}")))?;
+    let user = geteuid().as_raw();
+    if peer.uid != user && peer.uid != 0 {
+        let uid = peer.uid;
+        return Err(lost(format!("user {uid} listens in its place, expected {user} or root")));
+    }
+    // 0 is one that cannot be seen from this pid namespace.
+    let pid = u32::try_from(peer.pid).ok().filter(|&pid| pid > 0);
+    let pid = pid.ok_or_else(|| lost("its process cannot be seen from here".to_owned()))?;
+    let process = identity(pid)
+        .map_err(|error| lost(format!("its process {pid} cannot be seen: {error}")))?;
+    let channel = AsyncChannel::new(channel)
+        .map_err(|error| lost(format!("it cannot be watched: {error}")))?;
+    let received = match timeout_at(deadline, channel.recv()).await {
+        Ok(Ok(received)) => received,
+        Ok(Err(RecvError::Disconnected)) => {
+            return Err(lost("it closed the connection before it said Hello".to_owned()));
+        }
+        Ok(Err(error)) => return Err(broke(&error.to_string())),
+        Err(_) => return Err(Unreachable::new(Loss::Timeout, "it did not say Hello in time")),
+    };
+    let FromDevice::Hello(hello) = received.message else {
+        return Err(broke("its first message was no Hello"));
+    };
+    let mut files = Vec::with_capacity(received.fds.len());
+    for fd in received.fds {
+        files.push(BackingFile::reopen(fd).map_err(|error| broke(&error.to_string()))?);
+    }
+    // A fence waits for these locks: one that was never taken would prove nothing.
+    if files.iter().any(|file| !file.is_locked().unwrap_or(false)) {
+        return Err(broke("it declared a backing file that it has not locked"));
+    }
+    Ok(Greeting { channel: channel.into_inner(), hello, files, process })
+}
+
+/// Whether a Hello is that of a device of this machine with which this coordinator can talk.
+fn check_hello(device: &str, hello: &Hello, expected: uuid::Uuid) -> Result<(), TakeOverError> {
+    let device = device.to_owned();
+    if hello.machine != Some(expected) {
+        return Err(TakeOverError::ForeignMachine { device, found: hello.machine, expected });
+    }
+    if VERSIONS.negotiate(hello.versions).is_none() {
+        let (theirs, ours) = (hello.versions, VERSIONS);
+        return Err(TakeOverError::Version { device, theirs, ours });
+    }
+    Ok(())
+}
+
+/// Brings the record to what the devices say: a term above all of theirs, and their files.
+fn raise(
+    directory: ControlDirectory,
+    mut record: MachineRecord,
+    specs: &[DeviceSpec],
+    greetings: &[Result<Greeting, Unreachable>],
+) -> Result<Kept, TakeOverError> {
+    let ours = record.clone();
+    for (spec, greeting) in specs.iter().zip(greetings) {
+        let Ok(Greeting { hello, files, process, .. }) = greeting else { continue };
+        if hello.term.0 >= record.term {
+            record.term = hello.term.0.saturating_add(1);
+        }
+        if let Some(device) = record.devices.iter_mut().find(|device| device.name == spec.name) {
+            device.process = *process;
+            device.backing_files = files.iter().map(BackingFile::record).collect();
+        }
+    }
+    let lock = directory.lock()?;
+    let found = directory.read_existing()?;
+    if (found.uuid, found.term) != (ours.uuid, ours.term) {
+        return Err(TakeOverError::Superseded { term: found.term() });
+    }
+    if record != ours {
+        lock.write(&record)?;
+    }
+    drop(lock);
+    let custody = Custody::new(directory, record.uuid, record.term());
+    // They were left to themselves, and are so again if this take-over fails.
+    custody.keep();
+    Ok(Kept { custody: Arc::new(custody), record })
+}
+
+/// What there is of a device (nothing of one that was never started): its process, its files, and a way to talk to it.
+fn find(
+    spec: &DeviceSpec,
+    greeting: Result<Greeting, Unreachable>,
+    kept: &Kept,
+) -> Result<Option<Found>, TakeOverError> {
+    let Some(known) = kept.record.device(&spec.name) else { return Ok(None) };
+    let incarnation = known.incarnation;
+    let program = spec.process.program().to_owned();
+    let custody = || Arc::clone(&kept.custody);
+    let why = match greeting {
+        Ok(Greeting { channel, hello, files, process }) => {
+            // Older kernels tell the number alone.
+            let pidfd = match channel.peer_pidfd() {
+                Ok(pidfd) => Ok(Some(pidfd)),
+                Err(_) => open_recorded(process),
+            };
+            let (log_end, log) = pipe_with(PipeFlags::CLOEXEC)
+                .map_err(|errno| system("make a pipe for a device's log", errno))?;
+            match pidfd {
+                Ok(Some(pidfd)) => {
+                    let process =
+                        DeviceProcess::adopt(program, process.pid, pidfd, Some(log_end), custody())
+                            .map_err(|error| system("take charge of a device process", error))?;
+                    let version = VERSIONS.negotiate(hello.versions).unwrap_or(VERSIONS.min);
+                    let contact = Ok(Contact { channel, hello, version, log });
+                    let unprovable = None;
+                    return Ok(Some(Found { process, incarnation, contact, files, unprovable }));
+                }
+                Ok(None) => Unreachable::new(Loss::Exited, "its process has ended"),
+                Err(error) => {
+                    let why = format!("its process cannot be held: {error}");
+                    Unreachable::new(Loss::Disconnected, why)
+                }
+            }
+        }
+        Err(why) => why,
+    };
+    let process = DeviceProcess::adopt_recorded(program, known.process, custody())
+        .map_err(|error| system("take charge of a recorded device process", error))?;
+    let mut files = Vec::with_capacity(known.backing_files.len());
+    let mut unprovable = None;
+    for file in &known.backing_files {
+        match BackingFile::find(file) {
+            Ok(file) => files.push(file),
+            Err(error) => unprovable = Some(error.to_string()),
+        }
+    }
+    Ok(Some(Found { process, incarnation, contact: Err(why), files, unprovable }))
+}
+
+impl State {
+    /// Tells a device that said Hello that it has another coordinator now.
+    pub(super) fn welcome_found(&mut self, id: ParticipantId, contact: Contact) {
+        let Contact { channel, hello, version, log } = contact;
+        let (machine, term, epoch) = (self.uuid, self.term, self.epoch);
+        let (heartbeat_ns, orphan) = (self.heartbeat_ns, self.orphan);
+        let Some(device) = self.device(id) else { return };
+        let welcome = Welcome {
+            version,
+            machine,
+            name: device.spec.name.clone(),
+            incarnation: device.incarnation,
+            term,
+            epoch,
+            heartbeat_ns,
+            orphan,
+            // It goes on listening where it did.
+            listener: false,
+            log: true,
+        };
+        let sent = channel.try_send(&CoordinatorMessage::Welcome(welcome), &[log.as_fd()]);
+        channel.set_version(version);
+        // What has files has sent them; kernels that cannot say so leave it at that.
+        let _ = channel.refuse_fds();
+        device.state = hello.state;
+        device.hello = Some(hello);
+        device.standing = match sent {
+            Ok(()) => Standing::Ready,
+            Err(error) => Standing::Lost(format!("it cannot be welcomed: {error}")),
+        };
+        if device.standing == Standing::Ready {
+            self.listen_to(id, channel);
+        }
+    }
+
+    fn listen_to(&mut self, id: ParticipantId, channel: CoordinatorEnd) {
+        let watched = self.poll.add(id, &channel);
+        let Some(device) = self.device(id) else { return };
+        match watched {
+            Ok(()) => device.channel = Some(channel),
+            Err(error) => {
+                device.standing = Standing::Lost(format!("it cannot be watched: {error}"));
+            }
+        }
+    }
+
+    /// A device that cannot be reached: the transition that follows fences it.
+    pub(super) fn not_found(&mut self, id: ParticipantId, unreachable: Unreachable) {
+        let Unreachable { loss, why } = unreachable;
+        if let Some(device) = self.device(id) {
+            tracing::warn!(device = device.spec.name, why, "cannot be taken over");
+            device.lost_before = Some(loss);
+            device.standing = Standing::Lost(why);
+        }
+    }
+
+    /// What a fence of the device must find unlocked, and whether that can be found out.
+    pub(super) fn found_files(
+        &mut self,
+        id: ParticipantId,
+        files: Vec<BackingFile>,
+        unprovable: Option<String>,
+    ) {
+        let Some(device) = self.device(id) else { return };
+        device.tell(DeviceMessage::BackingFiles(files));
+        if let Some(why) = unprovable {
+            device.tell(DeviceMessage::Unprovable(why));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use standstill_protocol::message::{Capabilities, Epoch, PeerDma, Term};
+    use standstill_protocol::migration::{MigrationFlags, MigrationState};
+
+    #[test]
+    fn a_hello_of_another_machine_is_refused_by_name() {
+        let hello = |machine| Hello {
+            versions: VERSIONS,
+            kind: "rogue".into(),
+            program_version: "1".into(),
+            capabilities: Capabilities {
+                migration: MigrationFlags::STOP_COPY_P2P,
+                peer_dma: PeerDma::Possible,
+                progress: false,
+            },
+            machine,
+            term: Term(1),
+            epoch: Epoch(0),
+            state: MigrationState::Running,
+            backing_files: 0,
+            memory: Vec::new(),
+        };
+        let (own, other) = (uuid::Uuid::from_u128(1), uuid::Uuid::from_u128(2));
+        check_hello("nic0", &hello(Some(own)), own).unwrap();
+        for machine in [None, Some(other)] {
+            let error = check_hello("nic0", &hello(machine), own).unwrap_err();
+            assert!(matches!(error, TakeOverError::ForeignMachine { .. }), "{error}");
+            assert!(error.to_string().contains("\"nic0\""), "{error}");
+        }
+    }
+}

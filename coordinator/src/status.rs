@@ -1,0 +1,58 @@
+//! Where a machine and its devices are.
+
+use standstill_protocol::migration::MigrationState;
+use standstill_protocol::transition::{MachineState, Operation};
+
+/// Where a machine is.
+#[derive(Clone, Debug)]
+pub struct Status {
+    /// Its name.
+    pub name: String,
+    /// Where it is as a whole.
+    pub machine: MachineState,
+    /// What is under way, if anything is.
+    pub operation: Option<Operation>,
+    /// Every device, in the order of the description.
+    pub devices: Vec<DeviceStatus>,
+}
+
+/// Where one device is.
+#[derive(Clone, Debug)]
+pub struct DeviceStatus {
+    /// Its name.
+    pub name: String,
+    /// Process id; `None` for a local device, or one that could not be started.
+    pub pid: Option<u32>,
+    /// How often it was started; 0 for a local device.
+    pub incarnation: u64,
+    /// Whether it counts.
+    pub standing: DeviceStanding,
+    /// Kind and version of its program, such as `copy-engine 0.1.0`.
+    pub kind: String,
+    /// Where it last proved to be; `None` if it does not count.
+    pub state: Option<MigrationState>,
+    /// Why it is lost.
+    pub lost: Option<String>,
+    /// The progress of its data threads that its last sign of life told.
+    pub progress: u64,
+}
+
+/// Whether a device counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum DeviceStanding {
+    /// Its process was started, or is being started, and has not been welcomed.
+    Starting,
+    /// It was welcomed and is being brought to the machine's present state.
+    Joining,
+    /// It counts.
+    Ready,
+    /// It is lost, and its fence is not proven yet.
+    Lost,
+    /// It is lost, and nothing of its process is left.
+    Fenced,
+    /// As [`Fenced`](Self::Fenced), and it will be started again.
+    Restarting,
+    /// It is being removed.
+    Leaving,
+}

@@ -1,0 +1,223 @@
+//! A coordinator in a process of its own, so that a test can kill it, or stop it and let it go on.
+//!
+//! The program is `pilot`, built with this package. It starts a machine that keeps its device
+//! processes and does what it is told on its standard input; when that ends, so does the machine.
+
+#![expect(clippy::panic, reason = "a check fails by a panic")]
+
+use crate::script::{RogueError, Script, program};
+use serde::{Deserialize, Serialize};
+use standstill_coordinator::{Deadlines, MachineBuilder, Presence};
+use std::fmt;
+use std::io::{self, BufRead, BufReader, Write};
+use std::path::PathBuf;
+use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
+use std::time::Duration;
+use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
+
+/// How long a pilot is waited for: far more than it needs.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// The status with which a pilot ends whose machine was taken over.
+pub const SUPERSEDED: u8 = 7;
+
+/// What a pilot's machine is. It travels as JSON, in the program's one argument.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Course {
+    /// The control directory; without one the devices end with the pilot.
+    pub directory: Option<PathBuf>,
+    /// The devices, each with its name.
+    pub devices: Vec<Script>,
+    /// The deadline of each phase.
+    pub phase: Duration,
+    /// Every other deadline.
+    pub other: Duration,
+}
+
+impl Course {
+    /// The machine, to be started or taken over.
+    ///
+    /// # Errors
+    ///
+    /// If the program of the devices is not there.
+    pub fn builder(&self) -> Result<MachineBuilder, RogueError> {
+        let Self { directory, devices, phase, other } = self;
+        let specs = devices.iter().map(Script::spec).collect::<Result<Vec<_>, _>>()?;
+        let deadlines = Deadlines {
+            hello: *other,
+            first_phase: *phase,
+            second_phase: *phase,
+            undo: *other,
+            fence: *other,
+            memory: *other,
+            ..Deadlines::default()
+        };
+        let builder = MachineBuilder::new("vm")
+            .deadlines(deadlines)
+            .presence(Presence::Optional)
+            .devices(specs);
+        Ok(match directory {
+            Some(directory) => builder.keep(directory),
+            None => builder,
+        })
+    }
+}
+
+/// A signal that a test sends to a pilot.
+pub use rustix::process::Signal;
+
+/// A running `pilot`. Dropping it kills it, but not the device processes that outlive it.
+pub struct Pilot {
+    child: Child,
+    stdin: Option<ChildStdin>,
+    lines: UnboundedReceiver<String>,
+    heard: Vec<String>,
+}
+
+impl fmt::Debug for Pilot {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Pilot").field("pid", &self.child.id()).field("heard", &self.heard).finish()
+    }
+}
+
+impl Pilot {
+    /// Starts a pilot and waits until its machine runs.
+    ///
+    /// # Errors
+    ///
+    /// If the program is not there, or cannot be started.
+    ///
+    /// # Panics
+    ///
+    /// If its machine does not start.
+    pub async fn start(course: &Course) -> io::Result<Self> {
+        let argument = serde_json::to_string(course)?;
+        let mut child = Command::new(program("pilot").map_err(io::Error::other)?)
+            .arg(argument)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()?;
+        let stdin = child.stdin.take();
+        let stdout = child.stdout.take();
+        let (send, lines) = unbounded_channel();
+        std::thread::spawn(move || {
+            for line in stdout.into_iter().flat_map(|stdout| BufReader::new(stdout).lines()) {
+                let Ok(line) = line else { return };
+                // The test may be over.
+                let _ = send.send(line);
+            }
+        });
+        let mut pilot = Self { child, stdin, lines, heard: Vec::new() };
+        pilot.hear("started").await;
+        Ok(pilot)
+    }
+
+    /// Its process id.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Tells it something: `pause`, `resume`, `status`, `leave` (drop the machine and end),
+    /// `shutdown`.
+    ///
+    /// # Panics
+    ///
+    /// If its standard input is closed.
+    pub fn tell(&mut self, what: &str) {
+        let told = self.stdin.as_mut().map(|stdin| writeln!(stdin, "{what}"));
+        let Some(Ok(())) = told else { panic!("the pilot cannot be told {what:?}: {told:?}") };
+    }
+
+    /// Waits for a line of it that begins like this, and gives the line.
+    ///
+    /// # Panics
+    ///
+    /// If none comes.
+    pub async fn hear(&mut self, beginning: &str) -> String {
+        loop {
+            let line = match tokio::time::timeout(PATIENCE, self.lines.recv()).await {
+                Ok(Some(line)) => line,
+                Ok(None) => {
+                    panic!("the pilot ended before it said {beginning:?}: {:?}", self.heard)
+                }
+                Err(_) => panic!("the pilot has not said {beginning:?}: {:?}", self.heard),
+            };
+            self.heard.push(line.clone());
+            if line.starts_with(beginning) {
+                return line;
+            }
+        }
+    }
+
+    /// Sends it a signal.
+    ///
+    /// # Panics
+    ///
+    /// If it is gone.
+    pub fn signal(&self, signal: Signal) {
+        let pid = i32::try_from(self.child.id()).ok().and_then(rustix::process::Pid::from_raw);
+        let sent = pid.map(|pid| rustix::process::kill_process(pid, signal));
+        let Some(Ok(())) = sent else { panic!("the pilot cannot be signalled: {sent:?}") };
+    }
+
+    /// Stops it by SIGSTOP, and waits until it stands.
+    ///
+    /// # Panics
+    ///
+    /// If it is gone.
+    pub async fn freeze(&self) {
+        self.signal(Signal::STOP);
+        let stat = format!("/proc/{}/stat", self.child.id());
+        loop {
+            let text = match std::fs::read_to_string(&stat) {
+                Ok(text) => text,
+                Err(error) => panic!("{stat} cannot be read: {error}"),
+            };
+            if text.rsplit(')').next().is_some_and(|rest| rest.trim_start().starts_with('T')) {
+                return;
+            }
+            // Nothing tells whoever is not its tracer.
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    }
+
+    /// Kills it and waits until it is gone.
+    ///
+    /// # Panics
+    ///
+    /// If it cannot be waited for.
+    pub fn kill(mut self) {
+        self.signal(Signal::KILL);
+        if let Err(error) = self.child.wait() {
+            panic!("the pilot cannot be waited for: {error}");
+        }
+    }
+
+    /// Waits until it has ended by itself.
+    ///
+    /// # Panics
+    ///
+    /// If it does not.
+    pub async fn ended(&mut self) -> ExitStatus {
+        // The end of its output comes first.
+        loop {
+            match tokio::time::timeout(PATIENCE, self.lines.recv()).await {
+                Ok(Some(line)) => self.heard.push(line),
+                Ok(None) => break,
+                Err(_) => panic!("the pilot does not end: {:?}", self.heard),
+            }
+        }
+        match self.child.wait() {
+            Ok(status) => status,
+            Err(error) => panic!("the pilot cannot be waited for: {error}"),
+        }
+    }
+}
+
+impl Drop for Pilot {
+    fn drop(&mut self) {
+        // Fails if it has ended.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
