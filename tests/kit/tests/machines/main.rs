@@ -20,6 +20,7 @@ mod invariant_1_barrier;
 mod invariant_4_concurrency;
 mod invariant_7_terms_and_epochs;
 mod invariant_8_bounded;
+mod joining;
 mod losses;
 mod membership;
 mod memory;
