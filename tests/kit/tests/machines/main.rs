@@ -24,6 +24,7 @@ mod invariant_4_concurrency;
 mod invariant_7_terms_and_epochs;
 mod invariant_8_bounded;
 mod left_behind;
+mod joining;
 mod losses;
 mod membership;
 mod memory;
