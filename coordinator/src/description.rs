@@ -42,14 +42,14 @@ pub struct Deadlines {
 }
 
 impl Default for Deadlines {
-    /// 10 s for a greeting, 5 s for a phase or memory declaration, 10 s for an undo, 2 s for a
+    /// 10 s for a greeting, 5 s for a phase or memory declaration, 25 s for an undo, 2 s for a
     /// fence; a hang is 10 s without progress or 5 s without a sign of life.
     fn default() -> Self {
         Self {
             hello: Duration::from_secs(10),
             first_phase: Duration::from_secs(5),
             second_phase: Duration::from_secs(5),
-            undo: Duration::from_secs(10),
+            undo: Duration::from_secs(25),
             fence: Duration::from_secs(2),
             memory: Duration::from_secs(5),
             stall: Duration::from_secs(10),

@@ -3,6 +3,8 @@
 //! A reader can measure by them how long a device was missing: from [`MachineEvent::DeviceLost`]
 //! over [`MachineEvent::DeviceFenced`] to [`MachineEvent::DeviceJoined`].
 
+mod display;
+
 use crate::process::Exit;
 use crate::report::TransitionReport;
 use crate::watchdog::Hang;

@@ -95,13 +95,17 @@ impl Machine {
     /// # Errors
     ///
     /// [`MachineError::Transition`] with the whole report if the machine did not come to a
-    /// standstill (it was rolled back, or is held); other variants if nothing was begun.
+    /// standstill (it was rolled back, or is held); other variants if nothing was begun. A machine
+    /// that stands still is no error, whatever went wrong on the way: look at
+    /// [`Stopped::report`] for *Stopped* (by [`OnFailure::StayStopped`](crate::OnFailure)) and
+    /// *Degraded*.
     pub async fn pause(&self) -> Result<Stopped, MachineError> {
         let report = self.ask(|reply| Request::Transition(Operation::Pause, reply)).await??;
         match (&report.outcome, report.machine) {
-            (Outcome::Done | Outcome::Degraded { .. }, MachineState::Stopped) => {
-                Ok(Stopped { machine: self.clone(), report, resumed: false })
-            }
+            (
+                Outcome::Done | Outcome::Stopped | Outcome::Degraded { .. },
+                MachineState::Stopped,
+            ) => Ok(Stopped { machine: self.clone(), report, resumed: false }),
             _ => Err(MachineError::Transition(report)),
         }
     }

@@ -92,7 +92,7 @@ impl Blueprint {
         let mut deadlines = Deadlines::default();
         deadlines.first_phase += slowest(|slow| slow.prepare).unwrap_or_default();
         deadlines.second_phase += slowest(|slow| slow.stop).unwrap_or_default();
-        deadlines.undo += slowest(|slow| slow.prepare + slow.stop).unwrap_or_default();
+        deadlines.undo += 2 * slowest(|slow| slow.prepare + slow.stop).unwrap_or_default();
         // Many processes start at the same time on few CPUs.
         deadlines.hello = Duration::from_secs(30);
         let builder = MachineBuilder::new("demo").devices(devices).deadlines(deadlines);

@@ -3,7 +3,7 @@
 
 use crate::fixture::{
     LONG, PHASES, SHORT, assert_all_in, assert_machine, assert_usable, builder, deadlines, fenced,
-    honest, report_of, start, until,
+    honest, remove_lost, report_of, start, until,
 };
 use rustix::fs::{FlockOperation, flock};
 use rustix::process::{Pid, Signal, kill_process};
@@ -140,6 +140,10 @@ async fn a_device_dies_while_a_hook_hangs(call: Call, slot: Slot) {
                 Outcome::Done => assert_eq!(call, Call::Start, "{case}"),
                 _ => break assert!(proven, "{case}: {report}"),
             },
+            MachineEvent::DeviceLost { device, .. } | MachineEvent::DeviceExited { device, .. } => {
+                assert_eq!(device, "d1", "{case}");
+            }
+            MachineEvent::TransitionBegan { .. } => {}
             other => panic!("{case}: {other:?}"),
         }
     }
@@ -158,6 +162,7 @@ async fn a_device_dies_while_a_hook_hangs(call: Call, slot: Slot) {
         assert_eq!(calls(&trace, "vcpus")[4..], stopped, "{case}:\n{}", trace.text());
     }
     assert_all_in(&machine, &trace, &["d0", "d2"], MigrationState::Stop).await;
+    remove_lost(&machine).await;
     within(LONG, "resume", machine.resume()).await.unwrap();
     let started = [What::Called(Call::Start), What::Returned(Call::Start)];
     assert!(calls(&trace, "vcpus").ends_with(&started), "{case}:\n{}", trace.text());

@@ -1,0 +1,187 @@
+//! What a dead device process costs: from the kill to its being seen, fenced, rolled back, and to a
+//! new one that counts. Medians and worst cases, next to the floor of the same run.
+//!
+//! ```text
+//! cargo bench --bench failures [-- --devices 8,64 --rounds 50]
+//! ```
+//!
+//! Devices are copy engines of this package's command, idle and without clients. Times are taken
+//! where an embedding VMM takes them: at the kill, and where an event or a report has come out of
+//! the API.
+
+#![expect(clippy::print_stdout, reason = "a benchmark prints what it has measured")]
+
+mod floor;
+
+use floor::Floor;
+use rustix::process::{Pid, Signal, kill_process};
+use standstill::coordinator::{
+    DeviceSpec, LossPolicy, Machine, MachineBuilder, MachineError, MachineEvent, RestartPolicy,
+    Status,
+};
+use std::error::Error;
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+use tempfile::TempDir;
+use tokio::sync::broadcast;
+
+/// How long the victim of a pause takes to become quiet: by then all others have long answered.
+const SLOW: Duration = Duration::from_millis(60);
+/// When it is killed in that time.
+const KILL_AFTER: Duration = Duration::from_millis(30);
+
+type Failure = Box<dyn Error + Send + Sync>;
+
+fn main() -> ExitCode {
+    let arguments: Vec<_> = std::env::args().skip(1).collect();
+    let done = if arguments.first().is_some_and(|first| first == floor::CHILD) {
+        floor::child().map_err(Into::into)
+    } else {
+        measure(&arguments)
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            println!("failed: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// What follows an option, if it is there. (`cargo bench` passes `--bench`, which is none of ours.)
+fn option<'a>(arguments: &'a [String], name: &str) -> Option<&'a str> {
+    let at = arguments.iter().position(|argument| argument == name)?;
+    arguments.get(at + 1).map(String::as_str)
+}
+
+fn measure(arguments: &[String]) -> Result<(), Failure> {
+    let devices = option(arguments, "--devices").unwrap_or("8,64");
+    let rounds: usize = option(arguments, "--rounds").unwrap_or("50").parse()?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    println!("{rounds} rounds; times in ms: median (worst)\n");
+    println!(
+        "| devices | floor round | kill → seen | → fenced | → joined again | kill in a pause → rolled back |"
+    );
+    println!("|---|---|---|---|---|---|");
+    for count in devices.split(',') {
+        let count: usize = count.trim().parse()?;
+        let mut floor = Floor::new(count)?;
+        let floor: Times = (0..rounds).map(|_| floor.round()).collect::<Result<_, _>>()?;
+        let folder = tempfile::tempdir()?;
+        let figures = runtime.block_on(async {
+            let machine = start(count, &folder).await?;
+            let idle = idle(&machine, rounds).await?;
+            let paused = paused(&machine, rounds).await?;
+            machine.shutdown().await?;
+            Ok::<_, Failure>([idle.seen, idle.fenced, idle.joined, paused])
+        })?;
+        let [seen, fenced, joined, rolled_back] = figures;
+        println!("| {count} | {floor} | {seen} | {fenced} | {joined} | {rolled_back} |");
+    }
+    Ok(())
+}
+
+/// Some durations of the same thing.
+struct Times(Vec<Duration>);
+
+impl FromIterator<Duration> for Times {
+    fn from_iter<I: IntoIterator<Item = Duration>>(times: I) -> Self {
+        let mut times: Vec<_> = times.into_iter().collect();
+        times.sort_unstable();
+        Self(times)
+    }
+}
+
+impl std::fmt::Display for Times {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let ms = |time: Option<&Duration>| time.map_or(f64::NAN, |time| time.as_secs_f64() * 1e3);
+        write!(f, "{:.2} ({:.2})", ms(self.0.get(self.0.len() / 2)), ms(self.0.last()))
+    }
+}
+
+/// The last device is slow to become quiet; all are started again when they are lost.
+async fn start(count: usize, folder: &TempDir) -> Result<Machine, Failure> {
+    let restart = RestartPolicy {
+        budget: u32::MAX,
+        first_backoff: Duration::ZERO,
+        ..RestartPolicy::default()
+    };
+    let devices = (0..count).map(|number| {
+        let slow = if number + 1 == count { SLOW } else { Duration::ZERO };
+        DeviceSpec::new(format!("engine{number}"), env!("CARGO_BIN_EXE_standstill"))
+            .args(["device", "copy-engine", "--memory=64KiB", "--socket"])
+            .arg(folder.path().join(format!("engine{number}.sock")))
+            .arg(format!("--slow-prepare={}ms", slow.as_millis()))
+            .on_loss(LossPolicy::Restart(restart))
+    });
+    Ok(MachineBuilder::new("failures").devices(devices).start().await?)
+}
+
+fn kill(status: &Status, number: usize) -> Result<(String, Instant), Failure> {
+    let device = status.devices.get(number).ok_or("no such device")?;
+    let pid = device.pid.and_then(|pid| Pid::from_raw(pid.try_into().ok()?)).ok_or("no process")?;
+    let at = Instant::now();
+    kill_process(pid, Signal::KILL)?;
+    Ok((device.name.clone(), at))
+}
+
+async fn until(
+    events: &mut broadcast::Receiver<MachineEvent>,
+    is_it: impl Fn(&MachineEvent) -> bool,
+) -> Result<Instant, Failure> {
+    loop {
+        let event = tokio::time::timeout(Duration::from_secs(20), events.recv()).await??;
+        if is_it(&event) {
+            return Ok(Instant::now());
+        }
+    }
+}
+
+struct Idle {
+    seen: Times,
+    fenced: Times,
+    joined: Times,
+}
+
+/// Kills the devices of a running machine, one after another.
+async fn idle(machine: &Machine, rounds: usize) -> Result<Idle, Failure> {
+    let (mut seen, mut fenced, mut joined) = (Vec::new(), Vec::new(), Vec::new());
+    for round in 0..rounds {
+        let mut events = machine.events();
+        let status = machine.status().await?;
+        let (victim, at) = kill(&status, round % status.devices.len())?;
+        let is = |event: &MachineEvent| matches!(event, MachineEvent::DeviceLost { device, .. } if *device == victim);
+        seen.push(until(&mut events, is).await? - at);
+        let is = |event: &MachineEvent| matches!(event, MachineEvent::DeviceFenced { device, .. } if *device == victim);
+        fenced.push(until(&mut events, is).await? - at);
+        let is = |event: &MachineEvent| matches!(event, MachineEvent::DeviceJoined { device, .. } if *device == victim);
+        joined.push(until(&mut events, is).await? - at);
+    }
+    let [seen, fenced, joined] = [seen, fenced, joined].map(Times::from_iter);
+    Ok(Idle { seen, fenced, joined })
+}
+
+/// Kills the slow device in the first phase of a pause, when all others have answered.
+async fn paused(machine: &Machine, rounds: usize) -> Result<Times, Failure> {
+    let mut times = Vec::new();
+    for _ in 0..rounds {
+        let mut events = machine.events();
+        let status = machine.status().await?;
+        let pause = tokio::spawn({
+            let machine = machine.clone();
+            async move {
+                let paused = machine.pause().await;
+                (Instant::now(), paused.map(drop))
+            }
+        });
+        tokio::time::sleep(KILL_AFTER).await;
+        let (victim, at) = kill(&status, status.devices.len() - 1)?;
+        match pause.await? {
+            (ended, Err(MachineError::Transition(_))) => times.push(ended - at),
+            (_, other) => return Err(format!("the pause ended otherwise: {other:?}").into()),
+        }
+        let is = |event: &MachineEvent| matches!(event, MachineEvent::DeviceJoined { device, .. } if *device == victim);
+        until(&mut events, is).await?;
+    }
+    Ok(times.into_iter().collect())
+}
