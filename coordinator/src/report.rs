@@ -372,7 +372,7 @@ impl fmt::Display for TransitionReport {
             match (&hook.error, hook.returned_ns) {
                 (Some(error), _) => writeln!(f, " ✗ {error}")?,
                 (None, Some(ns)) => {
-                    writeln!(f, " in {}", Nanos(ns.saturating_sub(hook.called_ns)))?
+                    writeln!(f, " in {}", Nanos(ns.saturating_sub(hook.called_ns)))?;
                 }
                 (None, None) => writeln!(f, " ✗ has not returned")?,
             }

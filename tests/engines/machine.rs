@@ -91,7 +91,8 @@ pub(crate) fn be_a_coordinator(description: &str) {
         // Ends with the channel.
         std::io::stdin().lines().map_while(Result::ok).all(|line| send.send(line).is_ok())
     });
-    let say = |what: &str| writeln!(std::io::stdout(), "\nthe machine {what}").unwrap();
+    let mut stdout = std::io::stdout();
+    let mut say = |what: &str| writeln!(stdout, "\nthe machine {what}").unwrap();
     let coordinate = async {
         let ram = File::options().read(true).write(true).open(&description.ram).unwrap();
         let machine = description.builder().keep(description.directory()).start().await.unwrap();

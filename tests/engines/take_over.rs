@@ -1,6 +1,7 @@
 //! A coordinator is killed while its engines run, half way through a pause, and after one; another
 //! one takes them over.
 
+use crate::driver::Engine;
 use crate::log;
 use crate::machine::{ENGINES, Guest, LONG, Processes};
 use standstill::coordinator::{Machine, MachineError, Outcome, TakenOver};
@@ -82,7 +83,7 @@ async fn owner_goes_on(mut guest: Guest, machine: Machine, processes: Processes)
     guest.assert_writing(&[0, 1, 2]).await;
     assert_logs_arrive(&guest).await;
     // Their clients never had to connect again.
-    guest.engines.iter_mut().for_each(|engine| engine.assert_serves());
+    guest.engines.iter_mut().for_each(Engine::assert_serves);
     assert!(processes.all_live());
     let ended = machine.shutdown().await.unwrap();
     assert_eq!(ended.len(), ENGINES, "{ended:?}");
@@ -103,7 +104,7 @@ async fn engines_whose_coordinator_is_killed_while_they_run_run_on() {
     guest.set_to_work();
     guest.assert_writing(&[0, 1, 2]).await;
     coordinator.kill();
-    guest.engines.iter_mut().for_each(|engine| engine.assert_serves());
+    guest.engines.iter_mut().for_each(Engine::assert_serves);
     guest.assert_writing(&[0, 1, 2]).await;
     assert_eq!(guest.states(), [Running; ENGINES]);
 
@@ -135,7 +136,7 @@ async fn engines_whose_coordinator_is_killed_in_the_first_phase_go_back_to_runni
     guest.assert_writing(&[1]).await;
     assert_eq!(guest.states(), [RunningP2p, Running, RunningP2p]);
     assert_eq!(quiet(), before);
-    guest.engines.iter_mut().for_each(|engine| engine.assert_serves());
+    guest.engines.iter_mut().for_each(Engine::assert_serves);
     guest.engines[0].read(standstill::device_proc::devices::copy_engine::registers::ID);
 
     let TakenOver { machine, report } = take_over(&guest).await;
@@ -158,7 +159,7 @@ async fn engines_whose_coordinator_is_killed_in_the_second_phase_are_held_in_sto
     coordinator.kill();
 
     let before = guest.sight();
-    guest.engines.iter_mut().for_each(|engine| engine.assert_serves());
+    guest.engines.iter_mut().for_each(Engine::assert_serves);
     assert_eq!(guest.states(), [Stop, RunningP2p, Stop], "half way, and it stays there");
     let TakenOver { machine, report } = take_over(&guest).await;
     assert_eq!((&report.outcome, report.machine), (&held(), MachineState::Held), "{report}");
@@ -179,7 +180,7 @@ async fn engines_whose_coordinator_is_killed_after_a_pause_stay_in_stop() {
     coordinator.hear("the machine stands");
     let before = guest.sight();
     coordinator.kill();
-    guest.engines.iter_mut().for_each(|engine| engine.assert_serves());
+    guest.engines.iter_mut().for_each(Engine::assert_serves);
     assert_eq!(guest.states(), [Stop; ENGINES]);
 
     let TakenOver { machine, report } = take_over(&guest).await;

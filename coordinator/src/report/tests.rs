@@ -1,5 +1,5 @@
 use super::*;
-use MigrationState::{Running, RunningP2p, Stop};
+use MigrationState::{Running, RunningP2p};
 use serde_json::{Value, json};
 use standstill_protocol::transition::FailureKind;
 
