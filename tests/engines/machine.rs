@@ -3,8 +3,13 @@
 
 use crate::driver::{Engine, MEMORY};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
-use standstill::coordinator::{Deadlines, DeviceSpec, LossPolicy, MachineBuilder, RestartPolicy};
+use rustix::process::{
+    Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, kill_process, pidfd_open, pidfd_send_signal,
+    waitid,
+};
+use standstill::coordinator::{
+    Deadlines, DeviceSpec, LossPolicy, MachineBuilder, MachineError, RestartPolicy,
+};
 use standstill::device_proc::devices::copy_engine::{Descriptor, FLAG_SEQUENCE, FLAG_STAMP};
 use standstill::device_proc::memory::SharedMemory;
 use standstill::protocol::channel::CoordinatorEnd;
@@ -100,12 +105,25 @@ pub(crate) fn be_a_coordinator(description: &str) {
         say("runs");
         while let Some(order) = orders.recv().await {
             assert_eq!(order, "pause");
-            machine.pause().await.unwrap().leave_stopped();
-            say("stands");
+            match machine.pause().await {
+                Ok(stopped) => {
+                    stopped.leave_stopped();
+                    say("stands");
+                }
+                Err(error) => say(&format!("is not mine: {}", machine_error(&error))),
+            }
         }
     };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     runtime.unwrap().block_on(coordinate);
+}
+
+/// How a pause ended.
+fn machine_error(error: &MachineError) -> String {
+    match error {
+        MachineError::Transition(report) => format!("{:?}", report.outcome),
+        error => panic!("{error}"),
+    }
 }
 
 /// A coordinator in a process of its own.
@@ -142,6 +160,18 @@ impl Coordinator {
             let read = self.stdout.read_line(&mut line).unwrap();
             assert_ne!(read, 0, "the coordinator has ended before {what:?}");
         }
+    }
+
+    /// SIGSTOP, and waits until it stands.
+    pub(crate) fn freeze(&self) {
+        let pid = Pid::from_child(&self.process);
+        kill_process(pid, Signal::STOP).unwrap();
+        waitid(WaitId::Pid(pid), WaitIdOptions::STOPPED).unwrap();
+    }
+
+    /// SIGCONT.
+    pub(crate) fn wake(&self) {
+        kill_process(Pid::from_child(&self.process), Signal::CONT).unwrap();
     }
 
     /// SIGKILL, and waits until it is gone.

@@ -145,6 +145,31 @@ async fn engines_whose_coordinator_is_killed_in_the_first_phase_go_back_to_runni
     owner_goes_on(guest, machine, processes).await;
 }
 
+/// Its pause is half way when it is stopped, and another coordinator's when it goes on.
+#[tokio::test]
+async fn a_coordinator_that_sleeps_and_wakes_up_moves_no_engine_any_more() {
+    log::keep();
+    let mut guest = Guest::new("sleep");
+    guest.description.slow_prepare = SLOW;
+    let mut coordinator = guest.coordinator();
+    let processes = guest.processes();
+    guest.set_to_work();
+    guest.assert_writing(&[0, 1, 2]).await;
+    coordinator.tell("pause");
+    guest.until_in([RunningP2p, Running, RunningP2p]).await;
+    coordinator.freeze();
+
+    let TakenOver { machine, report } = take_over(&guest).await;
+    assert_eq!(report.outcome, Outcome::RolledBack, "{report}");
+    coordinator.wake();
+    coordinator.hear("the machine is not mine: Held { reasons: [Superseded], fenced: [] }");
+    assert!(processes.all_live());
+    assert_all_in(&guest, &machine, Running).await;
+    guest.assert_writing(&[0, 1, 2]).await;
+    coordinator.kill();
+    owner_goes_on(guest, machine, processes).await;
+}
+
 #[tokio::test]
 async fn engines_whose_coordinator_is_killed_in_the_second_phase_are_held_in_stop() {
     log::keep();
