@@ -220,11 +220,6 @@ impl State {
     }
 
     pub(super) fn timer_expired(&mut self, number: u64, timer: Timer) {
-        // What has come by now counts: a device does not pay for a coordinator that was busy or
-        // asleep. What comes later does not.
-        if self.active.as_ref().is_some_and(|active| active.number == number) {
-            self.read_ready();
-        }
         if self.active.as_ref().is_some_and(|active| active.number == number) {
             self.feed(Event::Expired(timer));
         }
