@@ -125,6 +125,11 @@ impl Actor for CoordinatorActor {
         message: Message,
         state: &mut State,
     ) -> Result<(), ActorProcessingErr> {
+        if message.is_deadline_of_an_answer() {
+            // What has come by now counts: a device does not pay for a coordinator that was busy or
+            // asleep. What comes later does not.
+            state.read_ready();
+        }
         match message {
             Message::Readable => state.readable(),
             Message::Request(request) => state.request(request),
@@ -158,6 +163,16 @@ impl Actor for CoordinatorActor {
             tracing::error!(device, %error, "the actor of a device process failed");
         }
         Ok(())
+    }
+}
+
+impl Message {
+    /// True if something that a device should have sent is waited for no longer.
+    fn is_deadline_of_an_answer(&self) -> bool {
+        matches!(
+            self,
+            Self::Expired(..) | Self::HelloExpired | Self::MemoryExpired(_) | Self::JoinExpired(_)
+        )
     }
 }
 

@@ -126,6 +126,12 @@ pub enum MachineEvent {
         /// How its process ended; `None` if there was none.
         exit: Option<Exit>,
     },
+    /// A machine that stood is held now: a device that was joining or leaving it could not be
+    /// proven stopped. (A transition that ends *Held* says so in its report.)
+    HoldBegan {
+        /// The device's name.
+        device: String,
+    },
     /// A held machine is held no longer, and counts as stopped.
     HoldEnded {
         /// True if that is the owner's decision, false if everything was proven.

@@ -79,6 +79,10 @@ impl Recorder {
     fn answered(&mut self, id: ParticipantId, key: (Epoch, Phase), answer: CommandAnswer) {
         let now = self.now();
         let Some(participant) = self.participant(id) else { return };
+        // What comes after its deadline has changed nothing, and the report says no other thing.
+        if participant.fence.is_some() {
+            return;
+        }
         let command =
             participant.commands.iter_mut().rev().find(|command| {
                 (command.epoch, command.phase) == key && command.answered_ns.is_none()
@@ -212,5 +216,60 @@ impl Recorder {
             strays: transition.strays(),
             names: self.names,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ID: ParticipantId = ParticipantId(1);
+    const EPOCH: Epoch = Epoch(7);
+
+    fn recorder() -> Recorder {
+        let members = [(ID, "d1".to_owned(), MigrationState::Running)];
+        let (operation, now) = (Operation::Pause, Instant::now());
+        let names = Names::default();
+        let mut recorder =
+            Recorder::new(operation, (Term(1), EPOCH), now, members.into_iter(), names);
+        let command = Command {
+            term: Term(1),
+            epoch: EPOCH,
+            phase: Phase::PrepareStop,
+            target: MigrationState::RunningP2p,
+            budget_ns: 1,
+            lease_ns: 0,
+        };
+        recorder.sent(ID, &command, false);
+        recorder
+    }
+
+    fn answer() -> Reached {
+        Reached {
+            term: Term(1),
+            epoch: EPOCH,
+            phase: Phase::PrepareStop,
+            state: MigrationState::RunningP2p,
+            timings: Timings::default(),
+            evidence: Evidence::default(),
+        }
+    }
+
+    fn told(recorder: &Recorder) -> (bool, bool) {
+        let participant = &recorder.participants[0];
+        (participant.commands[0].answered_ns.is_some(), participant.fence.is_some())
+    }
+
+    /// Of an answer and a deadline the one counts that is seen first, and the report says only
+    /// that.
+    #[test]
+    fn an_answer_that_comes_after_its_deadline_is_not_in_the_report() {
+        let mut in_time = recorder();
+        in_time.reached(ID, answer());
+        assert_eq!(told(&in_time), (true, false));
+        let mut late = recorder();
+        late.fencing(ID, Loss::Timeout, Loss::Timeout.to_string());
+        late.reached(ID, answer());
+        assert_eq!(told(&late), (false, true));
     }
 }

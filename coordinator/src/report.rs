@@ -4,7 +4,11 @@
 //! All times are nanoseconds since the transition began, measured on the coordinator's clock.
 //! Durations that a device reports are its own measurements.
 
-use serde::Serialize;
+mod json;
+#[cfg(test)]
+mod tests;
+
+pub use json::{JsonCommand, JsonHook, JsonParticipant, JsonReport};
 use standstill_protocol::message::{Epoch, Evidence, Phase, Term, Timings};
 use standstill_protocol::migration::MigrationState;
 use standstill_protocol::transition::{
@@ -321,7 +325,7 @@ impl TransitionReport {
 }
 
 impl fmt::Display for TransitionReport {
-    /// One line for the outcome, one for each participant, one for each failure.
+    /// One line for the outcome, one for each participant and each hook call, one for each failure.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(
             f,
@@ -349,6 +353,12 @@ impl fmt::Display for TransitionReport {
                     _ => write!(f, " ✗ no answer to {}", command.phase)?,
                 }
             }
+            // Where it is now, unless its last answer has just said it.
+            let last = participant.commands.last();
+            let reached = last.is_some_and(|last| last.evidence().is_some());
+            if let (Some(after), false) = (participant.after, reached) {
+                write!(f, "; now {after}")?;
+            }
             if let Some(fence) = &participant.fence {
                 match &fence.proof {
                     Some(proof) => write!(f, "; fenced: {} ({proof})", fence.detail)?,
@@ -357,10 +367,27 @@ impl fmt::Display for TransitionReport {
             }
             writeln!(f)?;
         }
+        for hook in &self.hooks {
+            write!(f, "  {:<16} {}", hook.name, moment(hook.moment))?;
+            match (&hook.error, hook.returned_ns) {
+                (Some(error), _) => writeln!(f, " ✗ {error}")?,
+                (None, Some(ns)) => {
+                    writeln!(f, " in {}", Nanos(ns.saturating_sub(hook.called_ns)))?;
+                }
+                (None, None) => writeln!(f, " ✗ has not returned")?,
+            }
+        }
         for line in self.failure_lines() {
             writeln!(f, "  {line}")?;
         }
         Ok(())
+    }
+}
+
+fn moment(moment: HookMoment) -> &'static str {
+    match moment {
+        HookMoment::Stop => "stop",
+        HookMoment::Start => "start",
     }
 }
 
@@ -386,117 +413,4 @@ impl fmt::Display for Nanos {
 #[must_use]
 pub fn nanos(duration: Duration) -> u64 {
     u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
-}
-
-/// A report as one JSON object, with names instead of numbers; for `serde_json`.
-#[derive(Clone, Debug, Serialize)]
-pub struct JsonReport {
-    /// `pause`, `resume`, …
-    pub operation: String,
-    /// `Done`, `RolledBack`, `Stopped`, `Degraded` or `Held`.
-    pub outcome: &'static str,
-    /// `running`, `stopped` or `held`.
-    pub machine: String,
-    /// The coordinator's term.
-    pub term: u64,
-    /// The last epoch.
-    pub epoch: u64,
-    /// Whole time.
-    pub total_ns: u64,
-    /// Downtime, of a resume.
-    pub downtime_ns: Option<u64>,
-    /// Every participant.
-    pub participants: Vec<JsonParticipant>,
-    /// What went wrong, a line each.
-    pub failures: Vec<String>,
-}
-
-/// One participant of a [`JsonReport`].
-#[derive(Clone, Debug, Serialize)]
-pub struct JsonParticipant {
-    /// Its name.
-    pub name: String,
-    /// State before.
-    pub before: &'static str,
-    /// State after; absent if it does not count any more.
-    pub after: Option<&'static str>,
-    /// Every command.
-    pub commands: Vec<JsonCommand>,
-    /// Why it was fenced.
-    pub fenced: Option<String>,
-    /// The proof of the fence; absent without one.
-    pub proof: Option<String>,
-}
-
-/// One command of a [`JsonParticipant`].
-#[derive(Clone, Debug, Serialize)]
-pub struct JsonCommand {
-    /// `PrepareStop`, …
-    pub phase: String,
-    /// True if it belongs to an undo.
-    pub undo: bool,
-    /// When it was sent.
-    pub sent_ns: u64,
-    /// When its answer came.
-    pub answered_ns: Option<u64>,
-    /// State that was reached; absent if it was not.
-    pub reached: Option<&'static str>,
-    /// Why it was refused.
-    pub refused: Option<String>,
-    /// The device's time in its own hooks.
-    pub hook_ns: u64,
-    /// The device's wait for DMA in flight.
-    pub drain_ns: u64,
-    /// The device's time for its evidence.
-    pub evidence_ns: u64,
-}
-
-impl From<&TransitionReport> for JsonReport {
-    fn from(report: &TransitionReport) -> Self {
-        Self {
-            operation: report.operation.to_string(),
-            outcome: report.outcome.name(),
-            machine: report.machine.to_string(),
-            term: report.term.0,
-            epoch: report.last_epoch.0,
-            total_ns: report.total_ns,
-            downtime_ns: report.downtime_ns,
-            participants: report.participants.iter().map(JsonParticipant::from).collect(),
-            failures: report.failure_lines(),
-        }
-    }
-}
-
-impl From<&ParticipantReport> for JsonParticipant {
-    fn from(participant: &ParticipantReport) -> Self {
-        Self {
-            name: participant.name.clone(),
-            before: participant.before.name(),
-            after: participant.after.map(MigrationState::name),
-            commands: participant.commands.iter().map(JsonCommand::from).collect(),
-            fenced: participant.fence.as_ref().map(|fence| fence.detail.clone()),
-            proof: participant.fence.as_ref().and_then(|fence| fence.proof.clone()),
-        }
-    }
-}
-
-impl From<&CommandReport> for JsonCommand {
-    fn from(command: &CommandReport) -> Self {
-        let (reached, refused, timings) = match &command.answer {
-            CommandAnswer::None => (None, None, Timings::default()),
-            CommandAnswer::Reached { state, timings, .. } => (Some(state.name()), None, *timings),
-            CommandAnswer::Refused { why, .. } => (None, Some(why.clone()), Timings::default()),
-        };
-        Self {
-            phase: command.phase.to_string(),
-            undo: command.undo,
-            sent_ns: command.sent_ns,
-            answered_ns: command.answered_ns,
-            reached,
-            refused,
-            hook_ns: timings.hook_ns,
-            drain_ns: timings.drain_ns,
-            evidence_ns: timings.evidence_ns,
-        }
-    }
 }

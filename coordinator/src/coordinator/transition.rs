@@ -531,6 +531,10 @@ impl State {
             if self.machine == MachineState::Stopped && !unproven.is_empty() {
                 self.machine = MachineState::Held;
                 self.held = unproven;
+                if let Purpose::Join(id) | Purpose::Leave(id) = purpose {
+                    let device = self.names.participant(id);
+                    self.emit(MachineEvent::HoldBegan { device });
+                }
             }
         }
         match purpose {

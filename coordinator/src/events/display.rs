@@ -52,6 +52,9 @@ impl fmt::Display for MachineEvent {
                 write!(f, "{device} is removed, its process {exit}")
             }
             Self::DeviceRemoved { device, exit: None } => write!(f, "{device} is removed"),
+            Self::HoldBegan { device } => {
+                write!(f, "the machine is held: {device} is not proven to stand still")
+            }
             Self::HoldEnded { by_owner: true } => {
                 f.write_str("the hold is accepted by the owner; the machine is stopped")
             }

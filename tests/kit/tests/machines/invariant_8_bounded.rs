@@ -4,12 +4,14 @@ use crate::fixture::{
     LONG, PHASES, SHORT, assert_all_in, assert_machine, assert_usable, builder, deadlines, fenced,
     honest, report_of, start, three, undone, until,
 };
+use crate::left_behind::Left;
 use rustix::fs::{FlockOperation, flock};
 use standstill_coordinator::error::MachineError;
 use standstill_coordinator::{HookSpec, MachineEvent, OnFailure, Outcome, Slot};
 use standstill_protocol::message::Phase;
 use standstill_protocol::migration::MigrationState;
 use standstill_protocol::transition::{HeldReason, Loss, MachineState};
+use standstill_testkit::pilot::Signal;
 use standstill_testkit::{
     Call, Gate, Processes, Script, Step, Trace, TracedHook, TracedLocal, within,
 };
@@ -57,6 +59,32 @@ async fn a_device_that_never_answers_is_fenced_in_every_phase() {
 #[tokio::test]
 async fn a_device_that_is_too_slow_is_fenced_though_its_answer_would_come() {
     times_out(Phase::Stop, vec![Step::Delay(LONG), Step::Ack]).await;
+}
+
+/// When it wakes up its deadlines have run out, but no device was late.
+#[tokio::test]
+async fn answers_that_came_while_the_coordinator_slept_through_its_deadline_count() {
+    let gate = Gate::closed().unwrap();
+    let mut left = Left::new(|| {
+        [0; 3]
+            .map(|_| Script::honest().on_nth(Phase::PrepareStop, 1, [Step::hold(&gate), Step::Ack]))
+    });
+    // Long enough to be stopped in, short enough to wait for.
+    left.course.phase = Duration::from_secs(4);
+    let mut pilot = left.pilot().await;
+    pilot.tell("pause");
+    let told = |_: &[_]| left.trace.received(Phase::PrepareStop).len() == 3;
+    left.trace.wait_for("all to be told", told).await;
+    pilot.freeze().await;
+    gate.open();
+    let answered = |_: &[_]| left.trace.reached(Phase::PrepareStop).len() == 3;
+    left.trace.wait_for("all to answer", answered).await;
+    // Nothing but time makes a deadline run out.
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    pilot.signal(Signal::CONT);
+    assert_eq!(pilot.hear("pause").await, "pause Done", "{}", left.trace.text());
+    pilot.tell("shutdown");
+    pilot.hear("ended").await;
 }
 
 #[tokio::test]

@@ -235,6 +235,8 @@ async fn a_newcomer_that_cannot_be_proven_stopped_holds_a_stopped_machine() {
     let error = within(LONG, "add", machine.add_device(frozen)).await.unwrap_err();
     assert!(matches!(&error, MachineError::Unproven { device } if device == "frozen"), "{error}");
     assert_machine(&machine, MachineState::Held).await;
+    let began = |event: &MachineEvent| matches!(event, MachineEvent::HoldBegan { device } if device == "frozen");
+    events_until(&mut events, "the hold to begin", began).await;
     within(LONG, "resume", machine.resume()).await.unwrap_err();
     drop(lock);
     let ended = |event: &MachineEvent| matches!(event, MachineEvent::HoldEnded { by_owner: false });
