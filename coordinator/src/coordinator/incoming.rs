@@ -269,7 +269,9 @@ impl State {
 
     /// What was not proven is proven now; when all is, a held machine counts as stopped.
     pub(super) fn proven(&mut self, which: impl Fn(&HeldReason) -> bool) {
-        if self.machine == MachineState::Held && self.active.is_none() {
+        // A transition of the owner says at its end what is left; that of a newcomer does not.
+        let decided_later = self.active.as_ref().is_some_and(|a| !a.purpose.is_internal());
+        if self.machine == MachineState::Held && !decided_later {
             self.held.retain(|reason| !which(reason));
             if self.held.is_empty() {
                 tracing::info!("everything is proven now; the machine is stopped");

@@ -528,9 +528,9 @@ impl State {
                 }
             }
             // Something may run in a machine that is to stand.
-            if self.machine == MachineState::Stopped && !unproven.is_empty() {
+            if self.machine != MachineState::Running && !unproven.is_empty() {
                 self.machine = MachineState::Held;
-                self.held = unproven;
+                self.held.extend(unproven);
             }
         }
         match purpose {
