@@ -7,7 +7,7 @@ use crate::device::{Message as DeviceActorMessage, ProcessEvent};
 use crate::error::{GreetingError, ProtocolError};
 use crate::events::MachineEvent;
 use crate::process::Exit;
-use standstill_protocol::channel::{Received, RecvError};
+use standstill_protocol::channel::{Received, RecvError, close_at_once};
 use standstill_protocol::message::{DeviceEvent, DeviceMessage, Phase};
 use standstill_protocol::transition::{
     Answer, Event, HeldReason, Loss, MachineState, ParticipantId,
@@ -54,7 +54,10 @@ impl State {
                 Err(error) => Err(error),
             };
             let result = match received {
-                Ok(_) if !device.allowance.came() => Err(ProtocolError::Flood(Allowance::LIMIT)),
+                Ok(received) if !device.allowance.came() => {
+                    received.fds.into_iter().for_each(close_at_once);
+                    Err(ProtocolError::Flood(Allowance::LIMIT))
+                }
                 Ok(received) => self.received(id, received),
                 Err(RecvError::Disconnected) => {
                     self.disconnected(id);
@@ -83,7 +86,10 @@ impl State {
         let unexpected = |what, expected| Err(ProtocolError::Unexpected { what, expected });
         match message {
             DeviceMessage::Hello(hello) if greeting && !greeted => self.hello(id, hello, fds),
-            DeviceMessage::Hello(_) => return unexpected("a second Hello", "an answer"),
+            DeviceMessage::Hello(_) => {
+                fds.into_iter().for_each(close_at_once);
+                return unexpected("a second Hello", "an answer");
+            }
             _ if greeted => return unexpected("something", "nothing before its Welcome"),
             _ if greeting => return unexpected("something else", "a Hello"),
             DeviceMessage::Reached(reached) => {

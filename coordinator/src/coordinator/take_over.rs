@@ -18,9 +18,10 @@ use crate::device::Message as DeviceMessage;
 use crate::error::{MachineError, TakeOverError};
 use crate::machine::{Machine, TakenOver};
 use crate::policy::{Policies, Presence};
-use crate::process::{BackingFile, DeviceProcess, Spawner, open_recorded};
+use crate::process::{BackingFile, DeviceProcess, Spawner, identity_behind, open_recorded};
 use crate::record::{DeviceRecord, MachineRecord, ProcessIdentity};
 use ractor::Actor;
+use rustix::io::Errno;
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::geteuid;
 use standstill_protocol::channel::{AsyncChannel, CoordinatorEnd, RecvError};
@@ -227,8 +228,19 @@ async fn greet(path: PathBuf, deadline: Instant) -> Result<Greeting, Unreachable
     // 0 is one that cannot be seen from this pid namespace.
     let pid = u32::try_from(peer.pid).ok().filter(|&pid| pid > 0);
     let pid = pid.ok_or_else(|| lost("its process cannot be seen from here".to_owned()))?;
-    let process = identity(pid)
-        .map_err(|error| lost(format!("its process {pid} cannot be seen: {error}")))?;
+    // Older kernels tell the number alone.
+    let seen = match channel.peer_pidfd() {
+        Ok(pidfd) => identity_behind(&pidfd, pid),
+        Err(error) if error.raw_os_error() == Some(Errno::NOPROTOOPT.raw_os_error()) => {
+            identity(pid).map(Some)
+        }
+        // It is not there to be told.
+        Err(_) => Ok(None),
+    };
+    // A process of its own may have its socket still: that one is not the device.
+    let process = seen
+        .map_err(|error| lost(format!("its process {pid} cannot be seen: {error}")))?
+        .ok_or_else(|| Unreachable::new(Loss::Exited, format!("its process {pid} has ended")))?;
     let channel = AsyncChannel::new(channel)
         .map_err(|error| lost(format!("it cannot be watched: {error}")))?;
     let received = match timeout_at(deadline, channel.recv()).await {
@@ -242,10 +254,7 @@ async fn greet(path: PathBuf, deadline: Instant) -> Result<Greeting, Unreachable
     let FromDevice::Hello(hello) = received.message else {
         return Err(broke("its first message was no Hello"));
     };
-    let mut files = Vec::with_capacity(received.fds.len());
-    for fd in received.fds {
-        files.push(BackingFile::reopen(fd).map_err(|error| broke(&error.to_string()))?);
-    }
+    let files = BackingFile::reopen_all(received.fds).map_err(|error| broke(&error.to_string()))?;
     // A fence waits for these locks: one that was never taken would prove nothing.
     if files.iter().any(|file| !file.is_locked().unwrap_or(false)) {
         return Err(broke("it declared a backing file that it has not locked"));
