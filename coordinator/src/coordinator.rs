@@ -104,6 +104,16 @@ pub(crate) enum Message {
     Tick,
 }
 
+impl Message {
+    /// Whether somebody's silence may be acted upon.
+    fn is_deadline(&self) -> bool {
+        matches!(
+            self,
+            Self::Expired(..) | Self::HelloExpired | Self::MemoryExpired(_) | Self::JoinExpired(_)
+        )
+    }
+}
+
 pub(crate) struct CoordinatorActor;
 
 impl Actor for CoordinatorActor {
@@ -125,6 +135,10 @@ impl Actor for CoordinatorActor {
         message: Message,
         state: &mut State,
     ) -> Result<(), ActorProcessingErr> {
+        if message.is_deadline() {
+            // What was said before it counts, however late this program comes to read it.
+            state.read_ready();
+        }
         match message {
             Message::Readable => state.readable(),
             Message::Request(request) => state.request(request),
