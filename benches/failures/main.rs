@@ -14,16 +14,13 @@
 mod floor;
 
 use floor::Floor;
-use rustix::event::{PollFd, PollFlags, poll};
-use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
+use rustix::process::{Pid, Signal, kill_process};
 use standstill::coordinator::{
     DeviceSpec, LossPolicy, Machine, MachineBuilder, MachineError, MachineEvent, RestartPolicy,
     Status,
 };
-use standstill::protocol::channel::prefer_short_waits;
 use std::error::Error;
-use std::os::unix::net::UnixStream;
-use std::process::{Command, ExitCode, Stdio};
+use std::process::ExitCode;
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 use tokio::sync::broadcast;
@@ -60,21 +57,17 @@ fn option<'a>(arguments: &'a [String], name: &str) -> Option<&'a str> {
 fn measure(arguments: &[String]) -> Result<(), Failure> {
     let devices = option(arguments, "--devices").unwrap_or("8,64");
     let rounds: usize = option(arguments, "--rounds").unwrap_or("50").parse()?;
-    // As a VMM does on the thread on which its coordinator lives.
-    prefer_short_waits()?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     println!("{rounds} rounds; times in ms: median (worst)\n");
     println!(
-        "| devices | floor: kill → ended | kill → seen | → fenced | → joined again \
-         | floor: round | kill in a pause → rolled back |"
+        "| devices | floor round | kill → seen | → fenced | → joined again | kill in a pause → rolled back |"
     );
-    println!("|---|---|---|---|---|---|---|");
+    println!("|---|---|---|---|---|---|");
     for count in devices.split(',') {
         let count: usize = count.trim().parse()?;
         let mut floor = Floor::new(count)?;
         let floor: Times = (0..rounds).map(|_| floor.round()).collect::<Result<_, _>>()?;
         let folder = tempfile::tempdir()?;
-        let ended: Times = (0..rounds).map(|_| death(&folder)).collect::<Result<_, _>>()?;
         let figures = runtime.block_on(async {
             let machine = start(count, &folder).await?;
             let idle = idle(&machine, rounds).await?;
@@ -83,7 +76,7 @@ fn measure(arguments: &[String]) -> Result<(), Failure> {
             Ok::<_, Failure>([idle.seen, idle.fenced, idle.joined, paused])
         })?;
         let [seen, fenced, joined, rolled_back] = figures;
-        println!("| {count} | {ended} | {seen} | {fenced} | {joined} | {floor} | {rolled_back} |");
+        println!("| {count} | {floor} | {seen} | {fenced} | {joined} | {rolled_back} |");
     }
     Ok(())
 }
@@ -104,31 +97,6 @@ impl std::fmt::Display for Times {
         let ms = |time: Option<&Duration>| time.map_or(f64::NAN, |time| time.as_secs_f64() * 1e3);
         write!(f, "{:.2} ({:.2})", ms(self.0.get(self.0.len() / 2)), ms(self.0.last()))
     }
-}
-
-/// How long the kernel alone takes: the same program without a coordinator, from the kill to its
-/// pidfd.
-fn death(folder: &TempDir) -> Result<Duration, Failure> {
-    let socket = folder.path().join("alone.sock");
-    let mut alone = Command::new(env!("CARGO_BIN_EXE_standstill"))
-        .args(["device", "copy-engine", "--memory=64KiB", "--socket"])
-        .arg(&socket)
-        .stdin(Stdio::null())
-        .stderr(Stdio::null())
-        .spawn()?;
-    let pid = Pid::from_child(&alone);
-    let pidfd = pidfd_open(pid, PidfdFlags::empty())?;
-    while UnixStream::connect(&socket).is_err() {
-        std::thread::yield_now();
-    }
-    let mut fds = [PollFd::new(&pidfd, PollFlags::IN)];
-    let at = Instant::now();
-    kill_process(pid, Signal::KILL)?;
-    poll(&mut fds, None)?;
-    let took = at.elapsed();
-    alone.wait()?;
-    std::fs::remove_file(&socket)?;
-    Ok(took)
 }
 
 /// The last device is slow to become quiet; all are started again when they are lost.
