@@ -11,6 +11,7 @@
 
 use super::Reply;
 use super::state::{Device, Purpose, Standing, State};
+use crate::control_directory::ControlDirectoryError;
 use crate::description::DeviceSpec;
 use crate::error::{GreetingError, MachineError, StartError};
 use crate::events::MachineEvent;
@@ -76,6 +77,10 @@ impl State {
         }
         if let Err(error) = self.policies.check(&spec) {
             return drop(reply.send(refused(error)));
+        }
+        let path = self.custody().map(|custody| custody.directory().socket_path(&spec.name));
+        if let Some(Err(error)) = path {
+            return drop(reply.send(refused(ControlDirectoryError::from(error).into())));
         }
         self.place(spec, reply);
     }

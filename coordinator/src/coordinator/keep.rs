@@ -86,12 +86,14 @@ impl Kept {
 
     /// Puts a device into the record, in the place of its earlier incarnation.
     fn put(&mut self, device: DeviceRecord) -> Result<(), ControlDirectoryError> {
+        let before = self.record.devices.clone();
         match self.record.devices.iter_mut().find(|known| known.name == device.name) {
             Some(known) if *known == device => return Ok(()),
             Some(known) => *known = device,
             None => self.record.devices.push(device),
         }
-        self.write()
+        // What cannot be written must not keep others from being written.
+        self.write().inspect_err(|_| self.record.devices = before)
     }
 
     /// Takes a device out of the record, and its socket out of the directory.

@@ -187,3 +187,29 @@ async fn a_device_whose_end_comes_too_late_for_its_removal_can_be_removed_then()
     }
     assert_whole_and_end(&machine, &trace, 1).await;
 }
+
+/// Nothing is started that could not be found by a later coordinator, and nobody else suffers.
+#[tokio::test]
+async fn a_device_whose_name_cannot_name_its_socket_is_refused_before_it_starts() {
+    let trace = Trace::new().unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let machine = start(builder().keep(folder.path().join("vm")).device(restarted(
+        Script::honest(),
+        "d0",
+        &trace,
+    )))
+    .await;
+    for name in ["a/b", ".hidden"] {
+        let error =
+            within(LONG, "add", machine.add_device(honest(name, &trace))).await.unwrap_err();
+        assert!(
+            matches!(&error, MachineError::NotStarted(e) if matches!(**e, StartError::ControlDirectory(_))),
+            "{error}"
+        );
+        assert_eq!(trace.incarnations(name), 0);
+    }
+    let mut events = machine.events();
+    signal(&machine, "d0", Signal::KILL).await;
+    until_joined(&mut events, "d0").await;
+    assert_whole_and_end(&machine, &trace, 1).await;
+}
