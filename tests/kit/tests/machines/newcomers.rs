@@ -12,7 +12,7 @@ use standstill_coordinator::{
 };
 use standstill_protocol::message::Phase;
 use standstill_protocol::transition::MachineState;
-use standstill_testkit::{Entry, Gate, Script, Step, Trace, Trigger, What, within};
+use standstill_testkit::{Entry, Gate, Processes, Script, Step, Trace, Trigger, What, within};
 use std::fs::File;
 use std::time::Duration;
 use tempfile::NamedTempFile;
@@ -212,4 +212,22 @@ async fn a_device_whose_name_cannot_name_its_socket_is_refused_before_it_starts(
     signal(&machine, "d0", Signal::KILL).await;
     until_joined(&mut events, "d0").await;
     assert_whole_and_end(&machine, &trace, 1).await;
+}
+
+/// What no later coordinator could find ends with the one that started it.
+#[tokio::test]
+async fn a_newcomer_that_was_not_welcomed_does_not_outlive_a_kept_machine() {
+    let trace = Trace::new().unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    // It would not notice the end of its coordinator.
+    let frozen = Script::honest().on_in(2, Trigger::Hello, [Step::Freeze]);
+    let device = restarted(frozen, "d0", &trace);
+    let machine = start(builder().keep(folder.path().join("vm")).device(device)).await;
+    signal(&machine, "d0", Signal::KILL).await;
+    let second = |entries: &[Entry]| {
+        entries.iter().filter(|e| matches!(e.what, What::Began { .. })).count() == 2
+    };
+    trace.wait_for("the second process", second).await;
+    drop(machine);
+    Processes::of_trace(&trace).assert_gone_within(LONG).await;
 }
