@@ -6,6 +6,7 @@ use super::supervision::Recovery;
 use crate::device::{Message as DeviceActorMessage, ProcessEvent};
 use crate::error::{GreetingError, ProtocolError};
 use crate::events::MachineEvent;
+use crate::poll::close_apart;
 use crate::process::Exit;
 use standstill_protocol::channel::{Received, RecvError, close_at_once};
 use standstill_protocol::message::{DeviceEvent, DeviceMessage, Phase};
@@ -180,8 +181,12 @@ impl State {
     }
 
     pub(super) fn close(&mut self, id: ParticipantId) {
-        if let Some(channel) = self.device(id).and_then(|device| device.channel.take()) {
-            self.poll.remove(&channel);
+        let Some(device) = self.device(id) else { return };
+        let takes_fds = device.standing == Standing::Greeting;
+        let Some(channel) = device.channel.take() else { return };
+        self.poll.remove(&channel);
+        if takes_fds {
+            close_apart(channel);
         }
     }
 

@@ -12,7 +12,7 @@ use crate::logs::LogTail;
 use crate::machine::Machine;
 use crate::participant::LocalThread;
 use crate::policy::Policies;
-use crate::poll::Poll;
+use crate::poll::{Poll, close_apart};
 use crate::process::{Exit, Spawner};
 use crate::recorder::Recorder;
 use crate::report::{Names, TransitionReport};
@@ -418,6 +418,9 @@ impl State {
 
 impl Drop for State {
     fn drop(&mut self) {
+        for device in self.devices.iter_mut().filter(|d| d.standing == Standing::Greeting) {
+            device.channel.take().into_iter().for_each(close_apart);
+        }
         let spares = self.kept.as_ref().is_some_and(|kept| kept.custody.spares());
         // A newcomer that was not welcomed could not be found by anybody.
         let ends = |device: &&Device| {
