@@ -16,6 +16,8 @@ use tokio::sync::broadcast;
 
 /// How many events a slow reader may be behind.
 const EVENTS: usize = 1024;
+/// The shortest interval of signs of life: a fifth of what a device may say unasked.
+const LEAST_HEARTBEAT: Duration = Duration::from_millis(5);
 
 /// How long things may take. Every wait of a coordinator has one of these as its end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -338,10 +340,13 @@ impl MachineBuilder {
         self.events.subscribe()
     }
 
-    /// Sets the interval of the devices' signs of life; zero for none. One second by default.
+    /// Sets the interval of the devices' signs of life, 5 ms at least; zero for none. One second by
+    /// default.
     #[must_use]
     pub fn heartbeat(mut self, interval: Duration) -> Self {
-        self.heartbeat = interval;
+        // More often, an honest device would look like one that floods.
+        let least = if interval.is_zero() { interval } else { LEAST_HEARTBEAT };
+        self.heartbeat = interval.max(least);
         self
     }
 

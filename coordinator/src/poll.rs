@@ -9,7 +9,7 @@ use crate::coordinator::Message;
 use ractor::ActorRef;
 use rustix::buffer::spare_capacity;
 use rustix::event::epoll;
-use standstill_protocol::channel::Readiness;
+use standstill_protocol::channel::{CoordinatorEnd, Readiness};
 use standstill_protocol::transition::ParticipantId;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -78,8 +78,48 @@ impl Poll {
     }
 }
 
+/// Closes a socket on a thread of its own: in what nobody has read there may be fds, and the kernel
+/// waits for those that linger on the thread that closes the socket.
+pub(crate) fn close_apart(socket: CoordinatorEnd) {
+    let thread = std::thread::Builder::new().name("standstill-close".into());
+    // Without a thread it is closed here and now.
+    let _ = thread.spawn(move || drop(socket));
+}
+
 impl Drop for Poll {
     fn drop(&mut self) {
         self.watch.abort();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg, sockopt};
+    use std::io::{IoSlice, Write};
+    use std::mem::MaybeUninit;
+    use std::net::{TcpListener, TcpStream};
+    use std::time::{Duration, Instant};
+
+    #[test]
+    fn nobody_waits_for_fds_that_linger_in_what_was_not_read() {
+        let linger = Duration::from_secs(15);
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut socket = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let _peer = listener.accept().unwrap();
+        sockopt::set_socket_linger(&socket, Some(linger)).unwrap();
+        socket.set_nonblocking(true).unwrap();
+        while socket.write(&[0; 65536]).is_ok() {}
+
+        let (ours, theirs) = CoordinatorEnd::pair().unwrap();
+        let fds = [socket.as_fd()];
+        let mut room = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = SendAncillaryBuffer::new(&mut room);
+        assert!(control.push(SendAncillaryMessage::ScmRights(&fds)));
+        sendmsg(&theirs, &[IoSlice::new(b"x")], &mut control, SendFlags::empty()).unwrap();
+        drop((socket, theirs));
+        let began = Instant::now();
+        close_apart(ours);
+        assert!(began.elapsed() < linger / 2, "{:?}", began.elapsed());
     }
 }

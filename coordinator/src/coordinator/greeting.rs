@@ -15,6 +15,14 @@ use std::os::fd::{AsFd, OwnedFd};
 impl State {
     /// A device process said Hello.
     pub(super) fn hello(&mut self, id: ParticipantId, hello: Hello, files: Vec<OwnedFd>) {
+        // Nothing of another process is kept open, or closed later.
+        let files = match BackingFile::reopen_all(files) {
+            Ok(files) => files,
+            Err(error) => {
+                let error = GreetingError::Protocol(ProtocolError::BackingFile(error));
+                return self.greeting_failed(id, error);
+            }
+        };
         if self.device(id).is_some_and(|device| device.care.join.is_some()) {
             return self.newcomer_greeted(id, hello, files);
         }
@@ -42,7 +50,7 @@ impl State {
         &mut self,
         id: ParticipantId,
         hello: &Hello,
-        files: Vec<OwnedFd>,
+        files: Vec<BackingFile>,
     ) -> Result<(), GreetingError> {
         let protocol = |error| GreetingError::Protocol(error);
         let (machine, term, epoch) = (self.uuid, self.term, self.epoch);
@@ -63,11 +71,6 @@ impl State {
         if !fresh {
             return Err(protocol(ProtocolError::NotFresh));
         }
-        let files = files
-            .into_iter()
-            .map(BackingFile::reopen)
-            .collect::<Result<Vec<_>, _>>()
-            .map_err(|error| protocol(ProtocolError::BackingFile(error)))?;
         // A fence waits for these locks: one that was never taken would prove nothing.
         if files.iter().any(|file| !file.is_locked().unwrap_or(false)) {
             return Err(protocol(ProtocolError::BackingFileUnlocked));

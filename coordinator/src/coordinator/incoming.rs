@@ -6,8 +6,9 @@ use super::supervision::Recovery;
 use crate::device::{Message as DeviceActorMessage, ProcessEvent};
 use crate::error::{GreetingError, ProtocolError};
 use crate::events::MachineEvent;
+use crate::poll::close_apart;
 use crate::process::Exit;
-use standstill_protocol::channel::{Received, RecvError};
+use standstill_protocol::channel::{Received, RecvError, close_at_once};
 use standstill_protocol::message::{DeviceEvent, DeviceMessage, Phase};
 use standstill_protocol::transition::{
     Answer, Event, HeldReason, Loss, MachineState, ParticipantId,
@@ -54,7 +55,10 @@ impl State {
                 Err(error) => Err(error),
             };
             let result = match received {
-                Ok(_) if !device.allowance.came() => Err(ProtocolError::Flood(Allowance::LIMIT)),
+                Ok(received) if !device.allowance.came() => {
+                    received.fds.into_iter().for_each(close_at_once);
+                    Err(ProtocolError::Flood(Allowance::LIMIT))
+                }
                 Ok(received) => self.received(id, received),
                 Err(RecvError::Disconnected) => {
                     self.disconnected(id);
@@ -83,7 +87,10 @@ impl State {
         let unexpected = |what, expected| Err(ProtocolError::Unexpected { what, expected });
         match message {
             DeviceMessage::Hello(hello) if greeting && !greeted => self.hello(id, hello, fds),
-            DeviceMessage::Hello(_) => return unexpected("a second Hello", "an answer"),
+            DeviceMessage::Hello(_) => {
+                fds.into_iter().for_each(close_at_once);
+                return unexpected("a second Hello", "an answer");
+            }
             _ if greeted => return unexpected("something", "nothing before its Welcome"),
             _ if greeting => return unexpected("something else", "a Hello"),
             DeviceMessage::Reached(reached) => {
@@ -174,8 +181,12 @@ impl State {
     }
 
     pub(super) fn close(&mut self, id: ParticipantId) {
-        if let Some(channel) = self.device(id).and_then(|device| device.channel.take()) {
-            self.poll.remove(&channel);
+        let Some(device) = self.device(id) else { return };
+        let takes_fds = device.standing == Standing::Greeting;
+        let Some(channel) = device.channel.take() else { return };
+        self.poll.remove(&channel);
+        if takes_fds {
+            close_apart(channel);
         }
     }
 
@@ -269,7 +280,9 @@ impl State {
 
     /// What was not proven is proven now; when all is, a held machine counts as stopped.
     pub(super) fn proven(&mut self, which: impl Fn(&HeldReason) -> bool) {
-        if self.machine == MachineState::Held && self.active.is_none() {
+        // A transition of the owner says at its end what is left; that of a newcomer does not.
+        let decided_later = self.active.as_ref().is_some_and(|a| !a.purpose.is_internal());
+        if self.machine == MachineState::Held && !decided_later {
             self.held.retain(|reason| !which(reason));
             if self.held.is_empty() {
                 tracing::info!("everything is proven now; the machine is stopped");

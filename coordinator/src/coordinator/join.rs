@@ -10,16 +10,18 @@
 //! A device that was not welcomed serves nothing, so it does no DMA: it may wait.
 
 use super::Reply;
-use super::state::{Purpose, Standing, State};
+use super::state::{Device, Purpose, Standing, State};
+use crate::control_directory::ControlDirectoryError;
 use crate::description::DeviceSpec;
 use crate::error::{GreetingError, MachineError, StartError};
 use crate::events::MachineEvent;
+use crate::process::BackingFile;
 use standstill_protocol::message::{CoordinatorMessage, Hello, MAX_FDS, MemoryDeclaration};
 use standstill_protocol::transition::{
     Loss, MachineState, Operation, Outcome, ParticipantId, PlanError,
 };
 use std::collections::BTreeSet;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::time::Instant;
 use tokio::task::AbortHandle;
 
@@ -37,7 +39,7 @@ pub(super) enum Stage {
     /// Its Hello is waited for.
     Greeting(AbortHandle),
     /// It waits for its Welcome: a transition is under way.
-    Greeted(Box<Hello>, Vec<OwnedFd>),
+    Greeted(Box<Hello>, Vec<BackingFile>),
     /// It is brought to STOP.
     Stopping,
     /// So many declarations of RAM are to be accepted yet.
@@ -75,6 +77,10 @@ impl State {
         }
         if let Err(error) = self.policies.check(&spec) {
             return drop(reply.send(refused(error)));
+        }
+        let path = self.custody().map(|custody| custody.directory().socket_path(&spec.name));
+        if let Some(Err(error)) = path {
+            return drop(reply.send(refused(ControlDirectoryError::from(error).into())));
         }
         self.place(spec, reply);
     }
@@ -122,7 +128,7 @@ impl State {
         &mut self,
         id: ParticipantId,
         hello: Hello,
-        files: Vec<OwnedFd>,
+        files: Vec<BackingFile>,
     ) {
         let Some(join) = self.device(id).and_then(|device| device.care.join.as_mut()) else {
             return;
@@ -145,12 +151,20 @@ impl State {
     /// A new incarnation that was not welcomed will not come in.
     pub(super) fn join_failed(&mut self, id: ParticipantId, failure: Failure) {
         self.close(id);
+        let waits = self.active.is_some();
         let Some(device) = self.device(id) else { return };
         let Some(join) = &mut device.care.join else { return };
         match std::mem::replace(&mut join.stage, Stage::Failed) {
             Stage::Greeting(deadline) => deadline.abort(),
-            // It was made to wait, and would not.
-            Stage::Greeted(..) => device.care.uncharged = true,
+            // It was made to wait, and would not. One that nobody made wait ended by itself, so
+            // soon that its end was read together with its Hello.
+            Stage::Greeted(..) => {
+                let ended = matches!(
+                    failure,
+                    Failure::Greeting(GreetingError::Disconnected | GreetingError::Exited(_))
+                );
+                device.care.uncharged = waits && ended;
+            }
             _ => {}
         }
         let (loss, text) = match &failure {
@@ -186,9 +200,10 @@ impl State {
         device.state = hello.state;
         device.hello = Some(*hello.clone());
         let mut whole = whole;
-        if let Some(member) = self.devices.get(id).and_then(|device| self.member(device)) {
-            whole.members.push(member);
-        }
+        // With those that are on their way in, too: each would fit in alone.
+        let joining = |device: &&Device| device.id == id || device.standing == Standing::Joining;
+        let members = self.devices.iter().filter(joining).filter_map(|device| self.member(device));
+        whole.members.extend(members);
         if let Err(error) = whole.check() {
             let name = self.in_the_way(&error);
             return self.join_failed(id, Failure::Plan(name, error));

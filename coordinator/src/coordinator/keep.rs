@@ -1,11 +1,11 @@
 //! What a later coordinator will need, written down while this one has the machine.
 
 use super::start::Start;
-use super::state::{Device, Standing, State};
+use super::state::{Device, Process, Standing, State};
 use crate::control_directory::{ControlDirectory, ControlDirectoryError, boot_id, identity};
 use crate::custody::Custody;
 use crate::description::DeviceSpec;
-use crate::process::BackingFile;
+use crate::process::{BackingFile, identity_behind};
 use crate::record::{DeviceRecord, MachineRecord, RECORD_VERSION};
 use standstill_protocol::message::{CoordinatorMessage, Query, Term};
 use standstill_protocol::transition::ParticipantId;
@@ -86,12 +86,14 @@ impl Kept {
 
     /// Puts a device into the record, in the place of its earlier incarnation.
     fn put(&mut self, device: DeviceRecord) -> Result<(), ControlDirectoryError> {
+        let before = self.record.devices.clone();
         match self.record.devices.iter_mut().find(|known| known.name == device.name) {
             Some(known) if *known == device => return Ok(()),
             Some(known) => *known = device,
             None => self.record.devices.push(device),
         }
-        self.write()
+        // What cannot be written must not keep others from being written.
+        self.write().inspect_err(|_| self.record.devices = before)
     }
 
     /// Takes a device out of the record, and its socket out of the directory.
@@ -134,11 +136,13 @@ impl State {
         id: ParticipantId,
         files: &[BackingFile],
     ) -> Result<Option<OwnedFd>, ControlDirectoryError> {
-        let Some(device) = self.device(id) else { return Ok(None) };
+        let Some(kept) = &mut self.kept else { return Ok(None) };
+        let Some(device) = self.devices.get(id) else { return Ok(None) };
         let (name, incarnation) = (device.spec.name.clone(), device.incarnation);
-        let pid = device.pid();
-        let (Some(kept), Some(pid)) = (&mut self.kept, pid) else { return Ok(None) };
-        let process = examined(format!("/proc/{pid}"), identity(pid))?;
+        let Some(Process { pid, pidfd, .. }) = &device.process else { return Ok(None) };
+        let ended = || io::Error::other("the process has ended");
+        let identity = identity_behind(pidfd, *pid).and_then(|found| found.ok_or_else(ended));
+        let process = examined(format!("/proc/{pid}"), identity)?;
         let backing_files = files.iter().map(BackingFile::record).collect();
         kept.put(DeviceRecord { name: name.clone(), incarnation, process, backing_files })?;
         kept.custody.directory().bind(&name).map(Some)

@@ -90,6 +90,7 @@ impl State {
             Standing::Ready => self.leave_stopped(id),
             Standing::Greeting | Standing::Joining => self.leave_at_once(id),
             Standing::Lost(_) => {
+                device.tell(DeviceActorMessage::Fence);
                 self.set_leaving(id, LeaveStage::Ending);
                 self.await_fence(id, self.deadlines.fence);
             }
@@ -144,6 +145,8 @@ impl State {
         let Some(leaving) = device.care.leaving.take() else { return };
         if device.standing == Standing::Leaving {
             device.standing = Standing::Lost("it was being removed and did not end".to_owned());
+            // Its end may still come, and nobody else would ask for the proof of it.
+            device.tell(DeviceActorMessage::Fence);
         }
         let device = device.spec.name.clone();
         if let Some(reply) = leaving.reply {

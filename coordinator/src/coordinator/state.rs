@@ -12,7 +12,7 @@ use crate::logs::LogTail;
 use crate::machine::Machine;
 use crate::participant::LocalThread;
 use crate::policy::Policies;
-use crate::poll::Poll;
+use crate::poll::{Poll, close_apart};
 use crate::process::{Exit, Spawner};
 use crate::recorder::Recorder;
 use crate::report::{Names, TransitionReport};
@@ -418,11 +418,17 @@ impl State {
 
 impl Drop for State {
     fn drop(&mut self) {
-        if self.kept.as_ref().is_some_and(|kept| kept.custody.spares()) {
-            return;
+        for device in self.devices.iter_mut().filter(|d| d.standing == Standing::Greeting) {
+            device.channel.take().into_iter().for_each(close_apart);
         }
+        let spares = self.kept.as_ref().is_some_and(|kept| kept.custody.spares());
+        // A newcomer that was not welcomed could not be found by anybody.
+        let ends = |device: &&Device| {
+            !spares || device.care.join.is_some() && device.standing == Standing::Greeting
+        };
         // All are killed before the first is waited for, which their actors' ends do.
-        for device in self.devices.iter().filter(|device| device.exit.is_none()) {
+        let alive = self.devices.iter().filter(|device| device.exit.is_none());
+        for device in alive.filter(ends) {
             if let Some(process) = &device.process {
                 // Fails only if it is gone.
                 let _ = rustix::process::pidfd_send_signal(&process.pidfd, Signal::KILL);

@@ -17,6 +17,7 @@ use crate::restarts::{Attempt, Restarts};
 use crate::watchdog::Pulse;
 use standstill_protocol::transition::{Loss, ParticipantId};
 use std::io;
+use std::sync::Arc;
 use std::time::Instant;
 use tokio::task::AbortHandle;
 
@@ -237,11 +238,11 @@ impl State {
         };
         device.care.recovery = Recovery::Spawning(next);
         let (spawner, spec) = (self.spawner.clone(), device.spec.clone());
-        let custody = self.custody().cloned();
         let myself = self.myself.clone();
         self.spawning += 1;
         tokio::task::spawn_blocking(move || {
-            let spawned = incarnation::spawn(&spawner, &spec, custody.as_ref()).map_err(Box::new);
+            // Not to outlive this coordinator before it is somebody's.
+            let spawned = incarnation::spawn(&spawner, &spec, None).map_err(Box::new);
             // With a coordinator that is gone the process is dropped, and so ends.
             let _ = myself.cast(Message::Spawned(id, next, spawned));
         });
@@ -286,12 +287,15 @@ impl State {
         id: ParticipantId,
         spec: crate::description::DeviceSpec,
         incarnation: u64,
-        spawned: Spawned,
+        mut spawned: Spawned,
     ) -> Result<Device, Box<StartError>> {
         let system = |source: io::Error| {
             Box::new(StartError::System { what: "watch a device process", source })
         };
         self.poll.add(id, &spawned.0).map_err(system)?;
+        if let Some(custody) = self.custody() {
+            spawned.1.place_under(Arc::clone(custody));
+        }
         incarnation::device(&self.myself, id, spec, incarnation, spawned).await.map_err(system)
     }
 
@@ -318,8 +322,6 @@ impl State {
         self.spawning += 1;
         let myself = self.myself.clone();
         tokio::task::spawn_blocking(move || {
-            // One that is to outlive this coordinator would, though nobody has welcomed it.
-            let _ = spawned.1.kill();
             drop(spawned);
             let _ = myself.cast(Message::Discarded);
         });

@@ -18,9 +18,10 @@ use crate::device::Message as DeviceMessage;
 use crate::error::{MachineError, TakeOverError};
 use crate::machine::{Machine, TakenOver};
 use crate::policy::{Policies, Presence};
-use crate::process::{BackingFile, DeviceProcess, Spawner, open_recorded};
-use crate::record::{DeviceRecord, MachineRecord, ProcessIdentity};
+use crate::process::{BackingFile, DeviceProcess, Spawner, identity_behind, open_recorded};
+use crate::record::{DeviceRecord, FileRecord, MachineRecord, ProcessIdentity};
 use ractor::Actor;
+use rustix::io::Errno;
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::geteuid;
 use standstill_protocol::channel::{AsyncChannel, CoordinatorEnd, RecvError};
@@ -34,6 +35,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout_at};
+
+/// How far a device may be ahead of the record, which may be a copy of an earlier one. Who claims
+/// more would use the terms up.
+const MAX_TERMS_AHEAD: u64 = 1 << 32;
 
 /// A device process of the earlier coordinator.
 pub(super) struct Found {
@@ -92,6 +97,11 @@ pub(crate) async fn take_over(builder: MachineBuilder) -> Result<TakenOver, Take
             check_hello(&spec.name, hello, uuid)?;
         }
     }
+    let known = builder.devices.iter().map(|spec| record.device(&spec.name));
+    let greetings: Vec<_> = known
+        .zip(greetings)
+        .map(|(known, greeting)| greeting.and_then(|found| believable(found, known, record.term)))
+        .collect();
 
     let specs = builder.devices.clone();
     let (kept, found, spawner) = blocking(move || {
@@ -227,8 +237,19 @@ async fn greet(path: PathBuf, deadline: Instant) -> Result<Greeting, Unreachable
     // 0 is one that cannot be seen from this pid namespace.
     let pid = u32::try_from(peer.pid).ok().filter(|&pid| pid > 0);
     let pid = pid.ok_or_else(|| lost("its process cannot be seen from here".to_owned()))?;
-    let process = identity(pid)
-        .map_err(|error| lost(format!("its process {pid} cannot be seen: {error}")))?;
+    // Older kernels tell the number alone.
+    let seen = match channel.peer_pidfd() {
+        Ok(pidfd) => identity_behind(&pidfd, pid),
+        Err(error) if error.raw_os_error() == Some(Errno::NOPROTOOPT.raw_os_error()) => {
+            identity(pid).map(Some)
+        }
+        // It is not there to be told.
+        Err(_) => Ok(None),
+    };
+    // A process of its own may have its socket still: that one is not the device.
+    let process = seen
+        .map_err(|error| lost(format!("its process {pid} cannot be seen: {error}")))?
+        .ok_or_else(|| Unreachable::new(Loss::Exited, format!("its process {pid} has ended")))?;
     let channel = AsyncChannel::new(channel)
         .map_err(|error| lost(format!("it cannot be watched: {error}")))?;
     let received = match timeout_at(deadline, channel.recv()).await {
@@ -242,10 +263,7 @@ async fn greet(path: PathBuf, deadline: Instant) -> Result<Greeting, Unreachable
     let FromDevice::Hello(hello) = received.message else {
         return Err(broke("its first message was no Hello"));
     };
-    let mut files = Vec::with_capacity(received.fds.len());
-    for fd in received.fds {
-        files.push(BackingFile::reopen(fd).map_err(|error| broke(&error.to_string()))?);
-    }
+    let files = BackingFile::reopen_all(received.fds).map_err(|error| broke(&error.to_string()))?;
     // A fence waits for these locks: one that was never taken would prove nothing.
     if files.iter().any(|file| !file.is_locked().unwrap_or(false)) {
         return Err(broke("it declared a backing file that it has not locked"));
@@ -264,6 +282,35 @@ fn check_hello(device: &str, hello: &Hello, expected: uuid::Uuid) -> Result<(), 
         return Err(TakeOverError::Version { device, theirs, ours });
     }
     Ok(())
+}
+
+/// A device that hides what it has is one that broke the protocol: a fence without the lock of a
+/// file that it writes to would prove nothing, and above the highest term there is none.
+fn believable(
+    greeting: Greeting,
+    known: Option<&DeviceRecord>,
+    term: u64,
+) -> Result<Greeting, Unreachable> {
+    let broke =
+        |what: String| Unreachable::new(Loss::Protocol, format!("it broke the protocol: {what}"));
+    let claimed = greeting.hello.term.0;
+    if claimed.saturating_sub(term) > MAX_TERMS_AHEAD {
+        return Err(broke(format!("it claims to know term {claimed}, the record has {term}")));
+    }
+    let declared: Vec<_> = greeting.files.iter().map(BackingFile::record).collect();
+    let is_declared = |file: &&FileRecord| {
+        declared.iter().any(|d| (d.device, d.inode) == (file.device, file.inode))
+    };
+    let files = known.map_or(&[][..], |known| &known.backing_files);
+    match files.iter().find(|file| !is_declared(file)) {
+        Some(FileRecord { path, device, inode }) => {
+            let path = path.as_deref().unwrap_or("?");
+            Err(broke(format!(
+                "it does not declare its backing file {path} ({device:#x}:{inode}) any more"
+            )))
+        }
+        None => Ok(greeting),
+    }
 }
 
 /// Brings the record to what the devices say: a term above all of theirs, and their files.

@@ -528,10 +528,11 @@ impl State {
                 }
             }
             // Something may run in a machine that is to stand.
-            if self.machine == MachineState::Stopped && !unproven.is_empty() {
+            if self.machine != MachineState::Running && !unproven.is_empty() {
+                let began = self.machine == MachineState::Stopped;
                 self.machine = MachineState::Held;
-                self.held = unproven;
-                if let Purpose::Join(id) | Purpose::Leave(id) = purpose {
+                self.held.extend(unproven);
+                if began && let Purpose::Join(id) | Purpose::Leave(id) = purpose {
                     let device = self.names.participant(id);
                     self.emit(MachineEvent::HoldBegan { device });
                 }

@@ -1,6 +1,6 @@
 //! Device processes that another coordinator has left behind.
 
-use super::{DeviceProcess, Exit};
+use super::{DeviceProcess, Exit, wait_readable};
 use crate::control_directory::start_time;
 use crate::custody::Custody;
 use crate::record::ProcessIdentity;
@@ -8,9 +8,10 @@ use rustix::event::{EventfdFlags, eventfd};
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 impl DeviceProcess {
     /// Takes charge of a process that is no child of this program. Its exit is seen through the
@@ -43,6 +44,19 @@ impl DeviceProcess {
             }
         }
     }
+}
+
+/// The identity of the process behind a pidfd, of which `pid` is the number; `None` if it has
+/// ended: the number may be another's by then.
+pub(crate) fn identity_behind(pidfd: impl AsFd, pid: u32) -> io::Result<Option<ProcessIdentity>> {
+    let start_time = match start_time(pid) {
+        Ok(start_time) => start_time,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    // Looked at afterwards: while it is not readable, the number has been its own all the time.
+    let ended = wait_readable(pidfd.as_fd(), Duration::ZERO)?;
+    Ok((!ended).then_some(ProcessIdentity { pid, start_time }))
 }
 
 fn pid_of(pid: u32) -> io::Result<Pid> {

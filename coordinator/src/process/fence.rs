@@ -142,6 +142,27 @@ impl BackingFile {
         Ok(Self { file, path, device, inode })
     }
 
+    /// Opens all of these again and closes the received fds.
+    ///
+    /// # Errors
+    ///
+    /// [`BackingFileError`] of the first that cannot serve. The others are closed without waiting:
+    /// one that is a socket may linger for as long as its sender likes.
+    pub fn reopen_all(received: Vec<OwnedFd>) -> Result<Vec<Self>, BackingFileError> {
+        let mut files = Vec::with_capacity(received.len());
+        let mut received = received.into_iter();
+        while let Some(fd) = received.next() {
+            match Self::reopen(fd) {
+                Ok(file) => files.push(file),
+                Err(error) => {
+                    received.for_each(close_at_once);
+                    return Err(error);
+                }
+            }
+        }
+        Ok(files)
+    }
+
     /// True if somebody holds a lock on the file. A running device must, on each of its backing
     /// files: on an unlocked one a fence would prove nothing.
     ///
@@ -317,6 +338,9 @@ impl Fence {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::io::Write;
+    use std::net::{TcpListener, TcpStream};
+    use std::time::{Duration, Instant};
 
     #[test]
     fn dropping_a_locked_file_unlocks_it_even_while_a_copy_of_its_fd_is_open() {
@@ -329,5 +353,32 @@ mod tests {
         assert!(other.is_locked().unwrap());
         drop(locked);
         assert!(!other.is_locked().unwrap());
+    }
+
+    /// Whoever closes the last fd of such a socket waits until its peer has read everything.
+    #[test]
+    fn no_socket_that_lingers_holds_up_whoever_refuses_it() {
+        let linger = Duration::from_secs(20);
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut peers = Vec::new();
+        let full = || {
+            let mut socket = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+            let peer = listener.accept().unwrap().0;
+            rustix::net::sockopt::set_socket_linger(&socket, Some(linger)).unwrap();
+            socket.set_nonblocking(true).unwrap();
+            while socket.write(&[0; 65536]).is_ok() {}
+            (OwnedFd::from(socket), peer)
+        };
+        let received: Vec<_> = (0..3)
+            .map(|_| {
+                let (socket, peer) = full();
+                peers.push(peer);
+                socket
+            })
+            .collect();
+        let began = Instant::now();
+        let error = BackingFile::reopen_all(received).unwrap_err();
+        assert!(matches!(error, BackingFileError::Kind { found: "socket" }), "{error}");
+        assert!(began.elapsed() < linger / 2, "{:?}", began.elapsed());
     }
 }

@@ -15,7 +15,7 @@ mod spawn;
 #[cfg(test)]
 mod tests;
 
-pub(crate) use adopt::open as open_recorded;
+pub(crate) use adopt::{identity_behind, open as open_recorded};
 pub use fence::{BackingFile, BackingFileError, Fence, FenceProgress, FenceProof};
 pub use rustix::process::Signal;
 pub use spawn::{ProcessSpec, SpawnError, Spawner};

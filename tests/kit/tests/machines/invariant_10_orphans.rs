@@ -355,6 +355,44 @@ async fn a_lost_device_is_fenced_by_the_locks_of_its_recorded_files() {
     }
 }
 
+/// What it writes to is what was recorded, whatever it says now: the fence needs those locks.
+#[tokio::test]
+async fn a_device_that_hides_a_backing_file_from_a_take_over_is_fenced_with_its_lock() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("disk.img");
+    let lock = || {
+        let file = std::fs::File::create(&path).unwrap();
+        rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive).unwrap();
+        file
+    };
+    let hidden = lock();
+    let mut left = left_with(Script::honest().backing_file(&path)).await;
+    // It will declare another file, which is locked as well.
+    std::fs::rename(&path, folder.path().join("moved.img")).unwrap();
+    let _shown = lock();
+    edit(&left.directory(), |record| {
+        let device = record.devices.iter_mut().find(|device| device.name == "d1").unwrap();
+        let moved = folder.path().join("moved.img").to_str().unwrap().to_owned();
+        device.backing_files[0].path = Some(moved);
+    });
+    left.course.other = Duration::from_secs(4);
+    let process = left.process("d1");
+    let TakenOver { machine, report } = left.take_over().await;
+    let text = format!("{report}\n{}", left.trace.text());
+    assert!(text.contains("does not declare its backing file"), "{text}");
+    let Outcome::Held { reasons, .. } = &report.outcome else { panic!("{text}") };
+    assert!(matches!(reasons.as_slice(), [HeldReason::FenceUnproven(_)]), "{text}");
+    assert!(process.ends_within(LONG).await, "{text}");
+    let mut events = machine.events();
+    drop(hidden);
+    let ended =
+        async { while !matches!(events.recv().await.unwrap(), MachineEvent::HoldEnded { .. }) {} };
+    within(LONG, "the hold to end", ended).await;
+    within(LONG, "removal", machine.remove_device("d1")).await.unwrap();
+    within(LONG, "resume", machine.resume()).await.unwrap();
+    left.end(machine).await;
+}
+
 /// A device in the middle of an arc when its coordinator dies: what counts is where it is going.
 #[tokio::test]
 async fn a_device_on_its_way_to_stop_counts_as_stopped_and_one_on_its_way_to_p2p_does_not() {

@@ -28,6 +28,7 @@ mod left_behind;
 mod losses;
 mod membership;
 mod memory;
+mod newcomers;
 mod one_phase;
 mod refusals;
 mod restarts;
