@@ -92,15 +92,14 @@ pub(crate) async fn take_over(builder: MachineBuilder) -> Result<TakenOver, Take
     let deadline = Instant::now() + builder.deadlines.hello;
     let greetings = greet_all(&directory, &builder.devices, deadline).await?;
     let uuid = record.uuid;
-    for (spec, greeting) in builder.devices.iter().zip(&greetings) {
-        if let Ok(Greeting { hello, .. }) = greeting {
-            check_hello(&spec.name, hello, uuid)?;
-        }
-    }
+    let hellos = builder.devices.iter().zip(&greetings);
+    let hellos =
+        hellos.filter_map(|(spec, greeting)| Some((&spec.name, &greeting.as_ref().ok()?.hello)));
+    check_hellos(hellos, uuid)?;
     let known = builder.devices.iter().map(|spec| record.device(&spec.name));
     let greetings: Vec<_> = known
         .zip(greetings)
-        .map(|(known, greeting)| greeting.and_then(|found| believable(found, known, record.term)))
+        .map(|(known, greeting)| greeting.and_then(|found| believable(found, known, &record)))
         .collect();
 
     let specs = builder.devices.clone();
@@ -271,15 +270,25 @@ async fn greet(path: PathBuf, deadline: Instant) -> Result<Greeting, Unreachable
     Ok(Greeting { channel: channel.into_inner(), hello, files, process })
 }
 
-/// Whether a Hello is that of a device of this machine with which this coordinator can talk.
-fn check_hello(device: &str, hello: &Hello, expected: uuid::Uuid) -> Result<(), TakeOverError> {
-    let device = device.to_owned();
-    if hello.machine != Some(expected) {
-        return Err(TakeOverError::ForeignMachine { device, found: hello.machine, expected });
+/// Whether these are devices of this machine, and this coordinator can talk with them. If none is of
+/// this machine, the record is wrong, and nobody is to be harmed for that; if some are, the others
+/// lie (see [`believable`]).
+fn check_hellos<'a>(
+    hellos: impl Iterator<Item = (&'a String, &'a Hello)> + Clone,
+    expected: uuid::Uuid,
+) -> Result<(), TakeOverError> {
+    let belongs = |hello: &Hello| hello.machine == Some(expected);
+    if !hellos.clone().any(|(_, hello)| belongs(hello))
+        && let Some((device, hello)) = hellos.clone().next()
+    {
+        let (device, found) = (device.clone(), hello.machine);
+        return Err(TakeOverError::ForeignMachine { device, found, expected });
     }
-    if VERSIONS.negotiate(hello.versions).is_none() {
-        let (theirs, ours) = (hello.versions, VERSIONS);
-        return Err(TakeOverError::Version { device, theirs, ours });
+    for (device, hello) in hellos.filter(|(_, hello)| belongs(hello)) {
+        if VERSIONS.negotiate(hello.versions).is_none() {
+            let (device, theirs, ours) = (device.clone(), hello.versions, VERSIONS);
+            return Err(TakeOverError::Version { device, theirs, ours });
+        }
     }
     Ok(())
 }
@@ -289,10 +298,17 @@ fn check_hello(device: &str, hello: &Hello, expected: uuid::Uuid) -> Result<(), 
 fn believable(
     greeting: Greeting,
     known: Option<&DeviceRecord>,
-    term: u64,
+    record: &MachineRecord,
 ) -> Result<Greeting, Unreachable> {
+    let term = record.term;
     let broke =
         |what: String| Unreachable::new(Loss::Protocol, format!("it broke the protocol: {what}"));
+    if let Some(machine) = greeting.hello.machine.filter(|&machine| machine != record.uuid) {
+        return Err(broke(format!("it claims to belong to machine {machine}")));
+    }
+    if greeting.hello.machine.is_none() {
+        return Err(broke("it claims to belong to no machine".to_owned()));
+    }
     let claimed = greeting.hello.term.0;
     if claimed.saturating_sub(term) > MAX_TERMS_AHEAD {
         return Err(broke(format!("it claims to know term {claimed}, the record has {term}")));
@@ -493,9 +509,18 @@ mod tests {
             memory: Vec::new(),
         };
         let (own, other) = (uuid::Uuid::from_u128(1), uuid::Uuid::from_u128(2));
-        check_hello("nic0", &hello(Some(own)), own).unwrap();
-        for machine in [None, Some(other)] {
-            let error = check_hello("nic0", &hello(machine), own).unwrap_err();
+        let (nic, disk) = ("nic0".to_owned(), "disk0".to_owned());
+        let check = |machines: [Option<uuid::Uuid>; 2]| {
+            let hellos = machines.map(hello);
+            let [first, second] = &hellos;
+            check_hellos([(&nic, first), (&disk, second)].into_iter(), own)
+        };
+        check([Some(own), Some(own)]).unwrap();
+        // One that lies does not keep the others from being taken over.
+        for liar in [None, Some(other)] {
+            check([Some(own), liar]).unwrap();
+            check([liar, Some(own)]).unwrap();
+            let error = check([liar, liar]).unwrap_err();
             assert!(matches!(error, TakeOverError::ForeignMachine { .. }), "{error}");
             assert!(error.to_string().contains("\"nic0\""), "{error}");
         }
