@@ -8,7 +8,7 @@ use rustix::process::{
     waitid,
 };
 use standstill::coordinator::{
-    Deadlines, DeviceSpec, LossPolicy, MachineBuilder, MachineError, RestartPolicy,
+    Deadlines, DeviceSpec, LossPolicy, Machine, MachineBuilder, MachineError, RestartPolicy,
 };
 use standstill::device_proc::devices::copy_engine::{Descriptor, FLAG_SEQUENCE, FLAG_STAMP};
 use standstill::device_proc::memory::SharedMemory;
@@ -64,17 +64,7 @@ impl Description {
 
     /// The machine, to be started or taken over.
     pub(crate) fn builder(&self) -> MachineBuilder {
-        let deadlines = Deadlines {
-            hello: LONG,
-            first_phase: LONG,
-            second_phase: LONG,
-            undo: 4 * LONG,
-            fence: LONG,
-            memory: LONG,
-            stall: LONG,
-            silence: LONG,
-        };
-        MachineBuilder::new(&self.name).deadlines(deadlines).devices((0..ENGINES).map(|number| {
+        MachineBuilder::new(&self.name).deadlines(deadlines()).devices((0..ENGINES).map(|number| {
             let slow = |time| if number == 1 { time } else { 0 };
             DeviceSpec::new(self.device(number), env!("CARGO_BIN_EXE_standstill"))
                 .args(["device", "copy-engine"])
@@ -85,6 +75,20 @@ impl Description {
                 .arg(self.socket(number))
                 .on_loss(LossPolicy::Restart(RestartPolicy::default()))
         }))
+    }
+}
+
+/// Deadlines that never run out.
+pub(crate) fn deadlines() -> Deadlines {
+    Deadlines {
+        hello: LONG,
+        first_phase: LONG,
+        second_phase: LONG,
+        undo: 4 * LONG,
+        fence: LONG,
+        memory: LONG,
+        stall: LONG,
+        silence: LONG,
     }
 }
 
@@ -223,12 +227,17 @@ impl Guest {
         BARS + number as u64 * MEMORY
     }
 
-    /// Connects to all engines, maps everything into everything, and sets them to work.
-    pub(crate) fn set_to_work(&mut self) {
+    /// Connects to all engines and maps everything into everything.
+    pub(crate) fn connect(&mut self) {
         self.engines = (0..ENGINES).map(|n| Engine::connect(&self.description.socket(n))).collect();
         for number in 0..ENGINES {
             self.wire(number);
         }
+    }
+
+    /// Connects to all engines, maps everything into everything, and sets them to work.
+    pub(crate) fn set_to_work(&mut self) {
+        self.connect();
         for number in 0..ENGINES {
             self.start(number);
         }
@@ -351,6 +360,12 @@ impl Drop for Processes {
             let _ = pidfd_send_signal(process, Signal::KILL);
         }
     }
+}
+
+/// The present process of a device.
+pub(crate) async fn pid(machine: &Machine, device: usize) -> Pid {
+    let pid = machine.status().await.unwrap().devices[device].pid.unwrap();
+    Pid::from_raw(i32::try_from(pid).unwrap()).unwrap()
 }
 
 pub(crate) fn process(pid: i32) -> OwnedFd {

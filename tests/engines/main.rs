@@ -1,15 +1,17 @@
 //! Machines of real copy engines (`standstill device copy-engine`), wired to each other by vfio-user
-//! clients as a VMM wires them, that lose their coordinator or a device.
+//! clients as a VMM wires them, that lose their coordinator or a device, or have one that hangs.
 //!
 //! The coordinator that is lost is this test program again, in a process of its own.
 
 #![expect(clippy::unwrap_used, clippy::panic, reason = "a panic is how a test fails")]
 
 mod driver;
+mod hang;
 mod log;
 mod machine;
 mod restart;
 mod take_over;
+mod tracer;
 
 /// Not a test: the coordinator that is lost. Without its variable it is empty.
 #[test]

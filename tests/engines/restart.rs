@@ -1,17 +1,11 @@
 //! An engine is killed and started again, and its peers' windows onto what is gone are revoked.
 
 use crate::driver::{Engine, MEMORY};
-use crate::machine::{ENGINES, Guest, LONG, until};
-use rustix::process::{Pid, Signal, kill_process};
-use standstill::coordinator::{Machine, MachineEvent, Outcome};
+use crate::machine::{ENGINES, Guest, LONG, pid, until};
+use rustix::process::{Signal, kill_process};
+use standstill::coordinator::{MachineEvent, Outcome};
 use standstill::device_proc::devices::copy_engine::registers::*;
 use standstill::protocol::migration::MigrationState;
-
-async fn kill(machine: &Machine, device: usize) {
-    let status = machine.status().await.unwrap();
-    let pid = i32::try_from(status.devices[device].pid.unwrap()).unwrap();
-    kill_process(Pid::from_raw(pid).unwrap(), Signal::KILL).unwrap();
-}
 
 /// Waits until the engine counts again; where it is then.
 async fn joined(
@@ -39,7 +33,7 @@ async fn killed_and_set_up_again(name: &str, stopped: bool) {
     }
     let before = guest.sight();
     let mut events = machine.events();
-    kill(&machine, 1).await;
+    kill_process(pid(&machine, 1).await, Signal::KILL).unwrap();
     let (state, incarnation) = joined(&mut events, &guest.description.device(1)).await;
     let expected = if stopped { MigrationState::Stop } else { MigrationState::Running };
     assert_eq!((state, incarnation), (expected, 2));

@@ -5,6 +5,7 @@ use crate::fixture::{
     honest, report_of, start, three, undone, until,
 };
 use crate::left_behind::Left;
+use crate::supervised::events_until;
 use rustix::fs::{FlockOperation, flock};
 use standstill_coordinator::error::MachineError;
 use standstill_coordinator::{HookSpec, MachineEvent, OnFailure, Outcome, Slot};
@@ -363,7 +364,12 @@ async fn a_machine_goes_on_without_what_its_owner_has_given_up() {
     .await;
     within(LONG, "pause", machine.pause()).await.unwrap_err();
     assert_machine(&machine, MachineState::Held).await;
+    let mut events = machine.events();
     machine.accept_hold().await.unwrap();
+    let ended = |event: &MachineEvent| matches!(event, MachineEvent::HoldEnded { .. });
+    let seen = events_until(&mut events, "the hold to end", ended).await;
+    let by_owner = matches!(seen.last(), Some(MachineEvent::HoldEnded { by_owner: true }));
+    assert!(by_owner, "{seen:?}");
     let status = machine.status().await.unwrap();
     let lost = status.devices.iter().find(|device| device.name == "d1").unwrap();
     assert!(lost.lost.as_ref().unwrap().contains("taken as it is"), "{status:?}");

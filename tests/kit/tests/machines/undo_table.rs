@@ -173,38 +173,38 @@ async fn test_row(operation: Operation, on_failure: OnFailure, second_phase: boo
     }
 }
 
-#[tokio::test]
-async fn a_pause_that_fails_in_phase_1_and_is_rolled_back() {
-    test_row(Operation::Pause, OnFailure::Rollback, false).await;
+/// Makes a test of each row, and [`TESTED`] of all of them.
+macro_rules! test_rows {
+    ($($name:ident: $operation:ident, $on_failure:ident, $second_phase:literal;)+) => {
+        $(
+            #[tokio::test]
+            async fn $name() {
+                test_row(Operation::$operation, OnFailure::$on_failure, $second_phase).await;
+            }
+        )+
+
+        /// The rows that have a test.
+        const TESTED: &[(Operation, OnFailure, bool)] =
+            &[$((Operation::$operation, OnFailure::$on_failure, $second_phase)),+];
+    };
 }
 
-#[tokio::test]
-async fn a_pause_that_fails_in_phase_2_and_is_rolled_back() {
-    test_row(Operation::Pause, OnFailure::Rollback, true).await;
-}
-
-#[tokio::test]
-async fn a_pause_that_fails_in_phase_1_and_stays_stopped() {
-    test_row(Operation::Pause, OnFailure::StayStopped, false).await;
-}
-
-#[tokio::test]
-async fn a_pause_that_fails_in_phase_2_and_stays_stopped() {
-    test_row(Operation::Pause, OnFailure::StayStopped, true).await;
-}
-
-#[tokio::test]
-async fn a_resume_that_fails_in_phase_1() {
-    test_row(Operation::Resume, OnFailure::Rollback, false).await;
-}
-
-#[tokio::test]
-async fn a_resume_that_fails_in_phase_2() {
-    test_row(Operation::Resume, OnFailure::Rollback, true).await;
+test_rows! {
+    a_pause_that_fails_in_phase_1_and_is_rolled_back: Pause, Rollback, false;
+    a_pause_that_fails_in_phase_2_and_is_rolled_back: Pause, Rollback, true;
+    a_pause_that_fails_in_phase_1_and_stays_stopped: Pause, StayStopped, false;
+    a_pause_that_fails_in_phase_2_and_stays_stopped: Pause, StayStopped, true;
+    a_resume_that_fails_in_phase_1: Resume, Rollback, false;
+    a_resume_that_fails_in_phase_2: Resume, Rollback, true;
 }
 
 #[test]
 fn there_is_a_test_for_each_row_of_a_pause_and_a_resume() {
-    let tested = |row: &&UndoRow| matches!(row.operation, Operation::Pause | Operation::Resume);
-    assert_eq!(UNDO.iter().filter(tested).count(), 6);
+    let reached = |row: &&UndoRow| match row.operation {
+        Operation::Pause | Operation::Resume => true,
+        Operation::SwitchOver | Operation::Load | Operation::TakeOver => false,
+    };
+    let rows = UNDO.iter().filter(reached);
+    let rows: Vec<_> = rows.map(|row| (row.operation, row.on_failure, row.second_phase)).collect();
+    assert_eq!(TESTED, rows);
 }
