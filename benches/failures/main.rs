@@ -14,7 +14,7 @@
 mod floor;
 
 use floor::Floor;
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
 use standstill::coordinator::{
     DeviceSpec, LossPolicy, Machine, MachineBuilder, MachineError, MachineEvent, RestartPolicy,
@@ -122,6 +122,8 @@ fn death(folder: &TempDir) -> Result<Duration, Failure> {
         std::thread::yield_now();
     }
     let mut fds = [PollFd::new(&pidfd, PollFlags::IN)];
+    // As idle as a device that has had nothing to do for a while.
+    poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 200_000_000 }))?;
     let at = Instant::now();
     kill_process(pid, Signal::KILL)?;
     poll(&mut fds, None)?;

@@ -8,6 +8,7 @@ use crate::error::{GreetingError, ProtocolError};
 use crate::events::MachineEvent;
 use crate::poll::close_apart;
 use crate::process::Exit;
+use rustix::process::Signal;
 use standstill_protocol::channel::{Received, RecvError, close_at_once};
 use standstill_protocol::message::{DeviceEvent, DeviceMessage, Phase};
 use standstill_protocol::transition::{
@@ -192,6 +193,7 @@ impl State {
 
     /// A device process does not count any more.
     pub(super) fn lost(&mut self, id: ParticipantId, why: Loss, text: String) {
+        self.end_before_close(id, why);
         self.close(id);
         let ending = self.ending.is_some();
         let member =
@@ -213,6 +215,22 @@ impl State {
             self.feed(Event::Lost(id, why));
         } else {
             self.fence_outside(id, why, &text);
+        }
+    }
+
+    /// A living process that is lost is killed before it can see the end of its channel: its exit is
+    /// to tell of the fence, not of an orphan that has ended by itself.
+    fn end_before_close(&mut self, id: ParticipantId, why: Loss) {
+        let lives = !matches!(why, Loss::Exited | Loss::Disconnected);
+        if !lives || self.ending.is_some() || self.is_superseded() {
+            return;
+        }
+        if let Some(device) = self.device(id)
+            && matches!(device.standing, Standing::Ready | Standing::Joining)
+            && let Some(process) = &device.process
+        {
+            // What comes of it is the fence's business, which follows.
+            let _ = rustix::process::pidfd_send_signal(&process.pidfd, Signal::KILL);
         }
     }
 
