@@ -53,8 +53,6 @@ impl State {
         files: Vec<BackingFile>,
     ) -> Result<(), GreetingError> {
         let protocol = |error| GreetingError::Protocol(error);
-        let (machine, term, epoch) = (self.uuid, self.term, self.epoch);
-        let (heartbeat_ns, orphan) = (self.heartbeat_ns, self.orphan);
         let Some(device) = self.device(id) else { return Ok(()) };
         let Some(channel) = &device.channel else { return Ok(()) };
         let Some(version) = VERSIONS.negotiate(hello.versions) else {
@@ -77,20 +75,10 @@ impl State {
         }
         let listener =
             self.keep_device(id, &files).map_err(|error| GreetingError::Keep(Box::new(error)))?;
+        let Some(welcome) = self.welcome_of(id, version) else { return Ok(()) };
+        let welcome = Welcome { listener: listener.is_some(), ..welcome };
         let Some(device) = self.device(id) else { return Ok(()) };
         let Some(channel) = &device.channel else { return Ok(()) };
-        let welcome = Welcome {
-            version,
-            machine,
-            name: device.spec.name.clone(),
-            incarnation: device.incarnation,
-            term,
-            epoch,
-            heartbeat_ns,
-            orphan,
-            listener: listener.is_some(),
-            log: false,
-        };
         let fds: Vec<_> = listener.iter().map(AsFd::as_fd).collect();
         channel
             .try_send(&CoordinatorMessage::Welcome(welcome), &fds)
@@ -101,6 +89,25 @@ impl State {
         // An actor that is gone is seen at the socket.
         device.tell(DeviceMessage::BackingFiles(files));
         Ok(())
+    }
+
+    /// What a device is told with its Welcome, without fds.
+    pub(super) fn welcome_of(&mut self, id: ParticipantId, version: u16) -> Option<Welcome> {
+        let (machine, term, epoch) = (self.uuid, self.term, self.epoch);
+        let (heartbeat_ns, orphan) = (self.heartbeat_ns, self.orphan);
+        let device = self.device(id)?;
+        Some(Welcome {
+            version,
+            machine,
+            name: device.spec.name.clone(),
+            incarnation: device.incarnation,
+            term,
+            epoch,
+            heartbeat_ns,
+            orphan,
+            listener: false,
+            log: false,
+        })
     }
 
     /// One device that does not greet is one machine that does not start, unless it is optional or

@@ -1,7 +1,7 @@
 //! What comes from device processes: packets, and their ends.
 
 use super::join::Stage;
-use super::state::{Allowance, Standing, State};
+use super::state::{Allowance, Device, Standing, State};
 use super::supervision::Recovery;
 use crate::device::{Message as DeviceActorMessage, ProcessEvent};
 use crate::error::{GreetingError, ProtocolError};
@@ -193,16 +193,24 @@ impl State {
 
     /// A device process does not count any more.
     pub(super) fn lost(&mut self, id: ParticipantId, why: Loss, text: String) {
-        self.end_before_close(id, why);
-        self.close(id);
-        let ending = self.ending.is_some();
         let member =
             self.active.as_ref().is_some_and(|active| active.transition.state(id).is_some());
-        let Some(device) = self.device(id) else { return };
-        let counts = matches!(device.standing, Standing::Ready | Standing::Joining);
-        if !counts || ending || self.is_superseded() {
+        let counts =
+            |device: &mut Device| matches!(device.standing, Standing::Ready | Standing::Joining);
+        let counted = self.device(id).is_some_and(counts);
+        if !counted || self.ending.is_some() || self.is_superseded() {
+            self.close(id);
             return;
         }
+        let Some(device) = self.device(id) else { return };
+        if !matches!(why, Loss::Exited | Loss::Disconnected)
+            && let Some(process) = &device.process
+        {
+            // Before it can see the end of its channel: its exit is to tell of the fence that
+            // follows, not of an orphan that has ended by itself.
+            let _ = rustix::process::pidfd_send_signal(&process.pidfd, Signal::KILL);
+        }
+        self.close(id);
         let Some(device) = self.device(id) else { return };
         device.standing = Standing::Lost(text.clone());
         self.unsettled = true;
@@ -215,22 +223,6 @@ impl State {
             self.feed(Event::Lost(id, why));
         } else {
             self.fence_outside(id, why, &text);
-        }
-    }
-
-    /// A living process that is lost is killed before it can see the end of its channel: its exit is
-    /// to tell of the fence, not of an orphan that has ended by itself.
-    fn end_before_close(&mut self, id: ParticipantId, why: Loss) {
-        let lives = !matches!(why, Loss::Exited | Loss::Disconnected);
-        if !lives || self.ending.is_some() || self.is_superseded() {
-            return;
-        }
-        if let Some(device) = self.device(id)
-            && matches!(device.standing, Standing::Ready | Standing::Joining)
-            && let Some(process) = &device.process
-        {
-            // What comes of it is the fence's business, which follows.
-            let _ = rustix::process::pidfd_send_signal(&process.pidfd, Signal::KILL);
         }
     }
 

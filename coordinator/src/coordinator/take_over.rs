@@ -417,22 +417,10 @@ impl State {
     /// Tells a device that said Hello that it has another coordinator now.
     pub(super) fn welcome_found(&mut self, id: ParticipantId, contact: Contact) {
         let Contact { channel, hello, version, log } = contact;
-        let (machine, term, epoch) = (self.uuid, self.term, self.epoch);
-        let (heartbeat_ns, orphan) = (self.heartbeat_ns, self.orphan);
+        let Some(welcome) = self.welcome_of(id, version) else { return };
+        // It goes on listening where it did.
+        let welcome = Welcome { log: true, ..welcome };
         let Some(device) = self.device(id) else { return };
-        let welcome = Welcome {
-            version,
-            machine,
-            name: device.spec.name.clone(),
-            incarnation: device.incarnation,
-            term,
-            epoch,
-            heartbeat_ns,
-            orphan,
-            // It goes on listening where it did.
-            listener: false,
-            log: true,
-        };
         let sent = channel.try_send(&CoordinatorMessage::Welcome(welcome), &[log.as_fd()]);
         channel.set_version(version);
         // What has files has sent them; kernels that cannot say so leave it at that.
