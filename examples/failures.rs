@@ -29,7 +29,7 @@ async fn vmm() -> Result<(), Box<dyn Error>> {
     let mut events = machine.events();
     kill(&machine, "engine0").await?;
     loop {
-        let event = events.recv().await?;
+        let event = events.recv().await.ok_or("the machine is gone")?;
         println!("  {event}");
         if matches!(event, MachineEvent::DeviceJoined { .. }) {
             break;

@@ -28,7 +28,7 @@ use machine::{Blueprint, VmmError};
 use options::SlowError;
 use rounds::{Run, on_own_thread};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use standstill::coordinator::{Machine, MachineError, MachineEvent, StartError};
+use standstill::coordinator::{Events, Machine, MachineError, MachineEvent, StartError};
 use std::cell::OnceCell;
 use std::io::{self, IsTerminal, Write};
 use std::path::Path;
@@ -39,7 +39,6 @@ use thiserror::Error;
 use timeline::{Timeline, TimelineError};
 use tokio::runtime::Runtime;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::broadcast::{self, error::RecvError};
 use tracing_subscriber::EnvFilter;
 
 /// How long the devices may take to end by themselves before they are killed.
@@ -274,25 +273,27 @@ async fn demonstrate(
 }
 
 /// Waits until a device process is lost outside any transition: a transition reports its own.
-async fn device_lost(mut events: broadcast::Receiver<MachineEvent>) -> DemoError {
+async fn device_lost(mut events: Events) -> DemoError {
     let (device, why) = loop {
         match events.recv().await {
-            Ok(MachineEvent::DeviceLost { device, detail, during: None, .. }) => {
+            Some(MachineEvent::DeviceLost { device, detail, during: None, .. }) => {
                 break (device, detail);
             }
-            Ok(_) | Err(RecvError::Lagged(_)) => {}
+            Some(_) => {}
             // The machine is gone: whoever waits for it learns that.
-            Err(RecvError::Closed) => std::future::pending().await,
+            None => std::future::pending().await,
         }
     };
     let fenced = async {
         loop {
             match events.recv().await {
-                Ok(MachineEvent::DeviceFenced { device: fenced, exit, .. }) if fenced == device => {
+                Some(MachineEvent::DeviceFenced { device: fenced, exit, .. })
+                    if fenced == device =>
+                {
                     return Some(exit.to_string());
                 }
-                Ok(_) | Err(RecvError::Lagged(_)) => {}
-                Err(RecvError::Closed) => return None,
+                Some(_) => {}
+                None => return None,
             }
         }
     };

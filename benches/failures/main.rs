@@ -17,8 +17,8 @@ use floor::Floor;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
 use standstill::coordinator::{
-    DeviceSpec, LossPolicy, Machine, MachineBuilder, MachineError, MachineEvent, RestartPolicy,
-    Status,
+    DeviceSpec, Events, LossPolicy, Machine, MachineBuilder, MachineError, MachineEvent,
+    RestartPolicy, Status,
 };
 use standstill::protocol::channel::prefer_short_waits;
 use std::error::Error;
@@ -26,7 +26,6 @@ use std::os::unix::net::UnixStream;
 use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
-use tokio::sync::broadcast;
 
 /// How long the victim of a pause takes to become quiet: by then all others have long answered.
 const SLOW: Duration = Duration::from_millis(60);
@@ -160,11 +159,13 @@ fn kill(status: &Status, number: usize) -> Result<(String, Instant), Failure> {
 }
 
 async fn until(
-    events: &mut broadcast::Receiver<MachineEvent>,
+    events: &mut Events,
     is_it: impl Fn(&MachineEvent) -> bool,
 ) -> Result<Instant, Failure> {
     loop {
-        let event = tokio::time::timeout(Duration::from_secs(20), events.recv()).await??;
+        let event = tokio::time::timeout(Duration::from_secs(20), events.recv())
+            .await?
+            .ok_or("the machine is gone")?;
         if is_it(&event) {
             return Ok(Instant::now());
         }

@@ -2,7 +2,7 @@
 
 use crate::coordinator;
 use crate::error::{StartError, TakeOverError};
-use crate::events::MachineEvent;
+use crate::events::{Events, MachineEvent};
 use crate::machine::{Machine, TakenOver};
 use crate::participant::{Hook, LocalDevice};
 use crate::policy::{LossPolicy, Presence};
@@ -336,8 +336,8 @@ impl MachineBuilder {
     /// What will happen, from the beginning of the start on. As
     /// [`Machine::events`](crate::Machine::events).
     #[must_use]
-    pub fn events(&self) -> broadcast::Receiver<MachineEvent> {
-        self.events.subscribe()
+    pub fn events(&self) -> Events {
+        Events::of(self.events.subscribe())
     }
 
     /// Sets the interval of the devices' signs of life, 5 ms at least; zero for none. One second by

@@ -4,6 +4,9 @@
 //! over [`MachineEvent::DeviceFenced`] to [`MachineEvent::DeviceJoined`].
 
 mod display;
+mod reader;
+
+pub use reader::Events;
 
 use crate::process::Exit;
 use crate::report::TransitionReport;
@@ -142,6 +145,12 @@ pub enum MachineEvent {
     Superseded {
         /// Its term.
         term: Term,
+    },
+    /// Whoever reads these events has fallen behind, and has lost the oldest. Told to that reader
+    /// alone, in the place of what is lost.
+    Missed {
+        /// How many events are lost.
+        events: u64,
     },
     /// A device process tells something.
     Device {

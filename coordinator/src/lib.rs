@@ -42,7 +42,7 @@ mod watchdog;
 
 pub use description::{Deadlines, DeviceSpec, HookSpec, MachineBuilder};
 pub use error::{MachineError, StartError, TakeOverError};
-pub use events::MachineEvent;
+pub use events::{Events, MachineEvent};
 pub use machine::{Machine, Stopped, TakenOver};
 pub use participant::{Hook, LocalDevice, LocalError};
 pub use policy::{LossPolicy, Presence, QEMU_VFIO_USER, RestartPolicy};

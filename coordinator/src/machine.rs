@@ -19,7 +19,7 @@
 use crate::coordinator::{self, Request};
 use crate::description::DeviceSpec;
 use crate::error::MachineError;
-use crate::events::MachineEvent;
+use crate::events::{Events, MachineEvent};
 use crate::process::Exit;
 use crate::report::TransitionReport;
 use crate::status::Status;
@@ -211,13 +211,11 @@ impl Machine {
         self.ask(Request::AcceptHold).await?
     }
 
-    /// What happens from now on. A reader that falls more than 1024 events behind loses the
-    /// oldest and is told how many. The stream ends with the machine.
+    /// What happens from now on. The stream ends with the machine.
     #[must_use]
-    pub fn events(&self) -> broadcast::Receiver<MachineEvent> {
-        // Of a machine that is gone there is nothing to hear.
+    pub fn events(&self) -> Events {
         let events = self.inner.events.upgrade();
-        events.map_or_else(|| broadcast::channel(1).1, |events| events.subscribe())
+        events.map_or_else(Events::none, |events| Events::of(events.subscribe()))
     }
 
     /// Ends every device process: asks it to, and kills it after the grace. Returns how each

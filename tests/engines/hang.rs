@@ -7,13 +7,14 @@ use crate::tracer::Tracer;
 use nix::sys::wait::WaitStatus;
 use rustix::process::{Signal, kill_process};
 use standstill::coordinator::process::Exit;
-use standstill::coordinator::{Deadlines, Hang, Machine, MachineBuilder, MachineEvent, Outcome};
+use standstill::coordinator::{
+    Deadlines, Events, Hang, Machine, MachineBuilder, MachineEvent, Outcome,
+};
 use standstill::device_proc::devices::copy_engine::KIND;
 use standstill::device_proc::devices::copy_engine::registers::*;
 use standstill::protocol::migration::MigrationState;
 use standstill::protocol::transition::Loss;
 use std::time::Duration;
-use tokio::sync::broadcast::Receiver;
 use tokio::task::spawn_blocking;
 use tokio::time::timeout;
 
@@ -32,7 +33,7 @@ fn watched(guest: &Guest, limits: Deadlines) -> MachineBuilder {
 }
 
 /// What happens next, other than what devices themselves tell, as that they have a client.
-async fn next(events: &mut Receiver<MachineEvent>) -> MachineEvent {
+async fn next(events: &mut Events) -> MachineEvent {
     loop {
         let event = events.recv().await.unwrap();
         if !matches!(event, MachineEvent::Device { .. }) {
@@ -81,7 +82,7 @@ async fn stop_data_thread(guest: &mut Guest, machine: &Machine) -> Tracer {
 
 /// What happens until the one that hangs counts again: it was hung, lost by that, fenced and
 /// restarted, and of the others nothing is said.
-async fn hung_and_restarted(guest: &Guest, events: &mut Receiver<MachineEvent>) -> (Hang, Exit) {
+async fn hung_and_restarted(guest: &Guest, events: &mut Events) -> (Hang, Exit) {
     let name = guest.description.device(HANGS);
     let (mut kinds, mut how, mut end) = (Vec::new(), None, None);
     while kinds.last() != Some(&"joined") {

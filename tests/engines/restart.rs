@@ -3,15 +3,12 @@
 use crate::driver::{Engine, MEMORY};
 use crate::machine::{ENGINES, Guest, LONG, pid, until};
 use rustix::process::{Signal, kill_process};
-use standstill::coordinator::{MachineEvent, Outcome};
+use standstill::coordinator::{Events, MachineEvent, Outcome};
 use standstill::device_proc::devices::copy_engine::registers::*;
 use standstill::protocol::migration::MigrationState;
 
 /// Waits until the engine counts again; where it is then.
-async fn joined(
-    events: &mut tokio::sync::broadcast::Receiver<MachineEvent>,
-    name: &str,
-) -> (MigrationState, u64) {
+async fn joined(events: &mut Events, name: &str) -> (MigrationState, u64) {
     loop {
         let event = tokio::time::timeout(LONG, events.recv()).await.unwrap().unwrap();
         if let MachineEvent::DeviceJoined { device, state, incarnation, .. } = event {

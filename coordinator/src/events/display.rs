@@ -64,6 +64,7 @@ impl fmt::Display for MachineEvent {
             Self::Superseded { term } => {
                 write!(f, "another coordinator (term {term}) has the machine")
             }
+            Self::Missed { events } => write!(f, "{events} events were missed"),
             Self::Device { device, event } => write!(f, "{device} says {event:?}"),
         }
     }

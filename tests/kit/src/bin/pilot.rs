@@ -3,11 +3,10 @@
 #![forbid(unsafe_code)]
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "it speaks to a test")]
 
-use standstill_coordinator::{Machine, MachineError, MachineEvent};
+use standstill_coordinator::{Events, Machine, MachineError, MachineEvent};
 use standstill_testkit::pilot::SUPERSEDED;
 use standstill_testkit::{Course, chain};
 use std::process::ExitCode;
-use tokio::sync::broadcast;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
 type Error = Box<dyn std::error::Error>;
@@ -55,13 +54,13 @@ async fn run() -> Result<ExitCode, Error> {
 }
 
 /// Waits until another coordinator has the machine; its term.
-async fn superseded(mut events: broadcast::Receiver<MachineEvent>) -> Result<u64, Error> {
+async fn superseded(mut events: Events) -> Result<u64, Error> {
     loop {
         match events.recv().await {
-            Ok(MachineEvent::Superseded { term }) => return Ok(term.0),
-            Ok(_) | Err(broadcast::error::RecvError::Lagged(_)) => {}
+            Some(MachineEvent::Superseded { term }) => return Ok(term.0),
+            Some(_) => {}
             // The machine has ended; the other branch knows why.
-            Err(broadcast::error::RecvError::Closed) => std::future::pending().await,
+            None => std::future::pending().await,
         }
     }
 }

@@ -5,11 +5,10 @@ use crate::supervised::{
     assert_whole_and_end, events_until, kinds, restarted, signal, until_joined,
 };
 use rustix::process::Signal;
-use standstill_coordinator::{Deadlines, Hang, Machine, MachineBuilder, MachineEvent};
+use standstill_coordinator::{Deadlines, Events, Hang, Machine, MachineBuilder, MachineEvent};
 use standstill_protocol::transition::Loss;
 use standstill_testkit::{Pulse, Script, Step, Trace, Trigger};
 use std::time::Duration;
-use tokio::sync::broadcast::Receiver;
 
 const BEAT: Duration = Duration::from_millis(100);
 const STALL: Duration = Duration::from_secs(1);
@@ -25,7 +24,7 @@ fn pulse(pulse: Pulse) -> Script {
     Script::honest().progress().on(Trigger::Welcome, [Step::Pulse(pulse)])
 }
 
-async fn hung(events: &mut Receiver<MachineEvent>) -> (String, Hang, Vec<MachineEvent>) {
+async fn hung(events: &mut Events) -> (String, Hang, Vec<MachineEvent>) {
     let is = |event: &MachineEvent| matches!(event, MachineEvent::DeviceHung { .. });
     let seen = events_until(events, "a hang", is).await;
     match seen.last().cloned() {

@@ -77,7 +77,7 @@ async fn a_machine_that_is_dropped_without_shutdown_leaves_its_devices_unharmed(
     let mut events = machine.events();
     drop(machine);
     // The stream ends with the coordinator.
-    while events.recv().await.is_ok() {}
+    while events.recv().await.is_some() {}
     let TakenOver { machine, report } = left.take_over().await;
     let held = Outcome::Held { reasons: vec![HeldReason::TakenOverStopped], fenced: vec![] };
     assert_eq!(report.outcome, held, "{report}");
@@ -172,7 +172,7 @@ async fn a_device_under_another_user_is_no_device() {
     let machine = within(LONG, "start", builder.start()).await.unwrap();
     let mut events = machine.events();
     drop(machine);
-    while events.recv().await.is_ok() {}
+    while events.recv().await.is_some() {}
     d1_is_fenced(left, LONG, Loss::Disconnected, "user 65534 listens in its place").await;
 }
 
@@ -514,7 +514,7 @@ async fn devices_that_were_restarted_added_and_removed_are_in_the_record() {
     assert_eq!(devices, expected);
     assert_eq!(sockets, ["d0.sock", "d2.sock", "d3.sock"]);
     drop(machine);
-    while events.recv().await.is_ok() {}
+    while events.recv().await.is_some() {}
     left.course.devices.remove(1);
     left.course.devices.push(added);
     let TakenOver { machine, report } = left.take_over().await;

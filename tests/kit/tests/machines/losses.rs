@@ -5,7 +5,7 @@ use crate::fixture::{
     until,
 };
 use rustix::process::{Pid, Signal, kill_process};
-use standstill_coordinator::{MachineEvent, Outcome};
+use standstill_coordinator::{Events, MachineEvent, Outcome};
 use standstill_protocol::migration::MigrationState;
 use standstill_protocol::transition::MachineState;
 use standstill_testkit::{Packet, Processes, Script, Step, Trace, Trigger, within};
@@ -49,9 +49,7 @@ async fn a_machine_goes_on_without_an_optional_device() {
 }
 
 /// The next two events: the loss, and its proof.
-async fn lost_and_fenced(
-    events: &mut tokio::sync::broadcast::Receiver<MachineEvent>,
-) -> (String, String) {
+async fn lost_and_fenced(events: &mut Events) -> (String, String) {
     let lost = loop {
         match within(LONG, "the loss", events.recv()).await.unwrap() {
             // The end of its process may be seen before that of its channel.

@@ -3,11 +3,11 @@
 use crate::fixture::LONG;
 use rustix::process::{Pid, Signal, kill_process};
 use standstill_coordinator::{
-    DeviceSpec, DeviceStanding, DeviceStatus, LossPolicy, Machine, MachineEvent, RestartPolicy,
+    DeviceSpec, DeviceStanding, DeviceStatus, Events, LossPolicy, Machine, MachineEvent,
+    RestartPolicy,
 };
 use standstill_testkit::{Processes, Script, Trace, within};
 use std::time::Duration;
-use tokio::sync::broadcast::Receiver;
 
 /// Five restarts, soon.
 pub(crate) const SOON: RestartPolicy = RestartPolicy {
@@ -35,7 +35,7 @@ pub(crate) async fn signal(machine: &Machine, name: &str, signal: Signal) {
 
 /// Reads events up to the first that is wanted, which is the last of what it gives.
 pub(crate) async fn events_until(
-    events: &mut Receiver<MachineEvent>,
+    events: &mut Events,
     what: &str,
     wanted: impl Fn(&MachineEvent) -> bool,
 ) -> Vec<MachineEvent> {
@@ -49,10 +49,7 @@ pub(crate) async fn events_until(
 }
 
 /// Reads events until that device has joined; gives all of them and its incarnation.
-pub(crate) async fn until_joined(
-    events: &mut Receiver<MachineEvent>,
-    name: &str,
-) -> (Vec<MachineEvent>, u64) {
+pub(crate) async fn until_joined(events: &mut Events, name: &str) -> (Vec<MachineEvent>, u64) {
     let joined = |event: &MachineEvent| matches!(event, MachineEvent::DeviceJoined { device, .. } if device == name);
     let seen = events_until(events, "the device to join", joined).await;
     match seen.last() {
