@@ -76,6 +76,7 @@ pub(crate) struct Arguments {
 pub(crate) struct State {
     id: ParticipantId,
     name: String,
+    incarnation: u64,
     process: DeviceProcess,
     files: Vec<BackingFile>,
     unprovable: Option<String>,
@@ -115,25 +116,29 @@ impl State {
             // The pidfd will tell.
             FenceProgress::WaitingForExit => {
                 if let Some(obstacle) = fence.obstacle() {
-                    tracing::warn!(device = self.name, error = %obstacle, "fence is obstructed");
+                    tracing::warn!(device = self.name, incarnation = self.incarnation, error = %obstacle, "fence is obstructed");
                     if !self.is_superseded() {
                         self.retry(myself);
                     }
                 }
             }
             FenceProgress::WaitingForLocks { held } => {
-                tracing::trace!(device = self.name, held, "waiting for locks of backing files");
+                tracing::trace!(
+                    device = self.name,
+                    incarnation = self.incarnation,
+                    held,
+                    "waiting for locks of backing files"
+                );
                 self.retry(myself);
             }
             FenceProgress::Proven(proof) => {
                 let (exit, locks) = (proof.exit(), proof.locks());
                 self.fence = None;
                 if let Some(why) = &self.unprovable {
-                    tracing::error!(device = self.name, %exit, why, "its end cannot be proven");
+                    tracing::error!(device = self.name, incarnation = self.incarnation, %exit, why, "its end cannot be proven");
                     return;
                 }
                 self.proven = Some((exit, locks));
-                tracing::info!(device = self.name, %exit, locks, "fenced");
                 self.tell(ProcessEvent::Fenced { exit, locks });
             }
         }
@@ -172,7 +177,7 @@ impl Actor for DeviceActor {
         arguments: Arguments,
     ) -> Result<State, ActorProcessingErr> {
         let Arguments { id, origin, mut process, tail, coordinator } = arguments;
-        let name = origin.device.clone();
+        let (name, incarnation) = (origin.device.clone(), origin.incarnation);
         let pidfd = Readiness::new(process.pidfd().try_clone_to_owned()?)?;
         let exit = {
             let myself = myself.clone();
@@ -186,7 +191,7 @@ impl Actor for DeviceActor {
             let device = name.clone();
             tokio::spawn(async move {
                 if let Err(error) = logs::forward(stderr, origin, tail).await {
-                    tracing::warn!(device, %error, "the device's log cannot be read");
+                    tracing::warn!(device, incarnation, %error, "the device's log cannot be read");
                 }
             })
         });
@@ -195,6 +200,7 @@ impl Actor for DeviceActor {
         Ok(State {
             id,
             name,
+            incarnation,
             process,
             files: Vec::new(),
             unprovable: None,
@@ -234,18 +240,24 @@ impl Actor for DeviceActor {
             }
             Message::Kill => {
                 if let Err(error) = state.process.kill() {
-                    tracing::warn!(device = state.name, %error, "cannot be killed");
+                    tracing::warn!(device = state.name, incarnation = state.incarnation, %error, "cannot be killed");
                     state.is_superseded();
                 }
             }
             Message::Exited => {
                 match state.process.try_reap() {
                     Ok(Some(exit)) => {
-                        tracing::debug!(device = state.name, %exit, "process ended");
+                        tracing::debug!(device = state.name, incarnation = state.incarnation, %exit, "process ended");
                         state.tell(ProcessEvent::Exited(exit));
                     }
-                    Ok(None) => tracing::warn!(device = state.name, "pidfd readable, no exit"),
-                    Err(error) => tracing::warn!(device = state.name, %error, "cannot be reaped"),
+                    Ok(None) => tracing::warn!(
+                        device = state.name,
+                        incarnation = state.incarnation,
+                        "pidfd readable, no exit"
+                    ),
+                    Err(error) => {
+                        tracing::warn!(device = state.name, incarnation = state.incarnation, %error, "cannot be reaped")
+                    }
                 }
                 state.poll_fence(&myself);
                 if let Some(log) = state.log.take() {

@@ -4,8 +4,10 @@
 //! over [`MachineEvent::DeviceFenced`] to [`MachineEvent::DeviceJoined`].
 
 mod display;
+mod log;
 mod reader;
 
+pub(crate) use log::log;
 pub use reader::Events;
 
 use crate::process::Exit;
@@ -159,4 +161,45 @@ pub enum MachineEvent {
         /// What.
         event: DeviceEvent,
     },
+}
+
+impl MachineEvent {
+    /// The name of the device that it is about; `None` if it is about the machine.
+    #[must_use]
+    pub fn device(&self) -> Option<&str> {
+        match self {
+            Self::TransitionBegan { .. }
+            | Self::Transition(_)
+            | Self::HoldEnded { .. }
+            | Self::Superseded { .. }
+            | Self::Missed { .. } => None,
+            Self::DeviceLost { device, .. }
+            | Self::DeviceHung { device, .. }
+            | Self::DeviceExited { device, .. }
+            | Self::DeviceFenced { device, .. }
+            | Self::FenceUnproven { device, .. }
+            | Self::DeviceRestarting { device, .. }
+            | Self::DeviceJoined { device, .. }
+            | Self::DeviceRestartsExhausted { device, .. }
+            | Self::DeviceNotRestarted { device, .. }
+            | Self::DeviceNotStarted { device, .. }
+            | Self::DeviceRemoved { device, .. }
+            | Self::HoldBegan { device }
+            | Self::Device { device, .. } => Some(device),
+        }
+    }
+
+    /// The incarnation of that device; `None` if it is about no particular one.
+    #[must_use]
+    pub fn incarnation(&self) -> Option<u64> {
+        match self {
+            Self::DeviceLost { incarnation, .. }
+            | Self::DeviceHung { incarnation, .. }
+            | Self::DeviceExited { incarnation, .. }
+            | Self::DeviceFenced { incarnation, .. }
+            | Self::FenceUnproven { incarnation, .. }
+            | Self::DeviceJoined { incarnation, .. } => Some(*incarnation),
+            _ => None,
+        }
+    }
 }

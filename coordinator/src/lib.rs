@@ -37,6 +37,7 @@ pub mod record;
 mod recorder;
 pub mod report;
 mod restarts;
+mod spans;
 pub mod status;
 mod watchdog;
 
@@ -47,5 +48,5 @@ pub use machine::{Machine, Stopped, TakenOver};
 pub use participant::{Hook, LocalDevice, LocalError};
 pub use policy::{LossPolicy, Presence, QEMU_VFIO_USER, RestartPolicy};
 pub use standstill_protocol::transition::{OnFailure, OnLoss, Operation, Outcome, Slot};
-pub use status::{DeviceStanding, DeviceStatus, Status};
+pub use status::{DeviceStanding, DeviceStatus, DroppedLogs, Status};
 pub use watchdog::Hang;

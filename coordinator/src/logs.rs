@@ -2,8 +2,9 @@
 //!
 //! A device process under our runtime writes JSON lines in the shape of `tracing-subscriber`; they
 //! are emitted again at their level, with the target `standstill::device` and the fields `device`,
-//! `incarnation` and `origin` (their own target). Anything else (a panic, a sanitizer's report, a
-//! foreign program's output) is emitted at WARN as it is.
+//! `incarnation`, `origin` (their own target), and `term` and `epoch` as the device knew them when it
+//! wrote the line. Anything else (a panic, a sanitizer's report, a foreign program's output) is
+//! emitted at WARN as it is, without the last three.
 //!
 //! ```no_run
 //! # async fn example(stderr: std::os::fd::OwnedFd) -> std::io::Result<()> {
@@ -19,7 +20,8 @@
 //! ```
 //!
 //! The text is another process's, which may be hostile: a line is cut at [`MAX_LINE`] bytes, at most
-//! [`MAX_LINES_PER_SECOND`] are emitted (the rest is counted), and control characters are escaped.
+//! [`MAX_LINES_PER_SECOND`] are emitted (the rest is counted: [`LogTail::dropped`]), and control
+//! characters are escaped.
 #![forbid(unsafe_code)]
 
 mod line;
@@ -30,6 +32,7 @@ use line::{Rendered, Splitter};
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::net::unix::pipe::Receiver;
@@ -54,11 +57,12 @@ pub struct Origin {
     pub incarnation: u64,
 }
 
-/// The last [`TAIL_LINES`] lines of a process. Clones share them.
+/// The last [`TAIL_LINES`] lines of a process, and how many were not emitted. Clones share them.
 #[derive(Clone, Debug, Default)]
 pub struct LogTail {
     /// As they came; rendered when somebody asks.
     lines: Arc<Mutex<VecDeque<Vec<u8>>>>,
+    dropped: Arc<AtomicU64>,
 }
 
 impl LogTail {
@@ -68,6 +72,12 @@ impl LogTail {
     pub fn lines(&self) -> Vec<String> {
         let lines = self.lines.lock().unwrap_or_else(PoisonError::into_inner).clone();
         lines.iter().map(|line| Rendered::new(line).to_string()).collect()
+    }
+
+    /// How many lines were not emitted so far, since there were too many in one second.
+    #[must_use]
+    pub fn dropped(&self) -> u64 {
+        self.dropped.load(Ordering::Relaxed)
     }
 
     fn push(&self, line: &[u8]) {
@@ -172,6 +182,7 @@ impl Forwarder {
         self.summary.cut += u64::from(cut);
         if self.summary.since(self.before).emitted >= MAX_LINES_PER_SECOND {
             self.summary.dropped += 1;
+            self.tail.dropped.fetch_add(1, Ordering::Relaxed);
         } else {
             self.summary.emitted += 1;
             self.emit(&Rendered::new(line));
@@ -186,6 +197,8 @@ impl Forwarder {
                     Level::$level,
                     device = self.origin.device,
                     incarnation = self.origin.incarnation,
+                    term = line.term,
+                    epoch = line.epoch,
                     origin = line.target.as_deref(),
                     "{}",
                     line.text

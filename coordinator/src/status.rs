@@ -35,6 +35,20 @@ pub struct DeviceStatus {
     pub lost: Option<String>,
     /// The progress of its data threads that its last sign of life told.
     pub progress: u64,
+    /// Log lines of its present process that are in no log.
+    pub dropped_logs: DroppedLogs,
+}
+
+/// Log lines of a device process that nobody waited for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DroppedLogs {
+    /// By the device process, since its pipe was full or they were too long; as its last sign of
+    /// life told.
+    pub by_device: u64,
+    /// By the coordinator, since there were [too many in one second].
+    ///
+    /// [too many in one second]: crate::logs::MAX_LINES_PER_SECOND
+    pub by_coordinator: u64,
 }
 
 /// Whether a device counts.

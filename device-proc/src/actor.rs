@@ -40,6 +40,7 @@ pub use outbox::OutboxError;
 pub use parts::InfoError;
 
 use crate::device::Device;
+use crate::log;
 use crate::memory::RevokeError;
 use arc::{ArcOutcome, Spent};
 use budget::Overtaken;
@@ -355,6 +356,8 @@ impl<D: Device> State<D> {
     }
 
     async fn carry_out(&mut self, effects: Vec<Effect>) {
+        // All that the lifecycle is told passes here.
+        log::knows(self.lifecycle.term(), self.lifecycle.epoch());
         let mut effects = VecDeque::from(effects);
         while let Some(effect) = effects.pop_front() {
             // What was done at once has an event of its own, after all that was asked for before.

@@ -1,8 +1,8 @@
 //! Logs of a device process.
 //!
 //! With a coordinator: one JSON object on each line of standard error, which is a pipe that the
-//! coordinator reads. Standalone: text for a person. The filter is `RUST_LOG`, by default
-//! [`DEFAULT_FILTER`].
+//! coordinator reads; it names the term and the epoch that the device knew. Standalone: text for a
+//! person. The filter is `RUST_LOG`, by default [`DEFAULT_FILTER`].
 //!
 //! Writing never waits: a coordinator that does not read its pipe must not stop the device. A line
 //! that cannot be written at once, or is longer than [`LONGEST_LINE`], is dropped and counted
@@ -10,6 +10,9 @@
 
 #![forbid(unsafe_code)]
 
+mod json;
+
+use json::JsonLines;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{FileType, fstat};
 use std::io::{self, Write};
@@ -18,6 +21,9 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::MakeWriter;
+use tracing_subscriber::fmt::format::JsonFields;
+
+pub(crate) use json::knows;
 
 /// What is logged unless `RUST_LOG` says otherwise: the transport's crate tells of each connection.
 pub const DEFAULT_FILTER: &str = "info,vfio_user=warn";
@@ -65,7 +71,7 @@ pub fn start(format: LogFormat) {
         EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(DEFAULT_FILTER));
     let lines = tracing_subscriber::fmt().with_env_filter(filter).with_writer(Lines(io::stderr()));
     let started = match format {
-        LogFormat::Json => lines.json().with_ansi(false).try_init(),
+        LogFormat::Json => lines.fmt_fields(JsonFields::new()).event_format(JsonLines).try_init(),
         LogFormat::Text => lines.with_ansi(false).try_init(),
     };
     if let Err(error) = started {

@@ -132,7 +132,6 @@ impl State {
         let Some(device) = self.device(id) else { return };
         device.standing = Standing::Lost(format!("it {why}"));
         let device = device.spec.name.clone();
-        tracing::warn!(device, why, "an optional device did not start");
         self.emit(MachineEvent::DeviceNotStarted { device, why: why.to_owned() });
         self.fence_outside(id, Loss::Refused, why);
         self.maybe_started();

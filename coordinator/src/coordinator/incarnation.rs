@@ -80,6 +80,7 @@ pub(super) async fn without_channel(
         hello: None,
         state: MigrationState::Running,
         progress: 0,
+        dropped_logs: 0,
         exit: None,
         gone: false,
         lost_before: None,

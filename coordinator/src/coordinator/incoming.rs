@@ -139,6 +139,7 @@ impl State {
             }
             DeviceMessage::Heartbeat(heartbeat) => {
                 device.progress = heartbeat.progress;
+                device.dropped_logs = heartbeat.dropped_logs;
                 device.care.pulse.heartbeat(&heartbeat);
             }
             DeviceMessage::Event(DeviceEvent::Superseded(term)) => {
@@ -146,7 +147,6 @@ impl State {
             }
             DeviceMessage::Event(event) => {
                 let device = device.spec.name.clone();
-                tracing::debug!(device, ?event, "event");
                 self.emit(MachineEvent::Device { device, event });
             }
         }
@@ -295,7 +295,6 @@ impl State {
         if self.machine == MachineState::Held && !decided_later {
             self.held.retain(|reason| !which(reason));
             if self.held.is_empty() {
-                tracing::info!("everything is proven now; the machine is stopped");
                 self.machine = MachineState::Stopped;
                 self.emit(MachineEvent::HoldEnded { by_owner: false });
                 self.unsettled = true;

@@ -314,7 +314,6 @@ impl State {
         if let Some(owner) = device.care.owner.take() {
             let _ = owner.send(Ok(()));
         }
-        tracing::info!(device = name, incarnation, %state, ?took, "a device has joined");
         self.emit(MachineEvent::DeviceJoined { device: name, incarnation, state, took });
         self.unsettled = true;
     }
@@ -343,7 +342,6 @@ impl State {
         let name = device.spec.name.clone();
         let (added, owner) = (device.care.added, device.care.owner.take());
         device.care.recovery = if unfit { Recovery::GivenUp } else { Recovery::Undecided };
-        tracing::warn!(device = name, why, "a device was not brought into the machine");
         self.emit(MachineEvent::DeviceNotRestarted { device: name, why });
         if added {
             self.take_out(id);

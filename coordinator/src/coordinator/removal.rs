@@ -158,7 +158,6 @@ impl State {
     pub(super) fn forget(&mut self, id: ParticipantId) {
         let Some(device) = self.take_out(id) else { return };
         let (name, exit) = (device.spec.name, device.exit);
-        tracing::info!(device = name, "a device was removed");
         if let Some(Leaving { reply: Some(reply), .. }) = device.care.leaving {
             // Whoever asked may be gone; the device is, too.
             let _ = reply.send(Ok(exit));

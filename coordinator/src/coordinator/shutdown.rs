@@ -12,6 +12,7 @@ use std::time::Duration;
 impl State {
     /// The owner wants the machine to end.
     pub(super) fn shutdown(&mut self, grace: Duration, reply: Reply<Exits>) {
+        tracing::info!(machine = self.name, term = self.term.0, ?grace, "the machine is shut down");
         let message =
             CoordinatorMessage::Shutdown(Shutdown { term: self.term, grace_ns: nanos(grace) });
         for device in self.devices.iter() {

@@ -8,7 +8,7 @@ use super::take_over::Found;
 use super::{CoordinatorActor, Message};
 use crate::description::{Deadlines, HookSpec, MachineBuilder};
 use crate::error::StartError;
-use crate::events::MachineEvent;
+use crate::events::{self, MachineEvent};
 use crate::machine::Machine;
 use crate::participant::{self, LocalAnswer};
 use crate::policy::{Policies, Presence};
@@ -137,8 +137,12 @@ async fn spawn_processes(
 
 impl Prepared {
     pub(super) async fn into_state(self, myself: ActorRef<Message>) -> io::Result<State> {
-        let Self { builder, spawner, kept, events, beginning } = self;
+        let Self { builder, spawner, kept, events: listeners, beginning } = self;
         let poll = Poll::new(myself.clone())?;
+        let (uuid, term) = match &kept {
+            Some(kept) => (kept.record.uuid, kept.record.term()),
+            None => (Uuid::new_v4(), Term(1)),
+        };
         let mut names = Names::default();
         let mut ids = Ids::default();
         let mut fresh = || ids.next().ok_or_else(|| io::Error::other("too many participants"));
@@ -159,9 +163,9 @@ impl Prepared {
                         }
                         Err(error) => {
                             let (device, why) = (spec.name.clone(), error.to_string());
-                            tracing::warn!(device, why, "an optional device did not start");
                             let event = MachineEvent::DeviceNotStarted { device, why: why.clone() };
-                            let _ = events.send(event);
+                            events::log(&event, term, Epoch(0));
+                            let _ = listeners.send(event);
                             Device::without_process(id, spec, why)
                         }
                     });
@@ -211,10 +215,6 @@ impl Prepared {
         });
         // Of a machine that is taken over nobody knows yet.
         let machine = if starting.is_some() { MachineState::Running } else { MachineState::Held };
-        let (uuid, term) = match &kept {
-            Some(kept) => (kept.record.uuid, kept.record.term()),
-            None => (Uuid::new_v4(), Term(1)),
-        };
         let mut state = State {
             myself,
             name: builder.name,
@@ -251,7 +251,7 @@ impl Prepared {
             over: false,
             declarations: BTreeMap::new(),
             next_declaration: 1,
-            events,
+            events: listeners,
             paused_at: None,
         };
         for (id, contact, files, unprovable) in all_found {
@@ -303,6 +303,8 @@ impl State {
         match self.plan(Operation::Pause).check() {
             Ok(()) => {
                 self.unsettled = true;
+                let (devices, term) = (self.devices.iter().count(), self.term.0);
+                tracing::info!(machine = self.name, devices, term, "the machine has started");
                 let machine = Machine::new(self.myself.clone(), &self.events);
                 let custody = self.custody().cloned();
                 // From here on the owner has it, and with it the decision.

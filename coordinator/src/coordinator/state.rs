@@ -7,7 +7,7 @@ use super::{Exits, Message, Reply, Request};
 use crate::description::{Deadlines, DeviceSpec};
 use crate::device::Message as DeviceMessage;
 use crate::error::{GreetingError, StartError};
-use crate::events::MachineEvent;
+use crate::events::{self, MachineEvent};
 use crate::logs::LogTail;
 use crate::machine::Machine;
 use crate::participant::LocalThread;
@@ -16,7 +16,8 @@ use crate::poll::{Poll, close_apart};
 use crate::process::{Exit, Spawner};
 use crate::recorder::Recorder;
 use crate::report::{Names, TransitionReport};
-use crate::status::{DeviceStanding, DeviceStatus, Status};
+use crate::spans::Spans;
+use crate::status::{DeviceStanding, DeviceStatus, DroppedLogs, Status};
 use crate::watchdog::{Limits, Ticks};
 use ractor::{ActorId, ActorRef};
 use rustix::process::Signal;
@@ -105,6 +106,8 @@ pub(super) struct Device {
     pub(super) hello: Option<Hello>,
     pub(super) state: MigrationState,
     pub(super) progress: u64,
+    /// Log lines that its process says it has dropped.
+    pub(super) dropped_logs: u64,
     pub(super) exit: Option<Exit>,
     pub(super) gone: bool,
     /// In what way it was lost before this coordinator had it.
@@ -135,6 +138,7 @@ impl Device {
             hello: None,
             state: MigrationState::Running,
             progress: 0,
+            dropped_logs: 0,
             exit: None,
             gone: true,
             lost_before: None,
@@ -230,6 +234,7 @@ pub(super) struct Active {
     pub(super) operation: Operation,
     pub(super) transition: Transition,
     pub(super) recorder: Recorder,
+    pub(super) spans: Spans,
     pub(super) timers: Timers,
     pub(super) purpose: Purpose,
 }
@@ -246,7 +251,15 @@ pub(super) enum Purpose {
 
 impl Purpose {
     pub(super) fn is_internal(&self) -> bool {
-        !matches!(self, Self::Owner(_))
+        self.device().is_some()
+    }
+
+    /// The device that alone takes part; `None` if it is the whole machine.
+    pub(super) fn device(&self) -> Option<ParticipantId> {
+        match self {
+            Self::Owner(_) => None,
+            Self::Join(id) | Self::Leave(id) => Some(*id),
+        }
     }
 }
 
@@ -359,9 +372,19 @@ impl State {
         cast_after(&self.myself, time, message)
     }
 
+    /// Tells the log and whoever listens.
     pub(super) fn emit(&self, event: MachineEvent) {
+        {
+            let _inside = self.active.as_ref().map(|active| active.spans.present().entered());
+            events::log(&event, self.term, self.present_epoch());
+        }
         // Nobody may be listening.
         let _ = self.events.send(event);
+    }
+
+    /// The epoch of what is under way, or the last one.
+    fn present_epoch(&self) -> Epoch {
+        self.active.as_ref().map_or(self.epoch, |active| active.transition.epoch())
     }
 
     pub(super) fn status(&self) -> Status {
@@ -395,6 +418,10 @@ impl State {
                 state,
                 lost,
                 progress: device.progress,
+                dropped_logs: DroppedLogs {
+                    by_device: device.dropped_logs,
+                    by_coordinator: device.tail.dropped(),
+                },
             }
         });
         let locals = self.locals.iter().map(|local| DeviceStatus {
@@ -406,6 +433,7 @@ impl State {
             state: Some(local.state),
             lost: None,
             progress: 0,
+            dropped_logs: DroppedLogs::default(),
         });
         Status {
             name: self.name.clone(),

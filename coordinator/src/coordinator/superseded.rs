@@ -43,7 +43,6 @@ impl State {
         if self.superseded.replace(term).is_some() {
             return;
         }
-        tracing::warn!(%term, "another coordinator has the machine");
         if let Some(custody) = self.custody() {
             custody.supersede(term);
         }

@@ -208,7 +208,6 @@ impl State {
         let Some(Attempt { number, after }) = attempt else {
             care.recovery = Recovery::GivenUp;
             let restarts = care.restarts.count();
-            tracing::error!(device = name, restarts, "a device is not restarted any more");
             self.emit(MachineEvent::DeviceRestartsExhausted { device: name, restarts });
             return;
         };
@@ -216,7 +215,6 @@ impl State {
         if let Some(device) = self.device(id) {
             device.care.recovery = Recovery::Waiting(timer);
         }
-        tracing::info!(device = name, attempt = number, ?after, "a device will be restarted");
         self.emit(MachineEvent::DeviceRestarting { device: name, attempt: number, after });
     }
 
@@ -354,7 +352,6 @@ impl State {
             .map(|active| active.operation);
         let Some(device) = self.device(id) else { return };
         let (device, incarnation) = (device.spec.name.clone(), device.incarnation);
-        tracing::warn!(device, incarnation, %loss, detail = text, "a device is lost");
         let detail = text.to_owned();
         self.emit(MachineEvent::DeviceLost { device, incarnation, loss, detail, during });
     }
@@ -368,7 +365,6 @@ impl State {
             return;
         }
         let (name, incarnation) = (device.spec.name.clone(), device.incarnation);
-        tracing::error!(device = name, incarnation, "nothing proves that a device is gone");
         if let Some(owner) = device.care.owner.take() {
             let _ = owner.send(Err(MachineError::Unproven { device: name.clone() }));
         }

@@ -9,6 +9,7 @@ use crate::events::MachineEvent;
 use crate::participant::LocalAnswer;
 use crate::recorder::Recorder;
 use crate::report::{TransitionReport, nanos};
+use crate::spans::Spans;
 use standstill_protocol::channel::{Frame, SendError};
 use standstill_protocol::message::{Command, CoordinatorMessage, PeerDma};
 use standstill_protocol::migration::{Activity, MigrationFlags};
@@ -86,8 +87,6 @@ impl State {
     pub(super) fn begin(&mut self, operation: Operation, reply: Reply<Arc<TransitionReport>>) {
         match self.admit(operation) {
             Ok(transition) => {
-                let epoch = transition.epoch();
-                self.emit(MachineEvent::TransitionBegan { operation, epoch });
                 self.carry_on(operation, transition, Purpose::Owner(reply));
             }
             Err(error) => drop(reply.send(Err(error))),
@@ -138,14 +137,20 @@ impl State {
             members.chain(locals).filter(|(id, ..)| transition.state(*id).is_some()),
             self.names.clone(),
         );
+        let epoch = transition.epoch();
+        let device = purpose.device().map(|id| self.names.participant(id));
         self.active = Some(Active {
             number: self.transitions,
             operation,
             transition,
             recorder,
+            spans: Spans::new(operation, (self.term, epoch), device.as_deref()),
             timers: Timers::default(),
             purpose,
         });
+        if device.is_none() {
+            self.emit(MachineEvent::TransitionBegan { operation, epoch });
+        }
         let lost: Vec<_> = self
             .devices
             .iter()
@@ -231,6 +236,8 @@ impl State {
         while let Some(event) = events.pop_front() {
             let Some(active) = &mut self.active else { return };
             let effects = active.transition.step(event);
+            active.spans.follow(&active.transition);
+            let _inside = active.spans.present().entered();
             let mut frame = None;
             for effect in effects {
                 self.carry_out(effect, &mut frame, &mut events);
@@ -491,15 +498,6 @@ impl State {
         }
         let Active { transition, recorder, purpose, .. } = active;
         let report = Arc::new(recorder.finish(&transition, outcome, self.machine, downtime_ns));
-        for line in report.failure_lines() {
-            tracing::warn!(operation = %report.operation, "{line}");
-        }
-        tracing::debug!(
-            operation = %report.operation,
-            outcome = report.outcome.name(),
-            total_ns = report.total_ns,
-            "transition ended"
-        );
         self.emit(MachineEvent::Transition(Arc::clone(&report)));
         if let Purpose::Owner(reply) = purpose {
             // Whoever asked may have given up; the machine is where it is all the same.

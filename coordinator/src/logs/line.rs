@@ -50,16 +50,24 @@ pub(super) struct Rendered {
     pub(super) level: Level,
     /// The target of a JSON line.
     pub(super) target: Option<String>,
+    /// The term and the epoch that the device knew, if it says so.
+    pub(super) term: Option<u64>,
+    pub(super) epoch: Option<u64>,
     /// The message with its fields, or the whole line.
     pub(super) text: String,
 }
 
-/// An event as `tracing-subscriber` writes it, as far as it concerns us.
+/// An event as `tracing-subscriber` writes it, as far as it concerns us; a device process of our
+/// runtime adds what it knew.
 #[derive(Deserialize)]
 struct JsonLine {
     level: String,
     #[serde(default)]
     target: String,
+    #[serde(default)]
+    term: Option<u64>,
+    #[serde(default)]
+    epoch: Option<u64>,
     fields: Map<String, Value>,
 }
 
@@ -68,6 +76,8 @@ impl Rendered {
         Self::from_json(line).unwrap_or_else(|| Self {
             level: Level::WARN,
             target: None,
+            term: None,
+            epoch: None,
             text: clean(&String::from_utf8_lossy(line)),
         })
     }
@@ -76,7 +86,7 @@ impl Rendered {
         if line.first() != Some(&b'{') {
             return None;
         }
-        let JsonLine { level, target, fields } = serde_json::from_slice(line).ok()?;
+        let JsonLine { level, target, term, epoch, fields } = serde_json::from_slice(line).ok()?;
         let level = level.parse().ok()?;
         let mut text = match fields.get("message") {
             Some(Value::String(message)) => message.clone(),
@@ -88,7 +98,8 @@ impl Rendered {
             // Writing to a String cannot fail. JSON's quotes keep a value from looking like a field.
             let _ = write!(text, "{space}{key}={value}");
         }
-        Some(Self { level, target: Some(clean(&target)), text: clean(&text) })
+        let (target, text) = (Some(clean(&target)), clean(&text));
+        Some(Self { level, target, term, epoch, text })
     }
 }
 

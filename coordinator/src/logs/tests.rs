@@ -91,6 +91,22 @@ fn json_lines_keep_their_level_and_target() {
 }
 
 #[test]
+fn term_and_epoch_are_passed_on_as_the_device_knew_them() {
+    let lines = br#"{"level":"INFO","term":3,"epoch":17,"fields":{"message":"quiet"}}
+{"level":"INFO","fields":{"message":"not welcomed yet"}}
+{"level":"INFO","term":-1,"fields":{"message":"a lie"}}
+"#;
+    let (sink, ..) = forwarded(lines);
+    let fields = |number: usize| sink.events()[number]["fields"].clone();
+    assert_eq!((&fields(0)["term"], &fields(0)["epoch"]), (&3.into(), &17.into()));
+    for number in [1, 2] {
+        assert!(fields(number).get("term").is_none() && fields(number).get("epoch").is_none());
+    }
+    // What is no number is no line of our runtime.
+    assert_eq!(sink.messages()[2].0, "WARN");
+}
+
+#[test]
 fn each_level_is_emitted_as_itself() {
     let levels = ["ERROR", "WARN", "INFO", "DEBUG", "TRACE"];
     let lines: String = levels
@@ -197,7 +213,7 @@ fn a_flood_is_dropped_counted_and_reported_once_per_second() {
         assert_eq!(log.report_due(), Some(start + REPORT_INTERVAL));
         log.line(b"next second", false, start + REPORT_INTERVAL);
     });
-    assert_eq!(log.summary.dropped, 234);
+    assert_eq!((log.summary.dropped, tail.dropped()), (234, 234));
     assert_eq!(log.report_due(), None);
     let messages = sink.messages();
     assert_eq!(messages.len() as u64, MAX_LINES_PER_SECOND + 2);

@@ -3,6 +3,7 @@
 use super::{EXIT_NOT_WELCOMED, EXIT_ORPHANED, EXIT_PROTOCOL, EXIT_REJECTED, ServeError};
 use crate::actor::control::Newcomer;
 use crate::actor::introduction::{Facts, Introduction};
+use crate::log;
 use rustix::fs::{FlockOperation, Mode, OFlags, flock, open};
 use rustix::io::{Errno, fcntl_dupfd_cloexec};
 use rustix::net::{AddressFamily, SocketType, sockopt};
@@ -165,6 +166,7 @@ pub(super) fn exchange(
         OrphanPolicy::Keep => die_with_parent(false)?,
         OrphanPolicy::Exit => check_parent(&channel)?,
     }
+    log::knows(welcome.term, welcome.epoch);
     tracing::info!(
         name = %welcome.name, machine = %welcome.machine, incarnation = welcome.incarnation,
         term = welcome.term.0, "welcomed"

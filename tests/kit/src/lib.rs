@@ -45,7 +45,7 @@ pub use gate::{Gate, GateKey};
 pub use participant::{TracedHook, TracedLocal};
 pub use pilot::{Course, Pilot};
 pub use process::Processes;
-pub use script::{Forgery, Packet, Pulse, Script, Step, Trigger};
+pub use script::{DROPPED_LOGS, Forgery, Packet, Pulse, Script, Step, Trigger};
 pub use trace::{Call, Entry, Trace, What};
 
 /// An error and all its sources, as one line.

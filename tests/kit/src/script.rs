@@ -34,6 +34,9 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 use thiserror::Error;
 
+/// How many log lines its signs of life say it has dropped.
+pub const DROPPED_LOGS: u64 = 3;
+
 /// What a device process does. It travels as JSON, in the process's one argument.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Script {

@@ -25,6 +25,7 @@ mod invariant_7_terms_and_epochs;
 mod invariant_8_bounded;
 mod joining;
 mod left_behind;
+mod logs;
 mod losses;
 mod membership;
 mod memory;

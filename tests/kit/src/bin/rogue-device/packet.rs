@@ -10,7 +10,7 @@ use standstill_protocol::message::{
     VERSIONS,
 };
 use standstill_protocol::migration::MigrationState;
-use standstill_testkit::{Forgery, Packet, Pulse};
+use standstill_testkit::{DROPPED_LOGS, Forgery, Packet, Pulse};
 use std::io::IoSlice;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -55,7 +55,8 @@ pub(crate) fn heartbeat(sequence: u64, pulse: Pulse) -> DeviceMessage {
         Pulse::Working => (sequence, true),
         Pulse::Hanging => (0, true),
     };
-    DeviceMessage::Heartbeat(Heartbeat { sequence, progress, pending, dropped_logs: 0 })
+    let dropped_logs = DROPPED_LOGS;
+    DeviceMessage::Heartbeat(Heartbeat { sequence, progress, pending, dropped_logs })
 }
 
 fn bytes(message: &DeviceMessage) -> Result<Vec<u8>, Error> {
