@@ -39,7 +39,6 @@ use thiserror::Error;
 use timeline::{Timeline, TimelineError};
 use tokio::runtime::Runtime;
 use tokio::signal::unix::{SignalKind, signal};
-use tracing_subscriber::EnvFilter;
 
 /// How long the devices may take to end by themselves before they are killed.
 const LAST_GRACE: Duration = Duration::from_millis(500);
@@ -154,8 +153,7 @@ impl Drop for Background {
 
 /// Runs the demonstration; returns the command's exit code.
 pub(crate) fn run(args: &DemoArgs) -> ExitCode {
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("warn"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).init();
+    let _log = crate::logging::start(args.log, "warn");
     raise_file_limit();
     // The demo's devices leave no CPU idle; where it is not possible, the figures are worse.
     if let Err(error) = standstill::protocol::channel::prefer_short_waits() {

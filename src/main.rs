@@ -5,6 +5,7 @@
 
 mod demo;
 mod device;
+mod logging;
 mod size;
 
 use clap::{Parser, Subcommand};

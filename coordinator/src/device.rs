@@ -95,6 +95,11 @@ pub(crate) struct State {
 }
 
 impl State {
+    /// Device and incarnation, for the log.
+    fn who(&self) -> (&str, u64) {
+        (&self.name, self.incarnation)
+    }
+
     fn tell(&self, event: ProcessEvent) {
         // A coordinator that is gone needs to know nothing.
         let _ = self.coordinator.cast(CoordinatorMessage::Process(self.id, event));
@@ -116,7 +121,8 @@ impl State {
             // The pidfd will tell.
             FenceProgress::WaitingForExit => {
                 if let Some(obstacle) = fence.obstacle() {
-                    tracing::warn!(device = self.name, incarnation = self.incarnation, error = %obstacle, "fence is obstructed");
+                    let (device, incarnation) = (&self.name, self.incarnation);
+                    tracing::warn!(device, incarnation, error = %obstacle, "fence is obstructed");
                     if !self.is_superseded() {
                         self.retry(myself);
                     }
@@ -135,7 +141,8 @@ impl State {
                 let (exit, locks) = (proof.exit(), proof.locks());
                 self.fence = None;
                 if let Some(why) = &self.unprovable {
-                    tracing::error!(device = self.name, incarnation = self.incarnation, %exit, why, "its end cannot be proven");
+                    let (device, incarnation) = self.who();
+                    tracing::error!(device, incarnation, %exit, why, "its end cannot be proven");
                     return;
                 }
                 self.proven = Some((exit, locks));
@@ -240,14 +247,16 @@ impl Actor for DeviceActor {
             }
             Message::Kill => {
                 if let Err(error) = state.process.kill() {
-                    tracing::warn!(device = state.name, incarnation = state.incarnation, %error, "cannot be killed");
+                    let (device, incarnation) = state.who();
+                    tracing::warn!(device, incarnation, %error, "cannot be killed");
                     state.is_superseded();
                 }
             }
             Message::Exited => {
                 match state.process.try_reap() {
                     Ok(Some(exit)) => {
-                        tracing::debug!(device = state.name, incarnation = state.incarnation, %exit, "process ended");
+                        let (device, incarnation) = state.who();
+                        tracing::debug!(device, incarnation, %exit, "process ended");
                         state.tell(ProcessEvent::Exited(exit));
                     }
                     Ok(None) => tracing::warn!(
@@ -256,7 +265,8 @@ impl Actor for DeviceActor {
                         "pidfd readable, no exit"
                     ),
                     Err(error) => {
-                        tracing::warn!(device = state.name, incarnation = state.incarnation, %error, "cannot be reaped")
+                        let (device, incarnation) = state.who();
+                        tracing::warn!(device, incarnation, %error, "cannot be reaped");
                     }
                 }
                 state.poll_fence(&myself);

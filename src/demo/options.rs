@@ -1,5 +1,6 @@
 //! What `standstill demo` can be told.
 
+use crate::logging::LogArgs;
 use clap::Args;
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -62,6 +63,8 @@ pub(crate) struct DemoArgs {
     /// Draw the round of median length as a picture (SVG)
     #[arg(long, value_name = "FILE")]
     pub(crate) timeline: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) log: LogArgs,
     /// For tests: panic in that round
     #[arg(long, hide = true)]
     pub(crate) panic_in_round: Option<u32>,
