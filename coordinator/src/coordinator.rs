@@ -10,6 +10,7 @@ mod incoming;
 mod join;
 mod keep;
 mod memory;
+mod owner;
 mod removal;
 mod roster;
 mod shutdown;
@@ -27,16 +28,15 @@ use crate::error::{MachineError, StartError};
 use crate::events::MachineEvent;
 use crate::participant::LocalAnswer;
 use crate::process::Exit;
-use crate::report::TransitionReport;
 use crate::status::Status;
 use ractor::{Actor, ActorProcessingErr, ActorRef, SupervisionEvent};
 use standstill_protocol::transition::{HeldReason, MachineState, Operation, ParticipantId, Timer};
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::oneshot;
 
 use incarnation::Spawned;
+pub(crate) use owner::{Gap, Owner, Step, Ticket};
 pub(crate) use start::start;
 use state::{Standing, State};
 use supervision::Recovery;
@@ -51,7 +51,7 @@ pub(crate) type Reply<T> = oneshot::Sender<Result<T, MachineError>>;
 #[derive(Debug)]
 pub(crate) enum Request {
     /// Move it.
-    Transition(Operation, Reply<Arc<TransitionReport>>),
+    Transition(Operation, Owner),
     /// Say where it is.
     Status(oneshot::Sender<Status>),
     /// Declare a file to be RAM.
@@ -75,6 +75,8 @@ pub(crate) enum Request {
 pub(crate) enum Message {
     /// The owner asks.
     Request(Request),
+    /// The owner of a transition goes on with it, or gives it up.
+    Step(Ticket, Step),
     /// Some control socket can be read.
     Readable,
     /// A device process ended, or is proven gone.
@@ -133,6 +135,7 @@ impl Actor for CoordinatorActor {
         match message {
             Message::Readable => state.readable(),
             Message::Request(request) => state.request(request),
+            Message::Step(ticket, step) => state.step(ticket, step),
             Message::Process(id, event) => state.process_event(id, event),
             Message::Local(answer) => state.local_answer(answer),
             Message::Expired(transition, timer) => state.timer_expired(transition, timer),
@@ -182,7 +185,7 @@ impl State {
         let Some(request) = self.in_turn(request) else { return };
         // Whoever asked may be gone: an answer that nobody hears is no error.
         match request {
-            Request::Transition(operation, reply) => self.begin(operation, reply),
+            Request::Transition(operation, owner) => self.begin(operation, owner),
             Request::Status(reply) => drop(reply.send(self.status())),
             Request::DeclareRam(fd, reply) => self.declare_ram(fd, reply),
             Request::AddDevice(spec, reply) => self.add_device(*spec, reply),

@@ -6,6 +6,7 @@
 //!
 //! - [`description`]: what a machine is made of; [`machine`]: its handle; [`events`] and [`status`]:
 //!   what it tells;
+//! - [`blocking`]: the same machine for programs without async; [`steps`]: a transition in four calls;
 //! - [`policy`]: what the loss of a device means for its machine;
 //! - [`participant`]: devices and hooks inside the VMM;
 //! - [`report`]: what happened, when, per participant;
@@ -20,6 +21,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod blocking;
 pub mod control_directory;
 mod coordinator;
 mod custody;
@@ -39,6 +41,7 @@ pub mod report;
 mod restarts;
 mod spans;
 pub mod status;
+pub mod steps;
 mod watchdog;
 
 pub use description::{Deadlines, DeviceSpec, HookSpec, MachineBuilder};
@@ -49,4 +52,5 @@ pub use participant::{Hook, LocalDevice, LocalError};
 pub use policy::{LossPolicy, Presence, QEMU_VFIO_USER, RestartPolicy};
 pub use standstill_protocol::transition::{OnFailure, OnLoss, Operation, Outcome, Slot};
 pub use status::{DeviceStanding, DeviceStatus, DroppedLogs, Status};
+pub use steps::{Accepting, PreparingStart, PreparingStop, Quiet, Starting, Stopping};
 pub use watchdog::Hang;

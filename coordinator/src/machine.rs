@@ -16,13 +16,14 @@
 //! # }
 //! ```
 
-use crate::coordinator::{self, Request};
+use crate::coordinator::{self, Gap, Owner, Request, Step, Ticket};
 use crate::description::DeviceSpec;
 use crate::error::MachineError;
 use crate::events::{Events, MachineEvent};
 use crate::process::Exit;
 use crate::report::TransitionReport;
 use crate::status::Status;
+use crate::steps::{PreparingStart, PreparingStop, Steps};
 use ractor::ActorRef;
 use standstill_protocol::transition::{MachineState, Operation, Outcome};
 use std::os::fd::{AsFd, OwnedFd};
@@ -75,7 +76,7 @@ impl Machine {
 
     /// The first thing that is asked of a machine that is taken over.
     pub(crate) async fn finish_take_over(&self) -> Result<Arc<TransitionReport>, MachineError> {
-        self.ask(|reply| Request::Transition(Operation::TakeOver, reply)).await?
+        self.transition(Operation::TakeOver).await
     }
 
     async fn ask<T>(
@@ -83,10 +84,7 @@ impl Machine {
         request: impl FnOnce(oneshot::Sender<T>) -> Request,
     ) -> Result<T, MachineError> {
         let (reply, answer) = oneshot::channel();
-        self.inner
-            .actor
-            .cast(coordinator::Message::Request(request(reply)))
-            .map_err(|_| MachineError::Gone)?;
+        self.cast(coordinator::Message::Request(request(reply)))?;
         answer.await.map_err(|_| MachineError::Gone)
     }
 
@@ -100,14 +98,23 @@ impl Machine {
     /// [`Stopped::report`] for *Stopped* (by [`OnFailure::StayStopped`](crate::OnFailure)) and
     /// *Degraded*.
     pub async fn pause(&self) -> Result<Stopped, MachineError> {
-        let report = self.ask(|reply| Request::Transition(Operation::Pause, reply)).await??;
-        match (&report.outcome, report.machine) {
-            (
-                Outcome::Done | Outcome::Stopped | Outcome::Degraded { .. },
-                MachineState::Stopped,
-            ) => Ok(Stopped { machine: self.clone(), report, resumed: false }),
-            _ => Err(MachineError::Transition(report)),
-        }
+        self.stopped(self.transition(Operation::Pause).await?)
+    }
+
+    /// As [`pause`](Self::pause), but gives the pause up if it has not ended after that time: it is
+    /// undone then, and the error has the report of that. So this takes no longer than `patience`
+    /// and [`Deadlines::undo`](crate::Deadlines::undo).
+    ///
+    /// To drop the future of this gives it up too; to drop that of a `pause` gives nothing up, and
+    /// the machine stops all the same.
+    ///
+    /// # Errors
+    ///
+    /// As [`pause`](Self::pause); [`MachineError::Cancelled`] if it had to wait for its turn and
+    /// did not get it in time.
+    pub async fn pause_timeout(&self, patience: Duration) -> Result<Stopped, MachineError> {
+        let mut steps = self.launch(Operation::Pause, None)?;
+        self.stopped(steps.ended_within(patience).await?)
     }
 
     /// Starts every device again, in two phases. For whoever has not kept the guard.
@@ -117,9 +124,78 @@ impl Machine {
     /// [`MachineError::Missing`] names a device that the machine must not run without.
     /// [`MachineError::Transition`] with the whole report if the machine does not run now.
     pub async fn resume(&self) -> Result<Arc<TransitionReport>, MachineError> {
-        let report = self.ask(|reply| Request::Transition(Operation::Resume, reply)).await??;
+        running(self.transition(Operation::Resume).await?)
+    }
+
+    /// As [`resume`](Self::resume), but gives it up as [`pause_timeout`](Self::pause_timeout) does.
+    ///
+    /// # Errors
+    ///
+    /// As [`resume`](Self::resume) and [`pause_timeout`](Self::pause_timeout).
+    pub async fn resume_timeout(
+        &self,
+        patience: Duration,
+    ) -> Result<Arc<TransitionReport>, MachineError> {
+        running(self.launch(Operation::Resume, None)?.ended_within(patience).await?)
+    }
+
+    /// Begins to stop every device, and returns without waiting for any answer: the first of the
+    /// four calls of [`steps`](crate::steps). `gap` is how long the caller may take between the end
+    /// of the first phase and the launch of the second; after that the machine is rolled back.
+    ///
+    /// # Errors
+    ///
+    /// [`MachineError::Gone`] after a shutdown. Whatever else is in the way is told by
+    /// [`PreparingStop::join`].
+    pub fn launch_prepare_stop(&self, gap: Duration) -> Result<PreparingStop, MachineError> {
+        Ok(PreparingStop::of(self.launch(Operation::Pause, Some(gap))?))
+    }
+
+    /// Begins to start every device again, and returns without waiting for any answer; as
+    /// [`launch_prepare_stop`](Self::launch_prepare_stop).
+    ///
+    /// # Errors
+    ///
+    /// As [`launch_prepare_stop`](Self::launch_prepare_stop).
+    pub fn launch_prepare_start(&self, gap: Duration) -> Result<PreparingStart, MachineError> {
+        Ok(PreparingStart::of(self.launch(Operation::Resume, Some(gap))?))
+    }
+
+    async fn transition(
+        &self,
+        operation: Operation,
+    ) -> Result<Arc<TransitionReport>, MachineError> {
+        let owner = |reply| Owner { ticket: Ticket::new(), gap: None, reply };
+        self.ask(|reply| Request::Transition(operation, owner(reply))).await?
+    }
+
+    /// Asks for a transition without waiting for anything.
+    fn launch(&self, operation: Operation, gap: Option<Duration>) -> Result<Steps, MachineError> {
+        let (reply, ended) = oneshot::channel();
+        let (quiet, is_quiet) = oneshot::channel();
+        let ticket = Ticket::new();
+        let owner = Owner { ticket, gap: gap.map(|budget| Gap::new(budget, quiet)), reply };
+        let request = Request::Transition(operation, owner);
+        self.cast(coordinator::Message::Request(request))?;
+        Ok(Steps::new(self.clone(), ticket, is_quiet, ended))
+    }
+
+    /// An owner goes on with its transition, or gives it up.
+    pub(crate) fn step(&self, ticket: Ticket, step: Step) -> Result<(), MachineError> {
+        self.cast(coordinator::Message::Step(ticket, step))
+    }
+
+    fn cast(&self, message: coordinator::Message) -> Result<(), MachineError> {
+        self.inner.actor.cast(message).map_err(|_| MachineError::Gone)
+    }
+
+    /// The guard of a machine that a pause has stopped.
+    pub(crate) fn stopped(&self, report: Arc<TransitionReport>) -> Result<Stopped, MachineError> {
         match (&report.outcome, report.machine) {
-            (Outcome::Done | Outcome::Degraded { .. }, MachineState::Running) => Ok(report),
+            (
+                Outcome::Done | Outcome::Stopped | Outcome::Degraded { .. },
+                MachineState::Stopped,
+            ) => Ok(Stopped { machine: self.clone(), report, resumed: false }),
             _ => Err(MachineError::Transition(report)),
         }
     }
@@ -231,6 +307,16 @@ impl Machine {
     }
 }
 
+/// The report of a resume after which the machine runs.
+pub(crate) fn running(
+    report: Arc<TransitionReport>,
+) -> Result<Arc<TransitionReport>, MachineError> {
+    match (&report.outcome, report.machine) {
+        (Outcome::Done | Outcome::Degraded { .. }, MachineState::Running) => Ok(report),
+        _ => Err(MachineError::Transition(report)),
+    }
+}
+
 /// A machine that stands still.
 ///
 /// Dropped without [`resume`](Self::resume), the machine stays stopped: nothing may start by
@@ -258,6 +344,16 @@ impl Stopped {
     pub async fn resume(mut self) -> Result<Arc<TransitionReport>, MachineError> {
         self.resumed = true;
         self.machine.resume().await
+    }
+
+    /// Begins to start it again in two steps; as [`Machine::launch_prepare_start`].
+    ///
+    /// # Errors
+    ///
+    /// As [`Machine::launch_prepare_start`].
+    pub fn launch_prepare_start(mut self, gap: Duration) -> Result<PreparingStart, MachineError> {
+        self.resumed = true;
+        self.machine.launch_prepare_start(gap)
     }
 
     /// Leaves it stopped, on purpose.

@@ -3,7 +3,7 @@
 use super::keep::Kept;
 use super::roster::{Ids, Roster};
 use super::supervision::Care;
-use super::{Exits, Message, Reply, Request};
+use super::{Exits, Message, Owner, Reply, Request};
 use crate::description::{Deadlines, DeviceSpec};
 use crate::device::Message as DeviceMessage;
 use crate::error::{GreetingError, StartError};
@@ -15,7 +15,7 @@ use crate::policy::Policies;
 use crate::poll::{Poll, close_apart};
 use crate::process::{Exit, Spawner};
 use crate::recorder::Recorder;
-use crate::report::{Names, TransitionReport};
+use crate::report::Names;
 use crate::spans::Spans;
 use crate::status::{DeviceStanding, DeviceStatus, DroppedLogs, Status};
 use crate::watchdog::{Limits, Ticks};
@@ -32,7 +32,6 @@ use standstill_protocol::transition::{
 };
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::{broadcast, oneshot};
 use tokio::task::AbortHandle;
@@ -242,7 +241,7 @@ pub(super) struct Active {
 /// Who wants a transition.
 pub(super) enum Purpose {
     /// The owner.
-    Owner(Reply<Arc<TransitionReport>>),
+    Owner(Owner),
     /// Nobody but this device, which joins.
     Join(ParticipantId),
     /// Nobody but this device, which leaves.

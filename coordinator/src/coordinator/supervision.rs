@@ -187,8 +187,8 @@ impl State {
     pub(super) fn cancel_queued(&mut self) {
         for request in std::mem::take(&mut self.queue) {
             match request {
-                Request::Transition(operation, reply) => {
-                    let _ = reply.send(Err(MachineError::Cancelled { operation }));
+                Request::Transition(operation, owner) => {
+                    let _ = owner.reply.send(Err(MachineError::Cancelled { operation }));
                 }
                 other => self.queue.push_back(other),
             }
@@ -378,7 +378,7 @@ impl Request {
     pub(super) fn refuse(self, error: MachineError) {
         // Whoever asked may be gone.
         match self {
-            Self::Transition(_, reply) => drop(reply.send(Err(error))),
+            Self::Transition(_, owner) => drop(owner.reply.send(Err(error))),
             Self::DeclareRam(_, reply) | Self::AcceptHold(reply) => drop(reply.send(Err(error))),
             Self::AddDevice(_, reply) | Self::RestartDevice(_, reply) => {
                 drop(reply.send(Err(error)));

@@ -1,14 +1,15 @@
 //! Runs a transition: the effects of the pure machine are carried out, what comes of them is fed
 //! back.
 
+use super::owner::{GAP, GAP_NAME};
 use super::state::{Active, Device, Local, Purpose, Standing, State, Timers};
-use super::{Message, Reply};
+use super::{Message, Owner};
 use crate::device::Message as DeviceActorMessage;
 use crate::error::MachineError;
 use crate::events::MachineEvent;
 use crate::participant::LocalAnswer;
 use crate::recorder::Recorder;
-use crate::report::{TransitionReport, nanos};
+use crate::report::nanos;
 use crate::spans::Spans;
 use standstill_protocol::channel::{Frame, SendError};
 use standstill_protocol::message::{Command, CoordinatorMessage, PeerDma};
@@ -84,12 +85,12 @@ impl State {
     }
 
     /// The owner asks for a transition.
-    pub(super) fn begin(&mut self, operation: Operation, reply: Reply<Arc<TransitionReport>>) {
-        match self.admit(operation) {
+    pub(super) fn begin(&mut self, operation: Operation, owner: Owner) {
+        match self.admit(operation, &owner) {
             Ok(transition) => {
-                self.carry_on(operation, transition, Purpose::Owner(reply));
+                self.carry_on(operation, transition, Purpose::Owner(owner));
             }
-            Err(error) => drop(reply.send(Err(error))),
+            Err(error) => drop(owner.reply.send(Err(error))),
         }
     }
 
@@ -130,12 +131,16 @@ impl State {
         self.transitions += 1;
         let members = self.devices.iter().map(|d| (d.id, d.spec.name.clone(), d.state));
         let locals = self.locals.iter().map(|l| (l.id, l.name.clone(), l.state));
+        let mut names = self.names.clone();
+        if matches!(&purpose, Purpose::Owner(owner) if owner.gap.is_some()) {
+            names.hooks.insert(GAP, GAP_NAME.to_owned());
+        }
         let recorder = Recorder::new(
             operation,
             (self.term, transition.epoch()),
             began,
             members.chain(locals).filter(|(id, ..)| transition.state(*id).is_some()),
-            self.names.clone(),
+            names,
         );
         let epoch = transition.epoch();
         let device = purpose.device().map(|id| self.names.participant(id));
@@ -163,7 +168,7 @@ impl State {
         }
     }
 
-    fn admit(&self, operation: Operation) -> Result<Transition, MachineError> {
+    fn admit(&self, operation: Operation, owner: &Owner) -> Result<Transition, MachineError> {
         let under_way = self.active.as_ref().map(|active| active.operation);
         // A held machine can be stopped again, and be proven stopped by that, unless it depends on
         // something that cannot be asked.
@@ -183,7 +188,9 @@ impl State {
         if operation == Operation::Resume {
             self.nobody_is_missing()?;
         }
-        Transition::new(self.plan(operation)).map_err(|source| {
+        let mut plan = self.plan(operation);
+        plan.hooks.extend(owner.gap.as_ref().map(|gap| gap.hook(operation)));
+        Transition::new(plan).map_err(|source| {
             let device = self.in_the_way(&source);
             MachineError::Plan { device, source }
         })
@@ -226,7 +233,10 @@ impl State {
 
     pub(super) fn timer_expired(&mut self, number: u64, timer: Timer) {
         if self.active.as_ref().is_some_and(|active| active.number == number) {
-            self.feed(Event::Expired(timer));
+            match timer {
+                Timer::Hook(GAP, _) => self.gap_expired(),
+                timer => self.feed(Event::Expired(timer)),
+            }
         }
     }
 
@@ -241,6 +251,9 @@ impl State {
             let mut frame = None;
             for effect in effects {
                 self.carry_out(effect, &mut frame, &mut events);
+            }
+            if self.active.as_ref().is_some_and(|active| active.transition.is_undoing()) {
+                self.close_gap_for_undo(&mut events);
             }
         }
     }
@@ -268,6 +281,7 @@ impl State {
                 None => self.send(id, &CoordinatorMessage::Query(query), events),
             },
             Effect::Fence(id, why) => self.fence(id, why, events),
+            Effect::RunHook(GAP, moment) => self.open_gap(moment, events),
             Effect::RunHook(id, moment) => self.run_hook(id, moment),
             Effect::Arm(timer, budget_ns) => {
                 if timer == Timer::Hold {
@@ -499,9 +513,9 @@ impl State {
         let Active { transition, recorder, purpose, .. } = active;
         let report = Arc::new(recorder.finish(&transition, outcome, self.machine, downtime_ns));
         self.emit(MachineEvent::Transition(Arc::clone(&report)));
-        if let Purpose::Owner(reply) = purpose {
+        if let Purpose::Owner(owner) = purpose {
             // Whoever asked may have given up; the machine is where it is all the same.
-            let _ = reply.send(Ok(report));
+            let _ = owner.reply.send(Ok(report));
         }
     }
 

@@ -9,6 +9,7 @@
     reason = "a panic is how a test fails, in the functions that tests share too"
 )]
 
+mod blocking;
 mod broken_answers;
 mod endurance;
 mod fixture;
@@ -33,6 +34,7 @@ mod newcomers;
 mod one_phase;
 mod refusals;
 mod restarts;
+mod steps;
 mod supervised;
 mod two_coordinators;
 mod undo_table;
