@@ -11,6 +11,7 @@
 
 #![expect(clippy::print_stdout, reason = "a benchmark prints what it has measured")]
 
+#[path = "../floor/mod.rs"]
 mod floor;
 
 use floor::Floor;
@@ -36,10 +37,12 @@ type Failure = Box<dyn Error + Send + Sync>;
 
 fn main() -> ExitCode {
     let arguments: Vec<_> = std::env::args().skip(1).collect();
-    let done = if arguments.first().is_some_and(|first| first == floor::CHILD) {
-        floor::child().map_err(Into::into)
-    } else {
-        measure(&arguments)
+    let done = match arguments.split_first() {
+        Some((first, rest)) if first == floor::CHILD => {
+            let answer = rest.first().and_then(|length| length.parse().ok()).unwrap_or_default();
+            floor::child(answer).map_err(Into::into)
+        }
+        _ => measure(&arguments),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

@@ -1,21 +1,22 @@
 //! The device process's actor: control messages to lifecycle to device.
 //!
-//! The actor owns the [`Lifecycle`] and the control channel. Everything that wants something of
-//! the device comes to it as a `Message`: the control channel has packets, the client wants
-//! something, an arc has ended, a lease has run out. It feeds the lifecycle and carries out, in
-//! order, what that gives back.
+//! One [`State`] has the [`Lifecycle`] and the control channel. Two come to it, in turns: the
+//! thread that reads the control channel ([`reader`]) with each packet, and the actor with all
+//! else, as a `Message`: the client wants something, an arc has ended, a lease has run out.
+//! Whichever it is, the lifecycle is fed and what that gives back is carried out, in order, before
+//! the other one has its turn.
 //!
 //! The coordinator may change while all that goes on. Whoever takes over gets the device as it is;
 //! the old connection ends unread, and what is still under way from it carries its id.
 //!
 //! The way of a command from its packet to its answer is short: if the device's hooks and the
-//! drains have nothing to wait for, all of it happens in one call of the actor, on its thread. If
-//! they have, the rest of the arc becomes a task of its own and the actor goes on answering
-//! queries and sending heartbeats.
+//! drains have nothing to wait for, all of it happens on the reading thread, between one receive
+//! and the next. If they have, the rest of the arc becomes a task of its own, and the device goes
+//! on answering queries and sending heartbeats.
 //!
-//! Its mailbox is bounded by those who cast: the control channel's watcher casts one message and
-//! waits until it was handled, the client's thread waits for its answer, whoever listens for later
-//! coordinators waits for its own, and each timer, each arc and each revocation casts once.
+//! The actor's mailbox is bounded by those who cast: the client's thread waits for its answer,
+//! whoever listens for later coordinators waits for its own, and each timer, each arc and each
+//! revocation casts once.
 
 #![forbid(unsafe_code)]
 
@@ -28,12 +29,12 @@ mod budget;
 mod carry;
 mod job;
 mod outbox;
+mod reader;
 #[cfg(test)]
 mod scripted;
 mod stream;
 mod stream_fd;
 mod takeover;
-mod watch;
 mod windows;
 
 pub use outbox::OutboxError;
@@ -56,8 +57,8 @@ use standstill_protocol::message::{
 };
 use standstill_protocol::migration::{Activity, MigrationFlags, MigrationState};
 use std::collections::VecDeque;
-use std::sync::Arc;
 use std::sync::mpsc::SyncSender;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 use takeover::Listening;
 use thiserror::Error;
@@ -65,14 +66,9 @@ use tokio::sync::oneshot;
 use tokio::task::AbortHandle;
 use uuid::Uuid;
 
-/// The most packets that are handled before others get their turn.
-const MOST_PACKETS: usize = 64;
-
 /// What the actor is told.
 #[derive(Debug)]
 pub(crate) enum Message {
-    /// The control channel has packets.
-    Readable(ConnectionId),
     /// An arc that could not be taken at once has ended; where it led to.
     ArcFinished(ArcOutcome, Activity),
     /// A reset has ended; what the device may do now.
@@ -118,9 +114,9 @@ pub enum ActorError {
     /// Nothing reaches the coordinator any more.
     #[error(transparent)]
     Outbox(#[from] OutboxError),
-    /// The control channel cannot be watched.
-    #[error("the control channel cannot be watched")]
-    Watch(#[source] std::io::Error),
+    /// The control channel cannot be read, for want of a thread.
+    #[error("no thread can be made that reads the control channel")]
+    Reader(#[source] std::io::Error),
 }
 
 /// Why a device process ends in good order.
@@ -152,9 +148,23 @@ pub(crate) struct Arguments<D> {
 #[derive(Debug)]
 pub(crate) struct DeviceActor<D>(pub(crate) std::marker::PhantomData<fn() -> D>);
 
-/// What the actor knows.
+/// What is known, and who may touch it now: the actor, or the thread that reads the control
+/// channel.
+#[derive(Debug)]
+pub(crate) struct Shared<D>(Mutex<State<D>>);
+
+impl<D> Shared<D> {
+    fn lock(&self) -> MutexGuard<'_, State<D>> {
+        // A panic has aborted the process, but for tests.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What is known of the device, its coordinator and what goes on between them.
 #[derive(Debug)]
 pub(crate) struct State<D> {
+    /// Where this is kept, for the thread that reads the control channel.
+    shared: Weak<Shared<D>>,
     myself: ActorRef<Message>,
     parts: Arc<Parts<D>>,
     lifecycle: Lifecycle,
@@ -186,16 +196,17 @@ pub(crate) struct State<D> {
 
 impl<D: Device> Actor for DeviceActor<D> {
     type Msg = Message;
-    type State = State<D>;
+    type State = Arc<Shared<D>>;
     type Arguments = Arguments<D>;
 
     async fn pre_start(
         &self,
         myself: ActorRef<Message>,
         arguments: Arguments<D>,
-    ) -> Result<State<D>, ActorProcessingErr> {
+    ) -> Result<Arc<Shared<D>>, ActorProcessingErr> {
         let Arguments { parts, migration, control, ended } = arguments;
-        let mut state = State {
+        let state = |shared: &Weak<Shared<D>>| State {
+            shared: Weak::clone(shared),
             myself,
             parts,
             lifecycle: Lifecycle::new(migration),
@@ -215,45 +226,47 @@ impl<D: Device> Actor for DeviceActor<D> {
             shutdown_grace: Duration::ZERO,
             ended: Some(ended),
         };
+        let shared = Arc::new_cyclic(|shared| Shared(Mutex::new(state(shared))));
         if let Some((newcomer, introduction)) = control {
+            let mut state = shared.lock();
             state.introduction = Some(introduction);
-            if let Err(error) = state.join(newcomer).await {
+            if let Err(error) = state.join(newcomer) {
                 state.end(Err(error));
             }
         }
-        Ok(state)
+        Ok(shared)
     }
 
     async fn handle(
         &self,
         _myself: ActorRef<Message>,
         message: Message,
-        state: &mut State<D>,
+        shared: &mut Arc<Shared<D>>,
     ) -> Result<(), ActorProcessingErr> {
+        let mut state = shared.lock();
         if state.ended.is_some() {
-            state.handle(message).await;
+            state.handle(message);
         }
         Ok(())
     }
 }
 
 impl<D: Device> State<D> {
-    async fn handle(&mut self, message: Message) {
+    fn handle(&mut self, message: Message) {
         match message {
-            Message::Readable(id) => self.receive(id).await,
             Message::ArcFinished(outcome, after) => {
                 let event = self.arc_ended(outcome, after);
-                self.feed(event).await;
+                self.feed(event);
             }
             Message::ResetFinished(result, spent) => {
                 let event = self.reset_ended(result, spent);
-                self.feed(event).await;
+                self.feed(event);
             }
             Message::StreamFinished(result) => {
                 self.forget_overtaken_job();
-                self.feed(result.map_or_else(Event::StreamFailed, |()| Event::StreamDone)).await;
+                self.feed(result.map_or_else(Event::StreamFailed, |()| Event::StreamDone));
             }
-            Message::SendFailed(id, error) if self.is_present(id) => self.lose(error.into()).await,
+            Message::SendFailed(id, error) if self.is_present(id) => self.lose(error.into()),
             Message::SendFailed(_, error) => tracing::debug!(%error, "to a coordinator of before"),
             Message::Revoked(id, sequence, result) => self.revoked(id, sequence, result),
             Message::Facts(asked) => {
@@ -261,17 +274,17 @@ impl<D: Device> State<D> {
                 let _ = asked.send(self.facts());
             }
             Message::TakeOver(newcomer, done) => {
-                self.take_over(*newcomer).await;
+                self.take_over(*newcomer);
                 // As above.
                 let _ = done.send(());
             }
-            Message::LeaseExpired(epoch) => self.feed(Event::LeaseExpired(epoch)).await,
+            Message::LeaseExpired(epoch) => self.feed(Event::LeaseExpired(epoch)),
             Message::HeartbeatDue(id) => {
                 if let Some(interval) = self.heartbeat_interval(id) {
                     self.heartbeat_due(id, interval);
                 }
             }
-            Message::Client(request, reply) => self.client(request, reply).await,
+            Message::Client(request, reply) => self.client(request, reply),
             Message::ClientPresent(present, told) => {
                 let event = if present {
                     DeviceEvent::ClientConnected
@@ -286,42 +299,17 @@ impl<D: Device> State<D> {
         }
     }
 
-    async fn client(&mut self, request: ClientRequest, reply: ClientReply) {
+    fn client(&mut self, request: ClientRequest, reply: ClientReply) {
         if self.client_reply.is_some() {
             let text = "an earlier request of the client is not answered yet".into();
             let _ = reply.try_send(Err(Refusal { kind: RefusalKind::Busy, text }));
             return;
         }
         self.client_reply = Some(reply);
-        self.feed(Event::Client(request)).await;
+        self.feed(Event::Client(request));
     }
 
-    /// Reads the control channel until it is empty.
-    async fn receive(&mut self, id: ConnectionId) {
-        for _ in 0..MOST_PACKETS {
-            // What is left of an earlier connection is not read.
-            let Some(control) = self.control.as_ref().filter(|control| control.id == id) else {
-                return;
-            };
-            match control.channel.try_recv() {
-                Ok(Some(received)) => self.received(id, received).await,
-                Ok(None) => return control.watch.handled(true),
-                Err(RecvError::Disconnected) => {
-                    tracing::warn!("the coordinator has closed the control channel");
-                    return self.disconnected().await;
-                }
-                Err(error) => return self.lose(ActorError::Protocol(error)).await,
-            }
-            if self.ended.is_none() {
-                return;
-            }
-        }
-        if let Some(control) = &self.control {
-            control.watch.handled(false);
-        }
-    }
-
-    async fn received(&mut self, id: ConnectionId, received: Received<CoordinatorMessage>) {
+    fn received(&mut self, id: ConnectionId, received: Received<CoordinatorMessage>) {
         let Received { message, fds } = received;
         match message {
             CoordinatorMessage::Command(command) => {
@@ -330,38 +318,38 @@ impl<D: Device> State<D> {
                 if !matches!(effects.as_slice(), [Effect::Dropped(_)]) {
                     self.arrival = Some(arrival);
                 }
-                self.carry_out(effects).await;
+                self.carry_out(effects);
             }
-            CoordinatorMessage::Abort(abort) => self.feed(Event::Abort(abort)).await,
-            CoordinatorMessage::Query(query) => self.feed(Event::Query(query)).await,
+            CoordinatorMessage::Abort(abort) => self.feed(Event::Abort(abort)),
+            CoordinatorMessage::Query(query) => self.feed(Event::Query(query)),
             CoordinatorMessage::Memory(declaration) => self.declare(declaration, fds),
             CoordinatorMessage::Revoke(revocation) => self.revoke(id, revocation),
             CoordinatorMessage::Shutdown(shutdown) => {
                 self.shutdown_grace = Duration::from_nanos(shutdown.grace_ns);
-                self.feed(Event::Shutdown(shutdown.term)).await;
+                self.feed(Event::Shutdown(shutdown.term));
             }
             CoordinatorMessage::Welcome(_) => {
-                self.lose(ActorError::UnexpectedMessage("Welcome")).await;
+                self.lose(ActorError::UnexpectedMessage("Welcome"));
             }
             CoordinatorMessage::Reject(_) => {
-                self.lose(ActorError::UnexpectedMessage("Reject")).await;
+                self.lose(ActorError::UnexpectedMessage("Reject"));
             }
         }
     }
 
     /// Tells the lifecycle, and carries out what it says, and so on.
-    async fn feed(&mut self, event: Event) {
+    fn feed(&mut self, event: Event) {
         let effects = self.lifecycle.step(event);
-        self.carry_out(effects).await;
+        self.carry_out(effects);
     }
 
-    async fn carry_out(&mut self, effects: Vec<Effect>) {
+    fn carry_out(&mut self, effects: Vec<Effect>) {
         // All that the lifecycle is told passes here.
         log::knows(self.lifecycle.term(), self.lifecycle.epoch());
         let mut effects = VecDeque::from(effects);
         while let Some(effect) = effects.pop_front() {
             // What was done at once has an event of its own, after all that was asked for before.
-            if let Some(event) = self.carry(effect).await {
+            if let Some(event) = self.carry(effect) {
                 effects.extend(self.lifecycle.step(event));
             }
             if self.ended.is_none() {

@@ -152,7 +152,7 @@ impl ServeError {
             Self::Listen(_) => EXIT_SOCKET,
             Self::Greeting(error) => error.exit_code(),
             Self::Control(ActorError::Orphaned) => EXIT_ORPHANED,
-            Self::Control(ActorError::Watch(_)) => EXIT_DEVICE,
+            Self::Control(ActorError::Reader(_)) => EXIT_DEVICE,
             Self::Control(_) => EXIT_PROTOCOL,
         }
     }

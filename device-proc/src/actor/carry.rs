@@ -13,9 +13,8 @@ use standstill_protocol::message::{
     Command, DeviceMessage, Reached, Refusal, RefusalKind, Refused,
 };
 use standstill_protocol::migration::{Activity, MigrationState};
-use std::future::poll_fn;
 use std::sync::Arc;
-use std::task::Poll;
+use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
 /// How long what the client or a lease wants may take: a VMM gives up 5 s after its request.
@@ -30,10 +29,10 @@ enum Direction {
 
 impl<D: Device> State<D> {
     /// Carries out one effect. What was done at once gives its event back.
-    pub(super) async fn carry(&mut self, effect: Effect) -> Option<Event> {
+    pub(super) fn carry(&mut self, effect: Effect) -> Option<Event> {
         match effect {
             Effect::Begin(command) => self.begin(command),
-            Effect::Arc(arc) => return self.take_arc(arc).await,
+            Effect::Arc(arc) => return self.take_arc(arc),
             Effect::Hurry => self.overtaken.fire(),
             Effect::WriteStream => return self.start_stream(Direction::Save),
             Effect::ReadStream => return self.start_stream(Direction::Load),
@@ -86,7 +85,7 @@ impl<D: Device> State<D> {
         }
     }
 
-    async fn take_arc(&mut self, arc: LifecycleArc) -> Option<Event> {
+    fn take_arc(&mut self, arc: LifecycleArc) -> Option<Event> {
         if self.in_force == arc.after {
             return Some(Event::ArcDone);
         }
@@ -94,9 +93,10 @@ impl<D: Device> State<D> {
             change_activity(Arc::clone(&self.parts), self.in_force, arc.after, self.budget());
         let after = arc.after;
         let mut work = Box::pin(async move { (work.await, after) });
-        // Usually there is nothing to wait for.
-        let at_once = poll_fn(|context| Poll::Ready(work.as_mut().poll(context))).await;
-        if let Poll::Ready((outcome, after)) = at_once {
+        // Usually there is nothing to wait for. If there is, a task takes it over and looks again:
+        // nobody is to be woken before that.
+        let mut nobody = Context::from_waker(Waker::noop());
+        if let Poll::Ready((outcome, after)) = work.as_mut().poll(&mut nobody) {
             return Some(self.arc_ended(outcome, after));
         }
         let myself = self.myself.clone();

@@ -2,8 +2,8 @@
 
 use super::introduction::Facts;
 use super::outbox::{Outbox, OutboxError};
+use super::reader::Reader;
 use super::takeover::Listening;
-use super::watch::Watch;
 use super::{ActorError, Message, State};
 use crate::device::{Device, Progress};
 use crate::log;
@@ -13,7 +13,7 @@ use standstill_protocol::message::{
     DeviceEvent, DeviceMessage, Heartbeat, MAX_TEXT, OrphanPolicy, Welcome,
 };
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 use tokio::task::AbortHandle;
 
@@ -36,9 +36,9 @@ pub(crate) struct ConnectionId(u64);
 #[derive(Debug)]
 pub(super) struct Control {
     pub(super) id: ConnectionId,
-    pub(super) channel: Arc<DeviceEnd>,
     outbox: Outbox,
-    pub(super) watch: Watch,
+    /// Its thread ends when this is dropped.
+    _reader: Reader,
     heartbeat: Option<Heart>,
 }
 
@@ -67,13 +67,13 @@ impl<D: Device> State<D> {
     }
 
     /// A coordinator has accepted this device: it is the only one from now on.
-    pub(super) async fn join(&mut self, newcomer: Newcomer) -> Result<(), ActorError> {
+    pub(super) fn join(&mut self, newcomer: Newcomer) -> Result<(), ActorError> {
         let Newcomer { channel, welcome, fds } = newcomer;
         let channel = Arc::new(channel);
         self.connections.0 += 1;
         let id = self.connections;
-        let watch = Watch::start(Arc::clone(&channel), self.myself.clone(), id)
-            .map_err(ActorError::Watch)?;
+        let reader = Reader::start(Arc::clone(&channel), Weak::clone(&self.shared), id)
+            .map_err(ActorError::Reader)?;
         let Welcome { machine, term, epoch, orphan, heartbeat_ns, listener, log, .. } = welcome;
         if self.machine.is_some() {
             // Not the first: the parent is not the coordinator any more, and its death means
@@ -90,8 +90,8 @@ impl<D: Device> State<D> {
             tracing::debug!(?told, "the old coordinator");
         }
         // The old connection ends here, with all that is left in it.
-        let outbox = Outbox::new(Arc::clone(&channel));
-        self.control = Some(Control { id, channel, outbox, watch, heartbeat: None });
+        let outbox = Outbox::new(channel);
+        self.control = Some(Control { id, outbox, _reader: reader, heartbeat: None });
         self.machine = Some(machine);
         self.orphan = orphan;
         // A command that was still to begin was the old coordinator's.
@@ -101,7 +101,7 @@ impl<D: Device> State<D> {
         if let Some(pipe) = if log { fds.next() } else { None } {
             attach_log(&pipe);
         }
-        self.feed(Event::Welcome { term, epoch, orphan }).await;
+        self.feed(Event::Welcome { term, epoch, orphan });
         if let Some(socket) = listener {
             self.listen(socket);
         }
@@ -125,7 +125,7 @@ impl<D: Device> State<D> {
     }
 
     /// Another coordinator has welcomed the device to its machine.
-    pub(super) async fn take_over(&mut self, newcomer: Newcomer) {
+    pub(super) fn take_over(&mut self, newcomer: Newcomer) {
         let term = newcomer.welcome.term;
         let own = self.lifecycle.term();
         if term <= own {
@@ -136,7 +136,7 @@ impl<D: Device> State<D> {
             }
             return;
         }
-        if let Err(error) = self.join(newcomer).await {
+        if let Err(error) = self.join(newcomer) {
             // The old connection stays.
             tracing::error!(error = log::with_causes(&error), "the take-over has failed");
             return;
@@ -145,21 +145,21 @@ impl<D: Device> State<D> {
     }
 
     /// The coordinator is there, but cannot be spoken with any more.
-    pub(super) async fn lose(&mut self, error: ActorError) {
+    pub(super) fn lose(&mut self, error: ActorError) {
         match self.orphan {
             OrphanPolicy::Exit => self.end(Err(error)),
             OrphanPolicy::Keep => {
                 let error = log::with_causes(&error);
                 tracing::error!(error, "the coordinator counts as gone");
-                self.disconnected().await;
+                self.disconnected();
             }
         }
     }
 
     /// The coordinator is gone.
-    pub(super) async fn disconnected(&mut self) {
+    pub(super) fn disconnected(&mut self) {
         self.control = None;
-        self.feed(Event::Disconnected).await;
+        self.feed(Event::Disconnected);
     }
 
     /// Whether something belongs to the present connection.

@@ -6,6 +6,7 @@ use super::{Channel, Received, RecvError, SendError};
 use crate::codec::Message;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
+use rustix::net::RecvFlags;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
@@ -45,15 +46,18 @@ impl<Tx: Message, Rx> Channel<Tx, Rx> {
 impl<Tx, Rx: Message> Channel<Tx, Rx> {
     /// Receives a message, waiting for it at most for `timeout`.
     ///
-    /// [`Duration::ZERO`] tries once, [`Duration::MAX`] waits for ever.
+    /// [`Duration::ZERO`] tries once, [`Duration::MAX`] waits for ever, and does so in the one
+    /// recvmsg. Another thread can end that with shutdown(2).
     ///
     /// # Errors
     ///
     /// [`RecvError::TimedOut`]; otherwise as [`try_recv`](Self::try_recv).
     pub fn recv(&self, timeout: Duration) -> Result<Received<Rx>, RecvError> {
         let wait = Wait::new(timeout);
+        let flags = if wait.is_for_ever() { RecvFlags::empty() } else { RecvFlags::DONTWAIT };
         loop {
-            if let Some(received) = self.try_recv()? {
+            // A socket whose description is `O_NONBLOCK`, which its maker can set, never waits.
+            if let Some(received) = self.receive(flags)? {
                 return Ok(received);
             }
             match wait.until_ready(self.as_fd(), PollFlags::IN) {
@@ -71,6 +75,10 @@ struct Wait(Option<Instant>);
 impl Wait {
     fn new(timeout: Duration) -> Self {
         Self(Instant::now().checked_add(timeout))
+    }
+
+    fn is_for_ever(&self) -> bool {
+        self.0.is_none()
     }
 
     /// Waits for one of the events, an error or a hang-up; false if time ran out before.

@@ -38,6 +38,7 @@ mod blocking;
 mod error;
 mod latency;
 mod listener;
+mod packet;
 mod peer;
 mod readiness;
 mod rights;
@@ -129,10 +130,12 @@ impl<M: Message> Frame<M> {
     ///
     /// As [`codec::encode`].
     pub fn new(message: &M, version: u16) -> Result<Self, EncodeError> {
-        let mut buffer = [0; MAX_PACKET];
-        let length = codec::encode(message, version, &mut buffer)?;
+        let packet = packet::with_buffer(|buffer| {
+            let length = codec::encode(message, version, buffer)?;
+            Ok::<_, EncodeError>(buffer[..length].to_vec())
+        })?;
         Ok(Self {
-            packet: buffer[..length].to_vec(),
+            packet,
             version: (!message.is_handshake()).then_some(version),
             name: message.name(),
             fd_count: message.fd_count(),
@@ -242,7 +245,7 @@ impl<Tx, Rx> AsFd for Channel<Tx, Rx> {
 }
 
 impl<Tx: Message, Rx> Channel<Tx, Rx> {
-    /// Sends a message without waiting: one sendmsg, no allocation.
+    /// Sends a message without waiting: one sendmsg.
     ///
     /// The fds are duplicated into the packet and stay the caller's.
     ///
@@ -250,9 +253,10 @@ impl<Tx: Message, Rx> Channel<Tx, Rx> {
     ///
     /// [`SendError::WouldBlock`] if the peer reads too slowly; otherwise see [`SendError`].
     pub fn try_send(&self, message: &Tx, fds: &[BorrowedFd<'_>]) -> Result<(), SendError> {
-        let mut buffer = [0; MAX_PACKET];
-        let length = codec::encode(message, self.version(), &mut buffer)?;
-        self.send_packet(&buffer[..length], message.name(), message.fd_count(), fds)
+        packet::with_buffer(|buffer| {
+            let length = codec::encode(message, self.version(), buffer)?;
+            self.send_packet(&buffer[..length], message.name(), message.fd_count(), fds)
+        })
     }
 
     /// Sends what was encoded before, without waiting: for one message to many peers.
@@ -320,7 +324,19 @@ impl<Tx, Rx: Message> Channel<Tx, Rx> {
     ///
     /// See [`RecvError`]; the refused packet is gone and its fds are closed.
     pub fn try_recv(&self) -> Result<Option<Received<Rx>>, RecvError> {
-        let mut buffer = [0; MAX_PACKET];
+        self.receive(RecvFlags::DONTWAIT)
+    }
+
+    /// One receive, which waits if `wait` and the socket say so.
+    fn receive(&self, wait: RecvFlags) -> Result<Option<Received<Rx>>, RecvError> {
+        packet::with_buffer(|buffer| self.receive_into(buffer, wait))
+    }
+
+    fn receive_into(
+        &self,
+        buffer: &mut [u8; MAX_PACKET],
+        wait: RecvFlags,
+    ) -> Result<Option<Received<Rx>>, RecvError> {
         let mut room = [MaybeUninit::uninit(); FD_ROOM];
         let mut control = RecvAncillaryBuffer::new(&mut room);
         // A peer that dies with unread messages of ours gives one ECONNRESET, ahead of the last
@@ -329,9 +345,9 @@ impl<Tx, Rx: Message> Channel<Tx, Rx> {
         let received = loop {
             match recvmsg(
                 &self.socket,
-                &mut [IoSliceMut::new(&mut buffer)],
+                &mut [IoSliceMut::new(buffer)],
                 &mut control,
-                RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC | RecvFlags::TRUNC,
+                wait | RecvFlags::CMSG_CLOEXEC | RecvFlags::TRUNC,
             ) {
                 Ok(received) => break received,
                 Err(Errno::AGAIN) => return Ok(None),
@@ -350,7 +366,7 @@ impl<Tx, Rx: Message> Channel<Tx, Rx> {
             }
         }
         let (length, flags) = (received.bytes, received.flags);
-        let message = self.message_of(length, flags, &buffer, fds.len());
+        let message = self.message_of(length, flags, buffer, fds.len());
         match message {
             Ok(message) => Ok(Some(Received { message, fds })),
             Err(error) => {

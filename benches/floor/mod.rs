@@ -1,29 +1,36 @@
 //! The floor: a two-phase round over bare processes, with nothing of a coordinator or a device in
-//! it. One thread with epoll on this side, blocking receives and sends on the other, 32 bytes.
+//! it. One thread with epoll on this side, blocking receives and sends on the other, packets as
+//! long as the protocol's. Shared by the benchmarks that compare with it.
 
 use rustix::buffer::spare_capacity;
 use rustix::event::epoll;
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
+use standstill::protocol::codec::{self, MAX_PACKET};
+use standstill::protocol::message::{
+    Command as ControlCommand, CoordinatorMessage, DeviceMessage, Epoch, Evidence, Phase, Reached,
+    Term, Timings,
+};
+use standstill::protocol::migration::MigrationState;
+use std::error::Error;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-/// The argument that makes this program a child of the floor.
+/// The argument that makes this program a child of the floor; the length of its answers follows.
 pub(crate) const CHILD: &str = "floor-child";
 
-const FRAME: [u8; 32] = [0x5a; 32];
-
-/// Answers every frame on standard input until its end.
-pub(crate) fn child() -> io::Result<()> {
+/// Answers every packet on standard input until its end, with that many bytes.
+pub(crate) fn child(answer: usize) -> io::Result<()> {
     let stdin = io::stdin();
-    let mut buffer = [0; 64];
+    let mut buffer = [0; MAX_PACKET];
+    let answer = [0x5a; MAX_PACKET].get(..answer).map(<[u8]>::to_vec).unwrap_or_default();
     loop {
         let (length, _) = rustix::net::recv(&stdin, &mut buffer, RecvFlags::empty())?;
         if length == 0 {
             return Ok(());
         }
-        rustix::net::send(&stdin, &buffer[..length], SendFlags::NOSIGNAL)?;
+        rustix::net::send(&stdin, &answer, SendFlags::NOSIGNAL)?;
     }
 }
 
@@ -31,12 +38,15 @@ pub(crate) fn child() -> io::Result<()> {
 pub(crate) struct Floor {
     children: Vec<(OwnedFd, Child)>,
     epoll: OwnedFd,
+    /// What each is sent: a packet as long as a command.
+    frame: Vec<u8>,
 }
 
 impl Floor {
-    pub(crate) fn new(devices: usize) -> io::Result<Self> {
+    pub(crate) fn new(devices: usize) -> Result<Self, Box<dyn Error + Send + Sync>> {
         let program = std::env::current_exe()?;
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        let (frame, answer) = packets()?;
         let mut children = Vec::with_capacity(devices);
         for number in 0..devices {
             let (ours, theirs) = rustix::net::socketpair(
@@ -45,12 +55,15 @@ impl Floor {
                 SocketFlags::CLOEXEC,
                 None,
             )?;
-            let child = Command::new(&program).arg(CHILD).stdin(Stdio::from(theirs)).spawn()?;
+            let child = Command::new(&program)
+                .args([CHILD, &answer.to_string()])
+                .stdin(Stdio::from(theirs))
+                .spawn()?;
             let data = epoll::EventData::new_u64(number as u64);
             epoll::add(&epoll, &ours, data, epoll::EventFlags::IN)?;
             children.push((ours, child));
         }
-        let mut floor = Self { children, epoll };
+        let mut floor = Self { children, epoll, frame };
         // The children's first time counts not.
         floor.round()?;
         Ok(floor)
@@ -60,10 +73,10 @@ impl Floor {
     pub(crate) fn round(&mut self) -> io::Result<Duration> {
         let began = Instant::now();
         let mut events = Vec::with_capacity(self.children.len());
-        let mut buffer = [0; 64];
+        let mut buffer = [0; MAX_PACKET];
         for _phase in 0..2 {
             for (socket, _) in &self.children {
-                rustix::net::send(socket, &FRAME, SendFlags::NOSIGNAL)?;
+                rustix::net::send(socket, &self.frame, SendFlags::NOSIGNAL)?;
             }
             let mut left = self.children.len();
             while left > 0 {
@@ -78,6 +91,12 @@ impl Floor {
         }
         Ok(began.elapsed())
     }
+
+    /// The process ids of the children.
+    #[allow(dead_code, reason = "not every benchmark looks at the processes")]
+    pub(crate) fn pids(&self) -> Vec<u32> {
+        self.children.iter().map(|(_, child)| child.id()).collect()
+    }
 }
 
 impl Drop for Floor {
@@ -88,4 +107,17 @@ impl Drop for Floor {
             let _ = child.wait();
         }
     }
+}
+
+/// A command's packet, and the length of the shortest answer to it.
+fn packets() -> Result<(Vec<u8>, usize), Box<dyn Error + Send + Sync>> {
+    let (term, epoch, phase) = (Term(1), Epoch(1), Phase::PrepareStop);
+    let state = MigrationState::RunningP2p;
+    let command = ControlCommand { term, epoch, phase, target: state, budget_ns: 1, lease_ns: 0 };
+    let (timings, evidence) = (Timings::default(), Evidence::default());
+    let reached = Reached { term, epoch, phase, state, timings, evidence };
+    let mut buffer = [0; MAX_PACKET];
+    let answer = codec::encode(&DeviceMessage::Reached(reached), 1, &mut buffer)?;
+    let length = codec::encode(&CoordinatorMessage::Command(command), 1, &mut buffer)?;
+    Ok((buffer[..length].to_vec(), answer))
 }

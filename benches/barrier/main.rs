@@ -1,0 +1,217 @@
+//! The whole two-phase round of the full stack, beside a bare floor in the same run.
+//!
+//! ```text
+//! cargo bench --bench barrier [-- --devices 8,64,256,1000 --rounds 200]
+//! ```
+//!
+//! The full stack is real device processes of this package's command (copy engines with gate,
+//! vfio-user transport and a data thread, idle and without clients) under a coordinator in this
+//! process. The floor is one thread, epoll, and as many bare processes that answer packets of the
+//! same lengths. A harness of its own: what counts is the ratio, and it is robust only if the two
+//! take turns, round by round, so that both meet the same machine and find their processes'
+//! caches equally cold.
+//!
+//! Devices give no signs of life meanwhile, as those would fall into some rounds and not into
+//! others.
+
+#![expect(clippy::print_stdout, reason = "a benchmark prints what it has measured")]
+
+#[path = "../floor/mod.rs"]
+mod floor;
+mod switches;
+mod times;
+
+use floor::Floor;
+use rustix::process::{Resource, getrlimit, setrlimit};
+use serde_json::json;
+use standstill::coordinator::{DeviceSpec, Machine, MachineBuilder};
+use standstill::protocol::channel::prefer_short_waits;
+use std::error::Error;
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+use switches::{Tally, own, processes};
+use tempfile::TempDir;
+use times::Times;
+
+type Failure = Box<dyn Error + Send + Sync>;
+
+fn main() -> ExitCode {
+    let arguments: Vec<_> = std::env::args().skip(1).collect();
+    let done = match arguments.split_first() {
+        Some((first, rest)) if first == floor::CHILD => {
+            let answer = rest.first().and_then(|length| length.parse().ok()).unwrap_or_default();
+            floor::child(answer).map_err(Into::into)
+        }
+        _ => measure(&arguments),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            println!("failed: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// What follows an option, if it is there. (`cargo bench` passes `--bench`, which is none of ours.)
+fn option<'a>(arguments: &'a [String], name: &str) -> Option<&'a str> {
+    let at = arguments.iter().position(|argument| argument == name)?;
+    arguments.get(at + 1).map(String::as_str)
+}
+
+fn measure(arguments: &[String]) -> Result<(), Failure> {
+    let devices = option(arguments, "--devices").unwrap_or("8,64,256,1000");
+    let rounds: Option<usize> = option(arguments, "--rounds").map(str::parse).transpose()?;
+    room_for_fds()?;
+    // As a VMM does on the thread on which its coordinator lives.
+    prefer_short_waits()?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    println!(
+        "Times in ms: median (p99). A round of the floor has two phases, as a pause or a resume.\n"
+    );
+    println!(
+        "| devices | rounds | floor: round | pause | resume | pause ÷ floor | resume ÷ floor |"
+    );
+    println!("|---|---|---|---|---|---|---|");
+    let mut all = Vec::new();
+    for count in devices.split(',') {
+        let count: usize = count.trim().parse()?;
+        // About as long for each number of devices.
+        let rounds = rounds.unwrap_or((40_000 / count.max(1)).clamp(60, 500));
+        let measured = runtime.block_on(contest(count, rounds))?;
+        println!("{measured}");
+        all.push(measured);
+    }
+    println!("\nPer device and phase: CPU time, context switches (voluntary + not).\n");
+    println!("| devices | floor: child | device process | floor: sender | coordinator |");
+    println!("|---|---|---|---|---|");
+    for measured in &all {
+        println!("{}", measured.costs());
+    }
+    println!("\n{}", serde_json::Value::Array(all.iter().map(Measured::json).collect()));
+    Ok(())
+}
+
+/// Many devices have many fds.
+fn room_for_fds() -> Result<(), Failure> {
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    Ok(setrlimit(Resource::Nofile, limit)?)
+}
+
+/// What came of one number of devices.
+struct Measured {
+    devices: usize,
+    rounds: usize,
+    floor: Times,
+    pause: Times,
+    resume: Times,
+    /// Of all rounds together.
+    floor_sender: Tally,
+    floor_children: Tally,
+    coordinator: Tally,
+    device_processes: Tally,
+}
+
+impl std::fmt::Display for Measured {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { devices, rounds, floor, pause, resume, .. } = self;
+        write!(
+            f,
+            "| {devices} | {rounds} | {floor} | {pause} | {resume} | {:.2} | {:.2} |",
+            pause.over(floor),
+            resume.over(floor)
+        )
+    }
+}
+
+impl Measured {
+    /// Each side has done four phases in a round.
+    fn per_device_and_phase(&self, tally: &Tally) -> String {
+        tally.per(self.devices * self.rounds * 4)
+    }
+
+    fn costs(&self) -> String {
+        format!(
+            "| {} | {} | {} | {} | {} |",
+            self.devices,
+            self.per_device_and_phase(&self.floor_children),
+            self.per_device_and_phase(&self.device_processes),
+            self.per_device_and_phase(&self.floor_sender),
+            self.per_device_and_phase(&self.coordinator),
+        )
+    }
+
+    fn json(&self) -> serde_json::Value {
+        json!({
+            "devices": self.devices,
+            "rounds": self.rounds,
+            "floor_ms": self.floor.json(),
+            "pause_ms": self.pause.json(),
+            "resume_ms": self.resume.json(),
+            "pause_ratio": self.pause.over(&self.floor),
+            "resume_ratio": self.resume.over(&self.floor),
+            "phases": self.devices * self.rounds * 4,
+            "floor_children": self.floor_children.json(),
+            "device_processes": self.device_processes.json(),
+            "floor_sender": self.floor_sender.json(),
+            "coordinator": self.coordinator.json(),
+        })
+    }
+}
+
+/// Floor and full stack in turns.
+async fn contest(devices: usize, rounds: usize) -> Result<Measured, Failure> {
+    let mut floor = Floor::new(devices)?;
+    let folder = tempfile::tempdir()?;
+    let machine = start(devices, &folder).await?;
+    let status = machine.status().await?;
+    let engines: Vec<_> = status.devices.iter().filter_map(|device| device.pid).collect();
+    for _ in 0..3 {
+        floor.round()?;
+        machine.pause().await?.resume().await?;
+    }
+    let (mut floors, mut pauses, mut resumes) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut sender, mut coordinator) = (Tally::default(), Tally::default());
+    let before = (processes(&floor.pids())?, processes(&engines)?);
+    for _ in 0..rounds {
+        let at = own()?;
+        floors.push(floor.round()?);
+        let paused_from = own()?;
+        let began = Instant::now();
+        let stopped = machine.pause().await?;
+        pauses.push(began.elapsed());
+        let paused_at = own()?;
+        floors.push(floor.round()?);
+        let resumed_from = own()?;
+        let began = Instant::now();
+        stopped.resume().await?;
+        resumes.push(began.elapsed());
+        sender += paused_from - at + (resumed_from - paused_at);
+        coordinator += paused_at - paused_from + (own()? - resumed_from);
+    }
+    let after = (processes(&floor.pids())?, processes(&engines)?);
+    machine.shutdown().await?;
+    Ok(Measured {
+        devices,
+        rounds,
+        floor: floors.into(),
+        pause: pauses.into(),
+        resume: resumes.into(),
+        floor_sender: sender,
+        floor_children: after.0 - before.0,
+        coordinator,
+        device_processes: after.1 - before.1,
+    })
+}
+
+async fn start(devices: usize, folder: &TempDir) -> Result<Machine, Failure> {
+    let devices = (0..devices).map(|number| {
+        DeviceSpec::new(format!("engine{number}"), env!("CARGO_BIN_EXE_standstill"))
+            // The least memory: an engine hashes it when it stops, for the oracle of the tests.
+            .args(["device", "copy-engine", "--memory=4KiB", "--socket"])
+            .arg(folder.path().join(format!("engine{number}.sock")))
+    });
+    let machine = MachineBuilder::new("barrier").devices(devices).heartbeat(Duration::ZERO);
+    Ok(machine.start().await?)
+}
