@@ -16,11 +16,13 @@
 
 #![expect(clippy::print_stdout, reason = "a benchmark prints what it has measured")]
 
+mod calls;
 #[path = "../floor/mod.rs"]
 mod floor;
 mod switches;
 mod times;
 
+use calls::Tracing;
 use floor::Floor;
 use rustix::process::{Resource, getrlimit, setrlimit};
 use serde_json::json;
@@ -32,6 +34,10 @@ use std::time::{Duration, Instant};
 use switches::{Tally, own, processes};
 use tempfile::TempDir;
 use times::Times;
+
+/// How many rounds are traced, and of how many devices at most.
+const TRACED: usize = 10;
+const MOST_TRACED: usize = 64;
 
 type Failure = Box<dyn Error + Send + Sync>;
 
@@ -87,6 +93,17 @@ fn measure(arguments: &[String]) -> Result<(), Failure> {
     println!("|---|---|---|---|---|");
     for measured in &all {
         println!("{}", measured.costs());
+    }
+    println!(
+        "\nSystem calls per device and phase, in {TRACED} rounds under strace (a slower machine, so the"
+    );
+    println!("coordinator finds fewer answers at once).\n");
+    println!("| devices | floor: child | device process | floor: sender | coordinator |");
+    println!("|---|---|---|---|---|");
+    for measured in &all {
+        if measured.devices <= MOST_TRACED {
+            println!("{}", runtime.block_on(count_calls(measured.devices))?);
+        }
     }
     println!("\n{}", serde_json::Value::Array(all.iter().map(Measured::json).collect()));
     Ok(())
@@ -203,6 +220,44 @@ async fn contest(devices: usize, rounds: usize) -> Result<Measured, Failure> {
         coordinator,
         device_processes: after.1 - before.1,
     })
+}
+
+/// What floor and full stack ask of the kernel; a row of a table.
+async fn count_calls(devices: usize) -> Result<String, Failure> {
+    let mut floor = Floor::new(devices)?;
+    let folder = tempfile::tempdir()?;
+    let machine = start(devices, &folder).await?;
+    let status = machine.status().await?;
+    let engines: Vec<_> = status.devices.iter().filter_map(|device| device.pid).collect();
+    floor.round()?;
+    machine.pause().await?.resume().await?;
+    let own = std::process::id();
+    let phases = devices * TRACED * 4;
+    let with = |others: &[u32]| Tracing::begin(&[others, &[own]].concat());
+    let Some(tracing) = with(&floor.pids())? else {
+        return Ok(format!("| {devices} | there is no strace here | | | |"));
+    };
+    for _ in 0..2 * TRACED {
+        floor.round()?;
+    }
+    let bare = tracing.end()?;
+    let Some(tracing) = with(&engines)? else { return Err("strace is gone".into()) };
+    for _ in 0..TRACED {
+        machine.pause().await?.resume().await?;
+    }
+    let full = tracing.end()?;
+    machine.shutdown().await?;
+    let all = std::fs::read_dir("/proc/self/task")?.map(|task| task.map(|task| task.file_name()));
+    let all: Vec<_> = all.collect::<Result<_, _>>()?;
+    let ours = |thread| thread == own;
+    let others = |thread: u32| !all.iter().any(|own| *own == *thread.to_string());
+    Ok(format!(
+        "| {devices} | {} | {} | {} | {} |",
+        bare.per(others, phases),
+        full.per(others, phases),
+        bare.per(ours, phases),
+        full.per(ours, phases)
+    ))
 }
 
 async fn start(devices: usize, folder: &TempDir) -> Result<Machine, Failure> {
