@@ -190,7 +190,8 @@ async fn contest(devices: usize, rounds: usize) -> Result<Measured, Failure> {
     }
     let (mut floors, mut pauses, mut resumes) = (Vec::new(), Vec::new(), Vec::new());
     let (mut sender, mut coordinator) = (Tally::default(), Tally::default());
-    let before = (processes(&floor.pids())?, processes(&engines)?);
+    let bare: Vec<_> = floor.children.iter().map(|(_, child)| child.id()).collect();
+    let before = (processes(&bare)?, processes(&engines)?);
     for _ in 0..rounds {
         let at = own()?;
         floors.push(floor.round()?);
@@ -207,7 +208,7 @@ async fn contest(devices: usize, rounds: usize) -> Result<Measured, Failure> {
         sender += paused_from - at + (resumed_from - paused_at);
         coordinator += paused_at - paused_from + (own()? - resumed_from);
     }
-    let after = (processes(&floor.pids())?, processes(&engines)?);
+    let after = (processes(&bare)?, processes(&engines)?);
     machine.shutdown().await?;
     Ok(Measured {
         devices,
@@ -234,7 +235,9 @@ async fn count_calls(devices: usize) -> Result<String, Failure> {
     let own = std::process::id();
     let phases = devices * TRACED * 4;
     let with = |others: &[u32]| Tracing::begin(&[others, &[own]].concat());
-    let Some(tracing) = with(&floor.pids())? else {
+    let Some(tracing) =
+        with(&floor.children.iter().map(|(_, child)| child.id()).collect::<Vec<_>>())?
+    else {
         return Ok(format!("| {devices} | there is no strace here | | | |"));
     };
     for _ in 0..2 * TRACED {

@@ -36,7 +36,7 @@ pub(crate) fn child(answer: usize) -> io::Result<()> {
 
 /// Bare processes that answer.
 pub(crate) struct Floor {
-    children: Vec<(OwnedFd, Child)>,
+    pub(crate) children: Vec<(OwnedFd, Child)>,
     epoll: OwnedFd,
     /// What each is sent: a packet as long as a command.
     frame: Vec<u8>,
@@ -90,12 +90,6 @@ impl Floor {
             }
         }
         Ok(began.elapsed())
-    }
-
-    /// The process ids of the children.
-    #[allow(dead_code, reason = "not every benchmark looks at the processes")]
-    pub(crate) fn pids(&self) -> Vec<u32> {
-        self.children.iter().map(|(_, child)| child.id()).collect()
     }
 }
 
