@@ -1,7 +1,7 @@
 //! The device process's actor: control messages to lifecycle to device.
 //!
-//! One [`State`] has the [`Lifecycle`] and the control channel. Two come to it, in turns: the
-//! thread that reads the control channel ([`reader`]) with each packet, and the actor with all
+//! One `State` has the [`Lifecycle`] and the control channel. Two come to it, in turns: the
+//! thread that reads the control channel (`reader.rs`) with each packet, and the actor with all
 //! else, as a `Message`: the client wants something, an arc has ended, a lease has run out.
 //! Whichever it is, the lifecycle is fed and what that gives back is carried out, in order, before
 //! the other one has its turn.
