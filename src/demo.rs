@@ -24,6 +24,7 @@ mod timeline;
 
 pub(crate) use options::DemoArgs;
 
+use crate::trace::{Trace, TraceError};
 use machine::{Blueprint, VmmError};
 use options::SlowError;
 use rounds::{Run, on_own_thread};
@@ -94,6 +95,9 @@ enum DemoError {
         /// How many more.
         others: usize,
     },
+    /// The trace cannot be made.
+    #[error(transparent)]
+    Trace(#[from] TraceError),
     /// The picture was not written.
     #[error(transparent)]
     Timeline(#[from] TimelineError),
@@ -132,6 +136,7 @@ impl DemoError {
             Self::Vmm(_) | Self::Connect | Self::NoTraffic { .. } => {
                 Some("try fewer --devices; RUST_LOG=info shows what the devices say")
             }
+            Self::Trace(_) => Some("choose another --trace FILE"),
             Self::Timeline(_) => {
                 Some("the run itself was finished; choose another --timeline FILE")
             }
@@ -200,19 +205,23 @@ async fn supervise(args: &DemoArgs) -> Result<bool, DemoError> {
     let listen = |kind| signal(kind).map_err(|error| DemoError::System("listen to signals", error));
     let mut interrupt = listen(SignalKind::interrupt())?;
     let mut terminate = listen(SignalKind::terminate())?;
-    let machine = OnceCell::new();
+    let started = OnceCell::new();
     let ended = tokio::select! {
         biased;
         _ = interrupt.recv() => Err(DemoError::Signal(SignalKind::interrupt())),
         _ = terminate.recv() => Err(DemoError::Signal(SignalKind::terminate())),
-        summary = demonstrate(args, &machine) => summary,
+        summary = demonstrate(args, &started) => summary,
     };
-    if let Some(machine) = machine.get() {
+    if let Some(Started { machine, trace }) = started.into_inner() {
         // Whatever has not ended by then is killed when the machine is dropped.
         match tokio::time::timeout(LAST_GRACE, machine.shutdown()).await {
             Ok(Ok(_)) => {}
             Ok(Err(error)) => tracing::warn!(%error, "shutting down"),
             Err(_) => tracing::warn!("devices did not end within {LAST_GRACE:?} and are killed"),
+        }
+        drop(machine);
+        if let Some(trace) = trace.into_inner() {
+            trace.finish().await;
         }
     }
     let (summary, timeline) = ended?;
@@ -238,18 +247,32 @@ fn write_timeline(path: &Path, timeline: &Timeline) -> Result<(), TimelineError>
         .map_err(|source| TimelineError { path: path.to_owned(), source })
 }
 
+/// What has to be ended, whatever happens.
+struct Started {
+    machine: Machine,
+    trace: OnceCell<Trace>,
+}
+
 async fn demonstrate(
     args: &DemoArgs,
-    slot: &OnceCell<Machine>,
+    slot: &OnceCell<Started>,
 ) -> Result<(Summary, Option<Timeline>), DemoError> {
     let slowness = args.slowness()?;
     let progress = Progress::new();
     let blueprint = Blueprint::new(args.engines())?;
     let builder = blueprint.machine(&slowness, args.single_phase)?;
+    let trace = args.trace.open("the demonstration")?;
     progress.say("starting device processes", args.engines());
     let machine = builder.start().await.map_err(|error| DemoError::Start(Box::new(error)))?;
-    let machine = slot.get_or_init(|| machine).clone();
+    let events = machine.events();
+    let started = slot.get_or_init(|| Started { machine, trace: OnceCell::new() });
+    let machine = started.machine.clone();
     let before = |source| DemoError::Round { round: 0, source: Box::new(source) };
+    if let Some(trace) = trace {
+        let status = machine.status().await.map_err(before)?;
+        let trace = trace.follow(&status, events);
+        let _ = started.trace.set(trace.map_err(|e| DemoError::System("start a thread", e))?);
+    }
     machine.declare_ram(blueprint.ram()).await.map_err(before)?;
 
     progress.say("connecting them to each other", args.engines());

@@ -7,6 +7,7 @@ mod demo;
 mod device;
 mod logging;
 mod size;
+mod trace;
 
 use clap::{Parser, Subcommand};
 use std::error::Error;

@@ -7,7 +7,7 @@ mod display;
 mod log;
 mod reader;
 
-pub(crate) use log::log;
+pub(crate) use log::{TARGET, log};
 pub use reader::Events;
 
 use crate::process::Exit;
@@ -98,6 +98,8 @@ pub enum MachineEvent {
         device: String,
         /// Its incarnation.
         incarnation: u64,
+        /// The process id of that incarnation.
+        pid: Option<u32>,
         /// Where it is.
         state: MigrationState,
         /// How long it took, from the start of its process.

@@ -42,6 +42,7 @@ mod restarts;
 mod spans;
 pub mod status;
 pub mod steps;
+pub mod trace_file;
 mod watchdog;
 
 pub use description::{Deadlines, DeviceSpec, HookSpec, MachineBuilder};

@@ -12,7 +12,7 @@ use standstill_protocol::transition::{
     HookId, HookMoment, Loss, MachineState, Operation, Outcome, ParticipantId, Transition,
 };
 use std::collections::HashMap;
-use std::time::Instant;
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 /// What has happened so far in one transition.
 #[derive(Debug)]
@@ -21,6 +21,7 @@ pub(crate) struct Recorder {
     term: Term,
     first_epoch: Epoch,
     began: Instant,
+    began_at: SystemTime,
     participants: Vec<ParticipantReport>,
     index: HashMap<ParticipantId, usize>,
     hooks: Vec<HookReport>,
@@ -32,21 +33,13 @@ impl Recorder {
         operation: Operation,
         (term, first_epoch): (Term, Epoch),
         began: Instant,
-        members: impl Iterator<Item = (ParticipantId, String, MigrationState)>,
+        participants: Vec<ParticipantReport>,
         names: Names,
     ) -> Self {
-        let participants: Vec<_> = members
-            .map(|(id, name, before)| ParticipantReport {
-                id,
-                name,
-                before,
-                after: None,
-                commands: Vec::with_capacity(2),
-                fence: None,
-            })
-            .collect();
         let index = participants.iter().enumerate().map(|(at, p)| (p.id, at)).collect();
-        Self { operation, term, first_epoch, began, participants, index, hooks: Vec::new(), names }
+        let began_at = SystemTime::now().checked_sub(began.elapsed()).unwrap_or(UNIX_EPOCH);
+        let hooks = Vec::new();
+        Self { operation, term, first_epoch, began, began_at, participants, index, hooks, names }
     }
 
     pub(crate) fn began(&self) -> Instant {
@@ -208,6 +201,7 @@ impl Recorder {
             term: self.term,
             first_epoch: self.first_epoch,
             last_epoch: transition.epoch(),
+            began: self.began_at,
             total_ns,
             downtime_ns,
             participants: self.participants,
@@ -225,13 +219,13 @@ mod tests {
 
     const ID: ParticipantId = ParticipantId(1);
     const EPOCH: Epoch = Epoch(7);
+    const RUNNING: MigrationState = MigrationState::Running;
 
     fn recorder() -> Recorder {
-        let members = [(ID, "d1".to_owned(), MigrationState::Running)];
+        let members = [ParticipantReport::new(ID, "d1".to_owned(), (1, None), RUNNING)];
         let (operation, now) = (Operation::Pause, Instant::now());
         let names = Names::default();
-        let mut recorder =
-            Recorder::new(operation, (Term(1), EPOCH), now, members.into_iter(), names);
+        let mut recorder = Recorder::new(operation, (Term(1), EPOCH), now, members.into(), names);
         let command = Command {
             term: Term(1),
             epoch: EPOCH,

@@ -6,7 +6,7 @@
 
 mod json;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 pub use json::{JsonCommand, JsonHook, JsonParticipant, JsonReport};
 use standstill_protocol::message::{Epoch, Evidence, Phase, Term, Timings};
@@ -17,7 +17,7 @@ use standstill_protocol::transition::{
 };
 use std::collections::BTreeMap;
 use std::fmt;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 /// Everything about one transition of a machine.
 #[derive(Clone, Debug)]
@@ -34,6 +34,8 @@ pub struct TransitionReport {
     pub first_epoch: Epoch,
     /// The last one; more than the first if something was undone.
     pub last_epoch: Epoch,
+    /// When it began, by the wall clock: to put reports and logs side by side.
+    pub began: SystemTime,
     /// How long it took, from the call to the outcome.
     pub total_ns: u64,
     /// Of a resume: from the beginning of the pause before it to the end of this; else `None`.
@@ -80,6 +82,10 @@ pub struct ParticipantReport {
     pub id: ParticipantId,
     /// Its name.
     pub name: String,
+    /// How often its device was started; 0 for a local device.
+    pub incarnation: u64,
+    /// Process id; `None` for a local device.
+    pub pid: Option<u32>,
     /// Where it was at the beginning.
     pub before: MigrationState,
     /// Where it is now; `None` if it is fenced or to be fenced.
@@ -154,6 +160,17 @@ impl CommandReport {
 }
 
 impl ParticipantReport {
+    /// Of a participant that has not been told anything yet.
+    pub(crate) fn new(
+        id: ParticipantId,
+        name: String,
+        (incarnation, pid): (u64, Option<u32>),
+        before: MigrationState,
+    ) -> Self {
+        let commands = Vec::with_capacity(2);
+        Self { id, name, incarnation, pid, before, after: None, commands, fence: None }
+    }
+
     /// The last command of that phase, if there was one.
     #[must_use]
     pub fn command(&self, phase: Phase) -> Option<&CommandReport> {
@@ -384,7 +401,7 @@ impl fmt::Display for TransitionReport {
     }
 }
 
-fn moment(moment: HookMoment) -> &'static str {
+pub(crate) fn moment(moment: HookMoment) -> &'static str {
     match moment {
         HookMoment::Stop => "stop",
         HookMoment::Start => "start",

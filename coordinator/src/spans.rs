@@ -5,6 +5,7 @@
 //! entered around each thing that is handled for it. Where nobody wants them they cost nothing
 //! worth measuring.
 
+use crate::events::TARGET;
 use standstill_protocol::message::{Epoch, Phase, Term};
 use standstill_protocol::transition::{Operation, Transition};
 use tracing::Span;
@@ -47,7 +48,9 @@ impl Spans {
         let (term, epoch) = (self.term.0, transition.epoch().0);
         let span = tracing::info_span!(parent: &self.transition, "phase", %phase, epoch);
         let undo = transition.is_undoing();
-        span.in_scope(|| tracing::debug!(term, epoch, %phase, undo, "phase begins"));
+        span.in_scope(|| {
+            tracing::debug!(target: TARGET, term, epoch, %phase, undo, "phase begins");
+        });
         self.phase = Some((key, span));
     }
 }

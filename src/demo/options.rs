@@ -1,6 +1,7 @@
 //! What `standstill demo` can be told.
 
 use crate::logging::LogArgs;
+use crate::trace::TraceArgs;
 use clap::Args;
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -25,6 +26,8 @@ Examples:
   standstill demo --slow-prepare engine3=15ms --slow-stop engine5=20ms --timeline round.svg
       Two slow devices: the machine takes as long as the slowest, not as long as all together.
       round.svg shows when each device did what.
+  standstill demo --slow-stop engine1=5ms --trace trace.json
+      Every phase in every process; open trace.json at https://ui.perfetto.dev.
   standstill demo --devices 64 --rounds 200 --json | tail -n 1
       Many devices, and the figures for a program.
 
@@ -63,6 +66,8 @@ pub(crate) struct DemoArgs {
     /// Draw the round of median length as a picture (SVG)
     #[arg(long, value_name = "FILE")]
     pub(crate) timeline: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) trace: TraceArgs,
     #[command(flatten)]
     pub(crate) log: LogArgs,
     /// For tests: panic in that round

@@ -310,11 +310,11 @@ impl State {
         device.care.added = false;
         device.care.pulse.reset();
         let (name, incarnation) = (device.spec.name.clone(), device.incarnation);
-        let (state, took) = (device.state, join.began.elapsed());
+        let (state, took, pid) = (device.state, join.began.elapsed(), device.pid());
         if let Some(owner) = device.care.owner.take() {
             let _ = owner.send(Ok(()));
         }
-        self.emit(MachineEvent::DeviceJoined { device: name, incarnation, state, took });
+        self.emit(MachineEvent::DeviceJoined { device: name, incarnation, pid, state, took });
         self.unsettled = true;
     }
 

@@ -4,6 +4,7 @@ use super::state::{Ending, EndingReply, Standing, State};
 use super::{Exits, Message, Reply};
 use crate::device::Message as DeviceMessage;
 use crate::error::{GreetingError, MachineError, StartError};
+use crate::events::TARGET;
 use crate::report::nanos;
 use standstill_protocol::message::{CoordinatorMessage, Shutdown};
 use standstill_protocol::transition::ParticipantId;
@@ -12,7 +13,8 @@ use std::time::Duration;
 impl State {
     /// The owner wants the machine to end.
     pub(super) fn shutdown(&mut self, grace: Duration, reply: Reply<Exits>) {
-        tracing::info!(machine = self.name, term = self.term.0, ?grace, "the machine is shut down");
+        let term = self.term.0;
+        tracing::info!(target: TARGET, machine = self.name, term, ?grace, "the machine is shut down");
         let message =
             CoordinatorMessage::Shutdown(Shutdown { term: self.term, grace_ns: nanos(grace) });
         for device in self.devices.iter() {

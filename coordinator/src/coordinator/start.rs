@@ -304,7 +304,7 @@ impl State {
             Ok(()) => {
                 self.unsettled = true;
                 let (devices, term) = (self.devices.iter().count(), self.term.0);
-                tracing::info!(machine = self.name, devices, term, "the machine has started");
+                tracing::info!(target: events::TARGET, machine = self.name, devices, term, "the machine has started");
                 let machine = Machine::new(self.myself.clone(), &self.events);
                 let custody = self.custody().cloned();
                 // From here on the owner has it, and with it the decision.

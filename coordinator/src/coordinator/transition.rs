@@ -9,7 +9,7 @@ use crate::error::MachineError;
 use crate::events::MachineEvent;
 use crate::participant::LocalAnswer;
 use crate::recorder::Recorder;
-use crate::report::nanos;
+use crate::report::{ParticipantReport, nanos};
 use crate::spans::Spans;
 use standstill_protocol::channel::{Frame, SendError};
 use standstill_protocol::message::{Command, CoordinatorMessage, PeerDma};
@@ -129,8 +129,14 @@ impl State {
     fn carry_on(&mut self, operation: Operation, transition: Transition, purpose: Purpose) {
         let began = Instant::now();
         self.transitions += 1;
-        let members = self.devices.iter().map(|d| (d.id, d.spec.name.clone(), d.state));
-        let locals = self.locals.iter().map(|l| (l.id, l.name.clone(), l.state));
+        let devices = self.devices.iter().map(|device| {
+            let process = (device.incarnation, device.pid());
+            ParticipantReport::new(device.id, device.spec.name.clone(), process, device.state)
+        });
+        let locals = self.locals.iter().map(|local| {
+            ParticipantReport::new(local.id, local.name.clone(), (0, None), local.state)
+        });
+        let takes_part = |one: &ParticipantReport| transition.state(one.id).is_some();
         let mut names = self.names.clone();
         if matches!(&purpose, Purpose::Owner(owner) if owner.gap.is_some()) {
             names.hooks.insert(GAP, GAP_NAME.to_owned());
@@ -139,7 +145,7 @@ impl State {
             operation,
             (self.term, transition.epoch()),
             began,
-            members.chain(locals).filter(|(id, ..)| transition.state(*id).is_some()),
+            devices.chain(locals).filter(takes_part).collect(),
             names,
         );
         let epoch = transition.epoch();

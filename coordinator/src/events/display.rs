@@ -36,7 +36,7 @@ impl fmt::Display for MachineEvent {
             Self::DeviceRestarting { device, attempt, after } => {
                 write!(f, "{device} is started again after {after:?} (attempt {attempt})")
             }
-            Self::DeviceJoined { device, incarnation, state, took } => {
+            Self::DeviceJoined { device, incarnation, state, took, .. } => {
                 write!(
                     f,
                     "{device} ({incarnation}) has joined in {state}, {took:.1?} after its start"

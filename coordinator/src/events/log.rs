@@ -8,6 +8,9 @@ use crate::report::TransitionReport;
 use standstill_protocol::message::{Epoch, Phase, Term};
 use tracing::Level;
 
+/// The target of all that is told of a machine.
+pub(crate) const TARGET: &str = "standstill::machine";
+
 /// Writes the line of an event that happens now.
 pub(crate) fn log(event: &MachineEvent, term: Term, epoch: Epoch) {
     if let MachineEvent::Transition(report) = event {
@@ -17,7 +20,7 @@ pub(crate) fn log(event: &MachineEvent, term: Term, epoch: Epoch) {
     let (term, epoch) = (term.0, epoch.0);
     macro_rules! line {
         ($level:ident) => {
-            tracing::event!(Level::$level, device, incarnation, term, epoch, "{event}")
+            tracing::event!(target: TARGET, Level::$level, device, incarnation, term, epoch, "{event}")
         };
     }
     match level(event) {
@@ -60,14 +63,13 @@ fn log_report(report: &TransitionReport) {
     for phase in [Phase::PrepareStop, Phase::Stop, Phase::PrepareStart, Phase::Start] {
         if let Some(barrier_ns) = report.barrier_ns(phase) {
             let epoch = report.first_epoch.0;
-            tracing::debug!(%operation, term, epoch, %phase, barrier_ns, "all have answered");
+            tracing::debug!(target: TARGET, %operation, term, epoch, %phase, barrier_ns, "all have answered");
         }
     }
     for line in report.failure_lines() {
-        tracing::warn!(%operation, term, epoch, "{line}");
+        tracing::warn!(target: TARGET, %operation, term, epoch, "{line}");
     }
-    tracing::info!(
-        %operation,
+    tracing::info!(target: TARGET, %operation,
         term,
         epoch,
         outcome = report.outcome.name(),

@@ -93,7 +93,9 @@ impl Rendered {
             Some(other) => other.to_string(),
             None => String::new(),
         };
-        for (key, value) in fields.iter().filter(|(key, _)| *key != "message") {
+        // What begins with `log.` says where the line came from, and is not for an operator.
+        let told = |key: &str| key != "message" && !key.starts_with("log.");
+        for (key, value) in fields.iter().filter(|(key, _)| told(key)) {
             let space = if text.is_empty() { "" } else { " " };
             // Writing to a String cannot fail. JSON's quotes keep a value from looking like a field.
             let _ = write!(text, "{space}{key}={value}");

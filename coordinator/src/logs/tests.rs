@@ -76,7 +76,7 @@ fn forwarded(bytes: &[u8]) -> (Sink, LogTail, LogSummary) {
 
 #[test]
 fn json_lines_keep_their_level_and_target() {
-    let line = br#"{"timestamp":"2026-01-01T00:00:00Z","level":"INFO","fields":{"message":"opened","queues":4,"path":"a b"},"target":"nvme::queue"}"#;
+    let line = br#"{"timestamp":"2026-01-01T00:00:00Z","level":"INFO","fields":{"message":"opened","log.line":7,"queues":4,"path":"a b"},"target":"nvme::queue"}"#;
     let (sink, tail, summary) = forwarded(&[line, &b"\n"[..]].concat());
     assert_eq!(summary, LogSummary { emitted: 1, dropped: 0, cut: 0 });
     let events = sink.events();

@@ -1,11 +1,12 @@
 //! A report as JSON, for programs that read a log or a terminal.
 
 use super::{
-    CommandAnswer, CommandReport, HookReport, ParticipantReport, TransitionReport, moment,
+    CommandAnswer, CommandReport, HookReport, ParticipantReport, TransitionReport, moment, nanos,
 };
 use serde::Serialize;
 use standstill_protocol::message::Timings;
 use standstill_protocol::migration::MigrationState;
+use std::time::UNIX_EPOCH;
 
 /// A report as one JSON object, with names instead of numbers; for `serde_json`. Times are
 /// nanoseconds since the transition began.
@@ -21,6 +22,8 @@ pub struct JsonReport {
     pub term: u64,
     /// The last epoch.
     pub epoch: u64,
+    /// When it began: nanoseconds since 1970-01-01T00:00:00Z.
+    pub began_unix_ns: u64,
     /// Whole time.
     pub total_ns: u64,
     /// Downtime, of a resume.
@@ -38,6 +41,10 @@ pub struct JsonReport {
 pub struct JsonParticipant {
     /// Its name.
     pub name: String,
+    /// How often its device was started; 0 for a local device.
+    pub incarnation: u64,
+    /// Process id; absent for a local device.
+    pub pid: Option<u32>,
     /// State before.
     pub before: &'static str,
     /// State after; absent if it does not count any more.
@@ -106,6 +113,7 @@ impl From<&TransitionReport> for JsonReport {
             machine: report.machine.to_string(),
             term: report.term.0,
             epoch: report.last_epoch.0,
+            began_unix_ns: report.began.duration_since(UNIX_EPOCH).map_or(0, nanos),
             total_ns: report.total_ns,
             downtime_ns: report.downtime_ns,
             participants: report.participants.iter().map(JsonParticipant::from).collect(),
@@ -120,6 +128,8 @@ impl From<&ParticipantReport> for JsonParticipant {
         let fence = participant.fence.as_ref();
         Self {
             name: participant.name.clone(),
+            incarnation: participant.incarnation,
+            pid: participant.pid,
             before: participant.before.name(),
             after: participant.after.map(MigrationState::name),
             commands: participant.commands.iter().map(JsonCommand::from).collect(),

@@ -28,7 +28,7 @@ fn failure(number: u32, kind: FailureKind) -> Failure {
 
 /// A pause that one refused, for which one was silent and one could not be proven gone, and that a
 /// hook did not return from.
-fn report() -> TransitionReport {
+pub(crate) fn report() -> TransitionReport {
     let refused = CommandAnswer::Refused { state: Running, why: "not now".into() };
     let undone = || command(UNDO, Phase::Start, Running, 9000, reached(Running));
     let fence = |proven: bool| FenceReport {
@@ -42,6 +42,8 @@ fn report() -> TransitionReport {
     let participant = |number, name: &str, after, commands, fence| ParticipantReport {
         id: ParticipantId(number),
         name: name.into(),
+        incarnation: 1,
+        pid: Some(1000 + number),
         before: Running,
         after,
         commands,
@@ -73,6 +75,7 @@ fn report() -> TransitionReport {
         term: Term(2),
         first_epoch: FIRST,
         last_epoch: UNDO,
+        began: SystemTime::UNIX_EPOCH + Duration::from_secs(1),
         total_ns: 10_000,
         downtime_ns: None,
         participants,
@@ -134,6 +137,8 @@ fn a_program_reads_the_same_as_json() {
         })
     );
     assert_eq!((&honest["before"], &honest["after"]), (&json!("RUNNING"), &json!("RUNNING")));
+    assert_eq!((&honest["incarnation"], &honest["pid"]), (&json!(1), &json!(1000)));
+    assert_eq!(value["began_unix_ns"], 1_000_000_000);
     assert_eq!(honest["fenced"], Value::Null);
     let refusal = &refuses["commands"][0];
     assert_eq!(

@@ -7,6 +7,7 @@ use standstill::coordinator::{Operation, Outcome};
 use standstill::protocol::message::{Epoch, Evidence, Term, Timings};
 use standstill::protocol::migration::MigrationState;
 use standstill::protocol::transition::{MachineState, ParticipantId};
+use std::time::SystemTime;
 use svg::parser::Event;
 
 fn command(phase: Phase, sent_ns: u64, answered_ns: u64, evidence_ns: u64) -> CommandReport {
@@ -33,6 +34,8 @@ fn report(devices: Vec<Vec<CommandReport>>) -> TransitionReport {
         .map(|(number, commands)| ParticipantReport {
             id: ParticipantId(number),
             name: format!("engine{number}"),
+            incarnation: 1,
+            pid: Some(number + 1),
             before: MigrationState::Running,
             after: Some(MigrationState::Stop),
             commands,
@@ -46,6 +49,7 @@ fn report(devices: Vec<Vec<CommandReport>>) -> TransitionReport {
         term: Term(1),
         first_epoch: Epoch(1),
         last_epoch: Epoch(1),
+        began: SystemTime::UNIX_EPOCH,
         total_ns: 1,
         downtime_ns: None,
         participants,
