@@ -4,42 +4,20 @@
 
 #![expect(clippy::print_stdout, reason = "an example shows what it does")]
 
-use standstill::coordinator::{DeviceSpec, Hook, HookSpec, LocalError, MachineBuilder, Slot};
+use standstill::coordinator::{DeviceSpec, MachineBuilder};
 use standstill::device_proc::devices::copy_engine::{CopyEngine, CopyEngineConfig};
 use standstill::device_proc::{ServeOptions, serve};
 use std::error::Error;
 
-/// What stops before the devices and starts after them.
-struct Vcpus;
-
-impl Hook for Vcpus {
-    fn stop(&mut self) -> Result<(), LocalError> {
-        println!("vCPUs stop");
-        Ok(())
-    }
-
-    fn start(&mut self) -> Result<(), LocalError> {
-        println!("vCPUs start");
-        Ok(())
-    }
-}
-
 #[tokio::main(flavor = "current_thread")]
 async fn vmm() -> Result<(), Box<dyn Error>> {
-    let folder = tempfile::tempdir()?;
-    let engine = |name: &str| {
-        Ok::<_, std::io::Error>(
-            DeviceSpec::new(name, std::env::current_exe()?)
-                .arg("device")
-                .arg(folder.path().join(name)),
-        )
+    let (folder, program) = (tempfile::tempdir()?, std::env::current_exe()?);
+    let engine = |name| {
+        let socket = folder.path().join(name);
+        DeviceSpec::new(name, &program).arg("device").arg(socket)
     };
-    let machine = MachineBuilder::new("vm0")
-        .device(engine("engine0")?)
-        .device(engine("engine1")?)
-        .hook(HookSpec::new("vcpus", Slot::Before), Vcpus)
-        .start()
-        .await?;
+    let machine = MachineBuilder::new("vm0").devices(["engine0", "engine1"].map(engine));
+    let machine = machine.start().await?;
     let stopped = machine.pause().await?;
     print!("{}", stopped.report());
     print!("{}", stopped.resume().await?);

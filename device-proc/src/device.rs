@@ -28,6 +28,16 @@ pub struct Handles {
 }
 
 /// What a device looks like from outside; asked once, before it is served.
+///
+/// ```
+/// use standstill_device_proc::device::{Bar, DeviceInfo, PciIdentity};
+///
+/// let info = DeviceInfo::new("timer", PciIdentity::new(0x1234, 0x0002))
+///     .bar(0, Bar::registers(4096))
+///     .msix_vectors(1)
+///     .ram_only();
+/// assert!(info.migration.p2p());
+/// ```
 #[derive(Debug)]
 pub struct DeviceInfo {
     /// Kind of device, such as `copy-engine`; at most 64 bytes.
@@ -48,6 +58,54 @@ pub struct DeviceInfo {
     pub backing_files: Vec<OwnedFd>,
 }
 
+impl DeviceInfo {
+    /// A device of that kind (at most 64 bytes): without BARs and interrupts, whose state can be
+    /// saved and loaded, with P2P states and peers, without backing files.
+    pub fn new(kind: impl Into<String>, pci: PciIdentity) -> Self {
+        Self {
+            kind: kind.into(),
+            pci,
+            bars: Default::default(),
+            msix_vectors: 0,
+            migration: MigrationFlags::STOP_COPY_P2P,
+            peer_dma: PeerDma::Possible,
+            backing_files: Vec::new(),
+        }
+    }
+
+    /// Adds a BAR.
+    ///
+    /// # Panics
+    ///
+    /// If the index is not 0 to 5.
+    #[must_use]
+    pub fn bar(mut self, index: usize, bar: Bar) -> Self {
+        self.bars[index] = Some(bar);
+        self
+    }
+
+    /// Sets the number of MSI-X vectors, 0 to 2048.
+    #[must_use]
+    pub fn msix_vectors(mut self, vectors: u16) -> Self {
+        self.msix_vectors = vectors;
+        self
+    }
+
+    /// Its DMA reaches RAM alone, and no peer's DMA reaches it: it has no memory BAR.
+    #[must_use]
+    pub fn ram_only(mut self) -> Self {
+        self.peer_dma = PeerDma::RamOnly;
+        self
+    }
+
+    /// Adds a backing file; see [`backing_files`](field@Self::backing_files).
+    #[must_use]
+    pub fn backing_file(mut self, file: impl Into<OwnedFd>) -> Self {
+        self.backing_files.push(file.into());
+        self
+    }
+}
+
 /// PCI identity, as in the type 0 configuration header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PciIdentity {
@@ -65,6 +123,22 @@ pub struct PciIdentity {
     pub revision: u8,
 }
 
+impl PciIdentity {
+    /// A device of that vendor, its own subsystem, of the class "other system peripheral" (08 80 00),
+    /// revision 0.
+    #[must_use]
+    pub const fn new(vendor: u16, device: u16) -> Self {
+        Self {
+            vendor,
+            device,
+            subsystem_vendor: vendor,
+            subsystem: device,
+            class: 0x08_80_00,
+            revision: 0,
+        }
+    }
+}
+
 /// One base address register and what is behind it.
 #[derive(Debug)]
 pub struct Bar {
@@ -72,6 +146,20 @@ pub struct Bar {
     pub size: u64,
     /// What is behind it.
     pub backing: BarBacking,
+}
+
+impl Bar {
+    /// Registers: each access is a call of the device. `size` in bytes as [`size`](field@Self::size).
+    #[must_use]
+    pub const fn registers(size: u64) -> Self {
+        Self { size, backing: BarBacking::Registers }
+    }
+
+    /// Memory: a memfd of that size, which clients and peers can map.
+    #[must_use]
+    pub const fn memory(size: u64, memfd: OwnedFd) -> Self {
+        Self { size, backing: BarBacking::Memory(memfd) }
+    }
 }
 
 /// What is behind a BAR.

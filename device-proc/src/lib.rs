@@ -9,6 +9,7 @@
 //! - [`memory`]: the IOVA map; all DMA passes here;
 //! - [`interrupt`]: interrupt lines, latched while the device is stopped;
 //! - [`actor`]: control messages to lifecycle to device;
+//! - [`registers`]: registers that are read, written, saved and loaded;
 //! - [`vfio_user`]: the transport towards the VMM;
 //! - [`devices`]: reference devices.
 
@@ -20,6 +21,7 @@ pub mod interrupt;
 pub mod log;
 pub mod memory;
 pub mod pci;
+pub mod registers;
 pub mod serve;
 pub mod vfio_user;
 
