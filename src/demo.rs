@@ -28,7 +28,6 @@ use crate::trace::{Trace, TraceError};
 use machine::{Blueprint, VmmError};
 use options::SlowError;
 use rounds::{Run, on_own_thread};
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use standstill::coordinator::{Events, Machine, MachineError, MachineEvent, StartError};
 use std::cell::OnceCell;
 use std::io::{self, IsTerminal, Write};
@@ -159,7 +158,7 @@ impl Drop for Background {
 /// Runs the demonstration; returns the command's exit code.
 pub(crate) fn run(args: &DemoArgs) -> ExitCode {
     let _log = crate::logging::start(args.log, "warn");
-    raise_file_limit();
+    crate::raise_file_limit();
     // The demo's devices leave no CPU idle; where it is not possible, the figures are worse.
     if let Err(error) = standstill::protocol::channel::prefer_short_waits() {
         tracing::info!(%error, "no short waits for the coordinator");
@@ -186,16 +185,6 @@ pub(crate) fn run(args: &DemoArgs) -> ExitCode {
             }
             ExitCode::from(error.exit_code())
         }
-    }
-}
-
-/// Each device costs this process a handful of descriptors.
-fn raise_file_limit() {
-    let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
-    if current != maximum
-        && let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum })
-    {
-        tracing::warn!(%error, "the limit of open files cannot be raised");
     }
 }
 

@@ -1,15 +1,25 @@
-//! The `standstill` command: one binary is a whole installation. It starts itself again for the
-//! device processes of its demonstration.
+//! The `standstill` command: one binary is a whole installation. It starts itself again for device
+//! processes of its own kinds.
 
 #![forbid(unsafe_code)]
 
+mod commands;
 mod demo;
 mod device;
+mod exit;
+mod explain;
 mod logging;
+mod machine_file;
+mod nearest;
+mod operator;
+mod run;
 mod size;
 mod trace;
 
 use clap::{Parser, Subcommand};
+use commands::{check, events, membership, report, shell, status, transition};
+use operator::message::Request;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use std::error::Error;
 use std::io::Write;
 use std::process::ExitCode;
@@ -20,7 +30,7 @@ use std::process::ExitCode;
 /// stopped would still be written to by one that has not. Standstill stops them in two phases with
 /// a barrier after each: first all become quiet, and only when all are, all stop.
 ///
-/// Begin with `standstill demo`.
+/// Begin with `standstill demo`; then write a machine file and `standstill run` it.
 #[derive(Parser, Debug)]
 #[command(version, arg_required_else_help = true, max_term_width = 100)]
 struct Cli {
@@ -34,32 +44,83 @@ enum Command {
     Demo(demo::DemoArgs),
     /// Run one device process by itself, for any vfio-user client
     Device(device::DeviceArgs),
+    /// Run a machine: start its devices, or take them over, and stay until it is shut down
+    Run(run::RunArgs),
+    /// Look at a machine file and start nothing
+    Check(check::CheckArgs),
+    /// Show where a machine and its devices are
+    Status(status::StatusArgs),
+    /// Stop all devices of a machine
+    Pause(transition::PlainArgs),
+    /// Start all devices of a machine again
+    Resume(transition::PlainArgs),
+    /// Give the pause or resume up that is under way: it is undone
+    Cancel(transition::PlainArgs),
+    /// End a machine
+    Shutdown(transition::ShutdownArgs),
+    /// Add a device to a machine
+    Add(membership::AddArgs),
+    /// Remove a device from a machine
+    Remove(membership::DeviceNameArgs),
+    /// Start a lost device of a machine again
+    Restart(membership::DeviceNameArgs),
+    /// Show what has happened to a machine
+    Events(events::EventsArgs),
+    /// Show the reports of the last pauses and resumes
+    Report(report::ReportArgs),
+    /// Take what is not proven as it is: a machine that is held counts as stopped then
+    ///
+    /// Only who knows that the VM does not run elsewhere, and that nothing of a lost device can
+    /// still write, may say so.
+    AcceptHold(transition::PlainArgs),
+    /// Declare a file to be guest RAM, to every device of a machine
+    DeclareRam(membership::DeclareRamArgs),
+    /// Write completions for a shell to standard output
+    Completions(shell::CompletionsArgs),
+    /// Write man pages into a folder
+    Man(shell::ManArgs),
 }
 
 fn main() -> ExitCode {
     match Cli::parse().command {
         Command::Demo(args) => demo::run(&args),
         Command::Device(args) => device::run(args),
+        Command::Run(args) => run::run(&args),
+        Command::Check(args) => check::run(&args),
+        Command::Status(args) => status::run(&args),
+        Command::Pause(args) => transition::move_to(&args, Request::Pause {}),
+        Command::Resume(args) => transition::move_to(&args, Request::Resume {}),
+        Command::Cancel(args) => transition::tell(&args, Request::Cancel {}, "given up"),
+        Command::Shutdown(args) => transition::shutdown(&args),
+        Command::Add(args) => membership::add(&args),
+        Command::Remove(args) => membership::remove(&args),
+        Command::Restart(args) => membership::restart(&args),
+        Command::Events(args) => events::run(&args),
+        Command::Report(args) => report::run(&args),
+        Command::AcceptHold(args) => {
+            let done = "accepted: the machine counts as stopped";
+            transition::tell(&args, Request::AcceptHold {}, done)
+        }
+        Command::DeclareRam(args) => membership::declare_ram(&args),
+        Command::Completions(args) => shell::completions(&args),
+        Command::Man(args) => shell::man(&args),
     }
 }
 
 /// Tells a person what went wrong: the error and all that caused it.
 fn print_error(error: &dyn Error) {
-    let mut text = format!("standstill: {error}");
-    let mut last = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        let cause_text = cause.to_string();
-        // Some errors repeat their source in their own text.
-        if !last.ends_with(&cause_text) {
-            text.push_str("\n  because: ");
-            text.push_str(&cause_text);
-        }
-        last = cause_text;
-        source = cause.source();
-    }
     // Nobody is left to be told if standard error is closed.
-    let _ = writeln!(std::io::stderr(), "{text}");
+    let _ = writeln!(std::io::stderr(), "standstill: {}", explain::explain(error));
+}
+
+/// Each device costs a coordinator a handful of descriptors.
+fn raise_file_limit() {
+    let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
+    if current != maximum
+        && let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum })
+    {
+        tracing::warn!(%error, "the limit of open files cannot be raised");
+    }
 }
 
 #[cfg(test)]

@@ -131,6 +131,44 @@ pub enum ControlDirectoryError {
     },
 }
 
+/// What an earlier coordinator has left in a control directory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LeftBehind {
+    /// The record.
+    pub record: MachineRecord,
+    /// True if that coordinator is alive (it may hang).
+    pub coordinator_alive: bool,
+    /// The names of the devices whose processes are alive.
+    pub alive: Vec<String>,
+}
+
+/// Looks for a machine in a control directory and changes nothing. `None` if there is no directory
+/// or no record, or the record was written before the last boot. Blocks.
+///
+/// # Errors
+///
+/// [`ControlDirectoryError`] if it cannot be used.
+pub fn left_behind(directory: &Path) -> Result<Option<LeftBehind>, ControlDirectoryError> {
+    if matches!(directory.try_exists(), Ok(false)) {
+        return Ok(None);
+    }
+    let Some(record) = ControlDirectory::open(directory)?.read()? else { return Ok(None) };
+    let boot = boot_id().map_err(|source| ControlDirectoryError::System {
+        what: "examine",
+        path: "/proc/sys/kernel/random/boot_id".into(),
+        source,
+    })?;
+    if record.boot != boot {
+        return Ok(None);
+    }
+    let devices = record.devices.iter().filter(|device| is_alive(device.process));
+    Ok(Some(LeftBehind {
+        coordinator_alive: is_alive(record.coordinator),
+        alive: devices.map(|device| device.name.clone()).collect(),
+        record,
+    }))
+}
+
 /// A control directory that is there and belongs to this program's user alone.
 #[derive(Debug)]
 pub(crate) struct ControlDirectory {
@@ -519,6 +557,31 @@ mod tests {
             drop(lock);
             waiting.join().unwrap().unwrap();
         });
+    }
+
+    #[test]
+    fn what_is_left_behind_is_seen_and_not_changed() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("vm0");
+        assert_eq!(left_behind(&path).unwrap(), None);
+        let directory = ControlDirectory::create(&path).unwrap();
+        assert_eq!(left_behind(&path).unwrap(), None);
+        let mut found = record(1);
+        for (name, start_time) in [("nic0", found.coordinator.start_time), ("disk0", 1)] {
+            found.devices.push(DeviceRecord {
+                name: name.into(),
+                incarnation: 1,
+                process: ProcessIdentity { start_time, ..found.coordinator },
+                backing_files: Vec::new(),
+            });
+        }
+        directory.lock().unwrap().write(&found).unwrap();
+        let left = left_behind(&path).unwrap().unwrap();
+        assert_eq!((left.coordinator_alive, left.alive), (true, vec!["nic0".to_owned()]));
+        assert_eq!(left.record, found);
+        found.boot = Uuid::nil();
+        directory.lock().unwrap().write(&found).unwrap();
+        assert_eq!(left_behind(&path).unwrap(), None);
     }
 
     #[test]

@@ -109,6 +109,13 @@ impl DeviceSpec {
         self
     }
 
+    /// Does not let the program inherit an environment variable of this one.
+    #[must_use]
+    pub fn env_remove(mut self, name: impl Into<OsString>) -> Self {
+        self.process = self.process.env_remove(name);
+        self
+    }
+
     /// Lets the device take part although it has no P2P states and is not alone. Its DMA can then
     /// reach a peer that is stopped already.
     #[must_use]

@@ -4,9 +4,11 @@
 //! over [`MachineEvent::DeviceFenced`] to [`MachineEvent::DeviceJoined`].
 
 mod display;
+mod json;
 mod log;
 mod reader;
 
+pub use json::JsonEvent;
 pub(crate) use log::{TARGET, log};
 pub use reader::Events;
 

@@ -31,6 +31,9 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{broadcast, oneshot};
 
+/// How long the devices may take to end by themselves.
+const SHUTDOWN_GRACE: Duration = Duration::from_secs(2);
+
 /// A running machine of device processes. Clones are handles of the same machine.
 ///
 /// When the last handle is dropped without [`shutdown`](Self::shutdown), its processes are killed;
@@ -303,7 +306,22 @@ impl Machine {
     /// [`MachineError::Gone`] after another shutdown; [`MachineError::Superseded`] if another
     /// coordinator has the machine, whose processes live on then.
     pub async fn shutdown(&self) -> Result<Vec<(String, Option<Exit>)>, MachineError> {
-        self.ask(|reply| Request::Shutdown(Duration::from_secs(2), reply)).await?
+        self.shutdown_within(SHUTDOWN_GRACE).await
+    }
+
+    /// As [`shutdown`](Self::shutdown) with another grace than 2 s; zero kills at once.
+    ///
+    /// While a shutdown is under way, one with a shorter grace hurries it: what has not ended within
+    /// that is killed. The answer goes to the first one.
+    ///
+    /// # Errors
+    ///
+    /// As [`shutdown`](Self::shutdown).
+    pub async fn shutdown_within(
+        &self,
+        grace: Duration,
+    ) -> Result<Vec<(String, Option<Exit>)>, MachineError> {
+        self.ask(|reply| Request::Shutdown(grace, reply)).await?
     }
 }
 

@@ -1,5 +1,8 @@
 //! Where a machine and its devices are.
 
+mod json;
+
+pub use json::{JsonDeviceStatus, JsonStatus};
 use standstill_protocol::migration::MigrationState;
 use standstill_protocol::transition::{MachineState, Operation};
 
@@ -69,4 +72,20 @@ pub enum DeviceStanding {
     Restarting,
     /// It is being removed.
     Leaving,
+}
+
+impl DeviceStanding {
+    /// `starting`, `joining`, `ready`, `lost`, `fenced`, `restarting` or `leaving`.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Starting => "starting",
+            Self::Joining => "joining",
+            Self::Ready => "ready",
+            Self::Lost => "lost",
+            Self::Fenced => "fenced",
+            Self::Restarting => "restarting",
+            Self::Leaving => "leaving",
+        }
+    }
 }

@@ -34,7 +34,11 @@ impl State {
 
     fn end(&mut self, grace: Duration, reply: EndingReply) {
         if self.ending.is_some() {
-            // The first one has it; the second one learns that the machine is gone.
+            // The first one has it; the second one learns that the machine is gone, and can only
+            // make it go sooner.
+            for device in self.devices.iter().filter(|device| !device.gone) {
+                device.tell(DeviceMessage::Expect(grace));
+            }
             return;
         }
         // Whoever waits for a transition learns that the machine is gone.

@@ -1,6 +1,7 @@
 //! Events as one line of text, for logs and terminals.
 
 use super::MachineEvent;
+use standstill_protocol::message::DeviceEvent;
 use std::fmt;
 
 impl fmt::Display for MachineEvent {
@@ -65,7 +66,22 @@ impl fmt::Display for MachineEvent {
                 write!(f, "another coordinator (term {term}) has the machine")
             }
             Self::Missed { events } => write!(f, "{events} events were missed"),
-            Self::Device { device, event } => write!(f, "{device} says {event:?}"),
+            Self::Device { device, event } => match event {
+                DeviceEvent::ClientConnected => write!(f, "a client has connected to {device}"),
+                DeviceEvent::ClientDisconnected => {
+                    write!(f, "the client of {device} has disconnected")
+                }
+                DeviceEvent::ClientState(state) => {
+                    write!(f, "the client of {device} has brought it to {state}")
+                }
+                DeviceEvent::LeaseExpired(state) => {
+                    write!(f, "the lease of {device} has run out; it is in {state}")
+                }
+                DeviceEvent::Failed(why) => write!(f, "{device} cannot go on: {why}"),
+                DeviceEvent::Superseded(term) => {
+                    write!(f, "{device} belongs to another coordinator (term {term})")
+                }
+            },
         }
     }
 }

@@ -42,7 +42,8 @@ const SPARED_INTERVAL: Duration = Duration::from_secs(2);
 pub struct ProcessSpec {
     program: PathBuf,
     args: Vec<OsString>,
-    env: Vec<(OsString, OsString)>,
+    /// `None`: it is not inherited.
+    env: Vec<(OsString, Option<OsString>)>,
 }
 
 impl ProcessSpec {
@@ -69,7 +70,14 @@ impl ProcessSpec {
     /// Adds an environment variable, or replaces an inherited one.
     #[must_use]
     pub fn env(mut self, name: impl Into<OsString>, value: impl Into<OsString>) -> Self {
-        self.env.push((name.into(), value.into()));
+        self.env.push((name.into(), Some(value.into())));
+        self
+    }
+
+    /// Does not let the program inherit an environment variable.
+    #[must_use]
+    pub fn env_remove(mut self, name: impl Into<OsString>) -> Self {
+        self.env.push((name.into(), None));
         self
     }
 
@@ -290,7 +298,10 @@ impl Image {
             if name.is_empty() || name.as_bytes().contains(&b'=') {
                 return Err(refused("environment variable", name));
             }
-            variables.insert(name.clone(), value.clone());
+            match value {
+                Some(value) => drop(variables.insert(name.clone(), value.clone())),
+                None => drop(variables.remove(name)),
+            }
         }
         let mut env = Vec::with_capacity(variables.len());
         for (name, value) in variables {

@@ -3,19 +3,19 @@
 use super::{
     CommandAnswer, CommandReport, HookReport, ParticipantReport, TransitionReport, moment, nanos,
 };
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use standstill_protocol::message::Timings;
 use standstill_protocol::migration::MigrationState;
 use std::time::UNIX_EPOCH;
 
 /// A report as one JSON object, with names instead of numbers; for `serde_json`. Times are
 /// nanoseconds since the transition began.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct JsonReport {
     /// `pause`, `resume`, …
     pub operation: String,
     /// `Done`, `RolledBack`, `Stopped`, `Degraded` or `Held`.
-    pub outcome: &'static str,
+    pub outcome: String,
     /// `running`, `stopped` or `held`.
     pub machine: String,
     /// The coordinator's term.
@@ -37,7 +37,7 @@ pub struct JsonReport {
 }
 
 /// One participant of a [`JsonReport`].
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct JsonParticipant {
     /// Its name.
     pub name: String,
@@ -46,9 +46,9 @@ pub struct JsonParticipant {
     /// Process id; absent for a local device.
     pub pid: Option<u32>,
     /// State before.
-    pub before: &'static str,
+    pub before: String,
     /// State after; absent if it does not count any more.
-    pub after: Option<&'static str>,
+    pub after: Option<String>,
     /// Every command.
     pub commands: Vec<JsonCommand>,
     /// Why it was fenced.
@@ -62,14 +62,14 @@ pub struct JsonParticipant {
 }
 
 /// One command of a [`JsonParticipant`].
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct JsonCommand {
     /// Its epoch; an undo has its own.
     pub epoch: u64,
     /// `PrepareStop`, …
     pub phase: String,
     /// Where it was to lead.
-    pub target: &'static str,
+    pub target: String,
     /// True if it belongs to an undo.
     pub undo: bool,
     /// When it was sent.
@@ -77,11 +77,11 @@ pub struct JsonCommand {
     /// When its answer came.
     pub answered_ns: Option<u64>,
     /// State that was reached; absent if it was not.
-    pub reached: Option<&'static str>,
+    pub reached: Option<String>,
     /// Why it was refused.
     pub refused: Option<String>,
     /// State in which it was refused.
-    pub refused_in: Option<&'static str>,
+    pub refused_in: Option<String>,
     /// The device's time in its own hooks.
     pub hook_ns: u64,
     /// The device's wait for DMA in flight.
@@ -91,12 +91,12 @@ pub struct JsonCommand {
 }
 
 /// One call of a hook, in a [`JsonReport`].
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct JsonHook {
     /// Its name.
     pub name: String,
     /// `stop` or `start`.
-    pub moment: &'static str,
+    pub moment: String,
     /// When it was called.
     pub called_ns: u64,
     /// When it returned; absent if it has not yet.
@@ -105,11 +105,15 @@ pub struct JsonHook {
     pub error: Option<String>,
 }
 
+fn name(state: MigrationState) -> String {
+    state.name().to_owned()
+}
+
 impl From<&TransitionReport> for JsonReport {
     fn from(report: &TransitionReport) -> Self {
         Self {
             operation: report.operation.to_string(),
-            outcome: report.outcome.name(),
+            outcome: report.outcome.name().to_owned(),
             machine: report.machine.to_string(),
             term: report.term.0,
             epoch: report.last_epoch.0,
@@ -130,8 +134,8 @@ impl From<&ParticipantReport> for JsonParticipant {
             name: participant.name.clone(),
             incarnation: participant.incarnation,
             pid: participant.pid,
-            before: participant.before.name(),
-            after: participant.after.map(MigrationState::name),
+            before: name(participant.before),
+            after: participant.after.map(name),
             commands: participant.commands.iter().map(JsonCommand::from).collect(),
             fenced: fence.map(|fence| fence.detail.clone()),
             fence_ns: fence.map(|fence| fence.began_ns),
@@ -145,16 +149,16 @@ impl From<&CommandReport> for JsonCommand {
     fn from(command: &CommandReport) -> Self {
         let (reached, refused, timings) = match &command.answer {
             CommandAnswer::None => (None, None, Timings::default()),
-            CommandAnswer::Reached { state, timings, .. } => (Some(state.name()), None, *timings),
+            CommandAnswer::Reached { state, timings, .. } => (Some(name(*state)), None, *timings),
             CommandAnswer::Refused { state, why } => {
-                (None, Some((state.name(), why.clone())), Timings::default())
+                (None, Some((name(*state), why.clone())), Timings::default())
             }
         };
         let (refused_in, refused) = refused.unzip();
         Self {
             epoch: command.epoch.0,
             phase: command.phase.to_string(),
-            target: command.target.name(),
+            target: name(command.target),
             undo: command.undo,
             sent_ns: command.sent_ns,
             answered_ns: command.answered_ns,
@@ -172,7 +176,7 @@ impl From<&HookReport> for JsonHook {
     fn from(hook: &HookReport) -> Self {
         Self {
             name: hook.name.clone(),
-            moment: moment(hook.moment),
+            moment: moment(hook.moment).to_owned(),
             called_ns: hook.called_ns,
             returned_ns: hook.returned_ns,
             error: hook.error.clone(),

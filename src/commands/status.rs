@@ -1,0 +1,72 @@
+//! `standstill status`.
+
+use super::show::{Table, json, line, styled};
+use super::target::Target;
+use super::{CommandError, finish};
+use crate::exit::Exit;
+use crate::operator::message::{Request, StatusReply};
+use clap::Args;
+use standstill::coordinator::report::Nanos;
+use std::process::ExitCode;
+
+/// What follows `standstill status`.
+#[derive(Args, Clone, Debug)]
+#[command(after_help = crate::exit::HELP)]
+pub(crate) struct StatusArgs {
+    #[command(flatten)]
+    target: Target,
+}
+
+pub(crate) fn run(args: &StatusArgs) -> ExitCode {
+    finish(status(args), args.target.json)
+}
+
+fn status(args: &StatusArgs) -> Result<Exit, CommandError> {
+    let reply: StatusReply = args.target.connect()?.ask(Request::Status {})?;
+    if args.target.json {
+        json(&reply);
+    } else {
+        line(&shown(&reply));
+    }
+    Ok(Exit::Done)
+}
+
+/// As a person wants to see it.
+fn shown(reply: &StatusReply) -> String {
+    let StatusReply { status, since, pid, orphan, last } = reply;
+    let mut text = format!("machine {}: {}", status.name, styled(&status.machine));
+    if let Some(operation) = &status.operation {
+        text.push_str(&format!(", a {operation} is under way"));
+    }
+    text.push_str(&format!("\n  run by process {pid} since {since}, orphans {orphan}\n"));
+    if let Some(last) = last {
+        text.push_str(&format!(
+            "  last: {} {} in {} at {} (report {})",
+            last.operation,
+            styled(&last.outcome),
+            Nanos(last.total_ns),
+            last.time,
+            last.number,
+        ));
+        if let Some(downtime) = last.downtime_ns {
+            text.push_str(&format!(", downtime {}", Nanos(downtime)));
+        }
+        text.push('\n');
+    }
+    text.push('\n');
+    let mut table = Table::new(&["device", "standing", "state", "pid", "starts", "kind", ""]);
+    for device in &status.devices {
+        let dash = || "-".to_owned();
+        table.row(vec![
+            device.name.clone(),
+            device.standing.clone(),
+            device.state.clone().unwrap_or_else(dash),
+            device.pid.map_or_else(dash, |pid| pid.to_string()),
+            device.incarnation.to_string(),
+            device.kind.clone(),
+            device.lost.clone().unwrap_or_default(),
+        ]);
+    }
+    text.push_str(&table.render());
+    text
+}

@@ -1,0 +1,327 @@
+//! The runtime directory: where machines live while they run, and how they are found.
+//!
+//! ```text
+//! /run/user/1000/standstill/     or /run/standstill for root, or --runtime-dir
+//! └── vm0/                       one for each machine, 0700
+//!     ├── operator.sock          0600, of whoever runs the machine
+//!     ├── run.lock               locked by the `standstill run` that has the machine; its pid
+//!     ├── control/               what a later coordinator needs (docs/take-over.md)
+//!     ├── added/                 devices that were added while it ran
+//!     └── engine0.sock           data sockets, if the machine file says so
+//! ```
+
+use rustix::fs::{AtFlags, FileType, FlockOperation, Mode, OFlags, Stat};
+use rustix::io::Errno;
+use rustix::process::geteuid;
+use serde::{Deserialize, Serialize};
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use thiserror::Error;
+
+/// The operator socket's name in a machine's folder.
+pub(crate) const OPERATOR_SOCKET: &str = "operator.sock";
+/// The folder of what a later coordinator needs.
+pub(crate) const CONTROL: &str = "control";
+/// The lock of whoever runs the machine.
+const LOCK: &str = "run.lock";
+/// The folder of devices that were added.
+const ADDED: &str = "added";
+/// The largest text of an added device that is read back, in bytes.
+const MAX_ADDED: u64 = 1024 * 1024;
+
+/// What is wrong with a runtime directory.
+#[derive(Debug, Error)]
+pub(crate) enum DirectoryError {
+    /// Nobody has said where it is.
+    #[error("there is no runtime directory: XDG_RUNTIME_DIR is not set, and this user is not root")]
+    Unknown,
+    /// The system refused something.
+    #[error("cannot {what} {}", path.display())]
+    System {
+        /// What.
+        what: &'static str,
+        /// With which file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// Others may write to it.
+    #[error("{} belongs to user {owner} and has mode {mode:03o}, expected user {expected} and 700", path.display())]
+    Foreign {
+        /// Which one.
+        path: PathBuf,
+        /// To whom it belongs.
+        owner: u32,
+        /// To whom it should.
+        expected: u32,
+        /// Its mode.
+        mode: u32,
+    },
+    /// Another `standstill run` has the machine.
+    #[error("machine {machine:?} is run by another process{}", pid.map(|pid| format!(" ({pid})")).unwrap_or_default())]
+    Running {
+        /// Its name.
+        machine: String,
+        /// The process, if it has written its number down.
+        pid: Option<u32>,
+    },
+}
+
+fn system(what: &'static str, path: &Path, source: impl Into<io::Error>) -> DirectoryError {
+    DirectoryError::System { what, path: path.to_owned(), source: source.into() }
+}
+
+/// The directory of all machines: what was asked for, or the user's own.
+pub(crate) fn runtime_directory(asked: Option<&Path>) -> Result<PathBuf, DirectoryError> {
+    if let Some(path) = asked {
+        return std::path::absolute(path).map_err(|error| system("find", path, error));
+    }
+    match std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from) {
+        Some(path) if path.is_absolute() => Ok(path.join("standstill")),
+        _ if geteuid().is_root() => Ok("/run/standstill".into()),
+        _ => Err(DirectoryError::Unknown),
+    }
+}
+
+/// The machines that have an operator socket, by name.
+pub(crate) fn machines(runtime: &Path) -> Vec<String> {
+    let Ok(entries) = std::fs::read_dir(runtime) else { return Vec::new() };
+    let mut names: Vec<_> = entries
+        .filter_map(Result::ok)
+        .filter(|entry| entry.path().join(OPERATOR_SOCKET).exists())
+        .filter_map(|entry| entry.file_name().into_string().ok())
+        .collect();
+    names.sort();
+    names
+}
+
+/// A machine's folder, locked by this process.
+#[derive(Debug)]
+pub(crate) struct MachineDirectory {
+    path: PathBuf,
+    machine: String,
+    lock: File,
+}
+
+/// A device that was added while the machine ran, to be found by a later coordinator.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct AddedDevice {
+    /// Its name.
+    pub(crate) name: String,
+    /// Its keys.
+    pub(crate) toml: String,
+    /// Where its relative paths begin.
+    pub(crate) directory: PathBuf,
+}
+
+impl MachineDirectory {
+    /// Makes the folder and locks it. With `take`, a lock that somebody has is taken away: that
+    /// process has hung, or learns from its devices that another coordinator has the machine.
+    pub(crate) fn claim(runtime: &Path, machine: &str, take: bool) -> Result<Self, DirectoryError> {
+        let make = |path: &Path| match std::fs::DirBuilder::new().mode(0o700).create(path) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+                Err(system("make directory", path, error))
+            }
+            _ => Ok(()),
+        };
+        make(runtime)?;
+        let path = runtime.join(machine);
+        make(&path)?;
+        check_owner(&path)?;
+        let lock = lock(&path, machine, take)?;
+        Ok(Self { path, machine: machine.to_owned(), lock })
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Where the operator socket is.
+    pub(crate) fn operator_socket(&self) -> PathBuf {
+        self.path.join(OPERATOR_SOCKET)
+    }
+
+    /// Where a later coordinator looks.
+    pub(crate) fn control(&self) -> PathBuf {
+        self.path.join(CONTROL)
+    }
+
+    /// Writes an added device down.
+    pub(crate) fn remember(&self, device: &AddedDevice) -> Result<(), DirectoryError> {
+        let folder = self.path.join(ADDED);
+        match std::fs::DirBuilder::new().mode(0o700).create(&folder) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+                return Err(system("make directory", &folder, error));
+            }
+            _ => {}
+        }
+        let path = self.added_file(&device.name);
+        let new = path.with_extension("new");
+        let text = serde_json::to_vec_pretty(device).map_err(|e| system("write", &path, e))?;
+        std::fs::write(&new, text)
+            .and_then(|()| std::fs::rename(&new, &path))
+            .map_err(|error| system("write", &path, error))
+    }
+
+    /// Forgets an added device, if there is one of that name.
+    pub(crate) fn forget(&self, device: &str) {
+        // One that is not there was not added.
+        let _ = std::fs::remove_file(self.added_file(device));
+    }
+
+    /// Forgets all added devices.
+    pub(crate) fn forget_all(&self) {
+        let _ = std::fs::remove_dir_all(self.path.join(ADDED));
+    }
+
+    /// What was written down of a device.
+    pub(crate) fn added(&self, device: &str) -> Option<AddedDevice> {
+        let mut text = Vec::new();
+        let file = File::open(self.added_file(device)).ok()?;
+        file.take(MAX_ADDED).read_to_end(&mut text).ok()?;
+        serde_json::from_slice(&text).ok()
+    }
+
+    fn added_file(&self, device: &str) -> PathBuf {
+        self.path.join(ADDED).join(format!("{device}.json"))
+    }
+
+    /// Whether this process still has the lock, or another one has taken it away.
+    pub(crate) fn is_ours(&self) -> bool {
+        same_file(&self.lock, &self.path.join(LOCK))
+    }
+
+    /// Removes what is left of a machine that has ended.
+    pub(crate) fn remove(&self) {
+        if !self.is_ours() {
+            return;
+        }
+        self.forget_all();
+        // Left if the devices could not be proven gone.
+        let _ = std::fs::remove_dir(self.control());
+        let _ = std::fs::remove_file(self.path.join(LOCK));
+        // Left if a data socket is.
+        if let Err(error) = std::fs::remove_dir(&self.path) {
+            tracing::debug!(machine = self.machine, %error, "the machine's folder is left");
+        }
+    }
+}
+
+/// Whether it is this user's, and nobody else may write to it.
+fn check_owner(path: &Path) -> Result<(), DirectoryError> {
+    let status: Stat = rustix::fs::stat(path).map_err(|errno| system("examine", path, errno))?;
+    let (owner, expected) = (status.st_uid, geteuid().as_raw());
+    let mode = status.st_mode & 0o7777;
+    if FileType::from_raw_mode(status.st_mode) != FileType::Directory {
+        return Err(system("use", path, Errno::NOTDIR));
+    }
+    if owner != expected || mode & 0o022 != 0 {
+        return Err(DirectoryError::Foreign { path: path.to_owned(), owner, expected, mode });
+    }
+    Ok(())
+}
+
+fn lock(folder: &Path, machine: &str, take: bool) -> Result<File, DirectoryError> {
+    let path = folder.join(LOCK);
+    let failed = |errno: Errno| system("lock", &path, errno);
+    let flags = OFlags::RDWR | OFlags::CREATE | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+    let mode = Mode::RUSR | Mode::WUSR;
+    let open = |path: &Path| rustix::fs::open(path, flags, mode);
+    let locked = |fd: &OwnedFd| rustix::fs::flock(fd, FlockOperation::NonBlockingLockExclusive);
+    // Somebody else may put another file there between the opening and the locking.
+    for _ in 0..100 {
+        let file = open(&path).map_err(failed)?;
+        match locked(&file) {
+            Ok(()) => {}
+            Err(Errno::WOULDBLOCK) if take => {
+                let new = folder.join(format!("{LOCK}.{}", std::process::id()));
+                let file = open(&new).map_err(failed)?;
+                locked(&file).map_err(failed)?;
+                std::fs::rename(&new, &path).map_err(|error| system("replace", &path, error))?;
+                return Ok(write_pid(File::from(file)));
+            }
+            Err(Errno::WOULDBLOCK) => {
+                let mut text = String::new();
+                let _ = File::from(file).take(20).read_to_string(&mut text);
+                let pid = text.trim().parse().ok();
+                return Err(DirectoryError::Running { machine: machine.to_owned(), pid });
+            }
+            Err(errno) => return Err(failed(errno)),
+        }
+        let file = File::from(file);
+        if same_file(&file, &path) {
+            return Ok(write_pid(file));
+        }
+    }
+    Err(failed(Errno::AGAIN))
+}
+
+/// For people, and for error messages.
+fn write_pid(mut file: File) -> File {
+    let _ = file.set_len(0).and_then(|()| writeln!(file, "{}", std::process::id()));
+    file
+}
+
+fn same_file(file: &File, path: &Path) -> bool {
+    let there = rustix::fs::statat(rustix::fs::CWD, path, AtFlags::SYMLINK_NOFOLLOW);
+    match (rustix::fs::fstat(file), there) {
+        (Ok(ours), Ok(there)) => (ours.st_dev, ours.st_ino) == (there.st_dev, there.st_ino),
+        _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
+
+    #[test]
+    fn one_process_has_a_machine_until_another_one_takes_it_away() {
+        let folder = tempfile::tempdir().unwrap();
+        let first = MachineDirectory::claim(folder.path(), "vm0", false).unwrap();
+        assert_eq!(first.path().metadata().unwrap().permissions().mode() & 0o777, 0o700);
+        let error = MachineDirectory::claim(folder.path(), "vm0", false).unwrap_err();
+        let us = std::process::id();
+        assert!(
+            matches!(&error, DirectoryError::Running { pid: Some(pid), .. } if *pid == us),
+            "{error}"
+        );
+        let second = MachineDirectory::claim(folder.path(), "vm0", true).unwrap();
+        assert!(!first.is_ours() && second.is_ours());
+        // Who has lost it removes nothing.
+        first.remove();
+        assert!(second.path().exists());
+        second.remove();
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+        MachineDirectory::claim(folder.path(), "vm0", false).unwrap();
+    }
+
+    #[test]
+    fn a_folder_that_others_may_write_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("vm0");
+        std::fs::create_dir(&path).unwrap();
+        std::fs::set_permissions(&path, PermissionsExt::from_mode(0o777)).unwrap();
+        let error = MachineDirectory::claim(folder.path(), "vm0", false).unwrap_err();
+        assert!(matches!(error, DirectoryError::Foreign { mode: 0o777, .. }), "{error}");
+    }
+
+    #[test]
+    fn added_devices_are_found_again_until_they_are_forgotten() {
+        let folder = tempfile::tempdir().unwrap();
+        let machine = MachineDirectory::claim(folder.path(), "vm0", false).unwrap();
+        let device = AddedDevice {
+            name: "nic0".into(),
+            toml: "name = \"nic0\"".into(),
+            directory: "/".into(),
+        };
+        machine.remember(&device).unwrap();
+        assert_eq!(machine.added("nic0"), Some(device));
+        assert_eq!(machine.added("nic1"), None);
+        machine.forget("nic0");
+        assert_eq!(machine.added("nic0"), None);
+    }
+}

@@ -1,0 +1,314 @@
+//! From the start of a machine to its end.
+
+use super::attach::{self, Plan};
+use super::directory::MachineDirectory;
+use super::{Attach, Loaded, RunError, checked, exit_of, notify};
+use crate::exit::Exit;
+use crate::machine_file::checks::open_ram;
+use crate::machine_file::{Beginning, DeviceEntry};
+use crate::operator::history::History;
+use crate::operator::message::Code;
+use crate::operator::message::{DeviceEnd, ShutdownReply};
+use crate::operator::server::{Ending, Operator, Server, problem};
+use standstill::coordinator::{Machine, MachineError, MachineEvent, TakenOver};
+use std::io::{self, Write};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::mpsc;
+
+/// How long the last events may take to be written down.
+const LAST_EVENTS: Duration = Duration::from_millis(500);
+/// How often the service manager is told how the machine is.
+const STATUS_INTERVAL: Duration = Duration::from_secs(5);
+/// How long the coordinator may take to say how the machine is.
+const ALIVE: Duration = Duration::from_secs(5);
+
+/// Signals that end the machine.
+struct Signals {
+    interrupt: Signal,
+    terminate: Signal,
+}
+
+impl Signals {
+    fn listen() -> io::Result<Self> {
+        Ok(Self {
+            interrupt: signal(SignalKind::interrupt())?,
+            terminate: signal(SignalKind::terminate())?,
+        })
+    }
+
+    async fn recv(&mut self) -> &'static str {
+        tokio::select! {
+            _ = self.interrupt.recv() => "SIGINT",
+            _ = self.terminate.recv() => "SIGTERM",
+        }
+    }
+}
+
+/// Why the machine is to end.
+enum Reason {
+    Signal(&'static str),
+    Asked(Ending),
+    Superseded,
+    Lost,
+}
+
+/// Runs the machine until its end.
+pub(super) async fn stay(mut loaded: Loaded, attach: Option<Attach>) -> Result<Exit, RunError> {
+    let system = |what| move |source| RunError::System { what, source };
+    let mut signals = Signals::listen().map_err(system("listen to signals"))?;
+    checked_text(&loaded)?;
+    let take = attach == Some(Attach::Always);
+    let directory = MachineDirectory::claim(&loaded.runtime, &loaded.file.name, take)?;
+    let directory = Arc::new(directory);
+    let plan = attach::plan(&loaded.file.name, &directory.control(), attach)?;
+    let beginning =
+        if matches!(plan, Plan::Start) { Beginning::Start } else { Beginning::TakeOver };
+    let started = match checked(&mut loaded, beginning) {
+        Ok(()) => start(&loaded, plan, &directory, &mut signals).await,
+        Err(error) => Err(error),
+    };
+    let (machine, history) = match started {
+        Ok(started) => started,
+        Err(error) => {
+            if beginning == Beginning::Start {
+                directory.remove();
+            }
+            return Err(error);
+        }
+    };
+
+    let (endings, mut asked) = mpsc::channel(1);
+    let operator = Arc::new(Operator {
+        machine: machine.clone(),
+        history: history.clone(),
+        file: loaded.file,
+        runtime: loaded.runtime,
+        directory: Arc::clone(&directory),
+        endings,
+    });
+    let server = match Server::start(directory.operator_socket(), Arc::clone(&operator)) {
+        Ok(server) => server,
+        Err(error) => {
+            let _ = machine.shutdown().await;
+            directory.remove();
+            return Err(RunError::System { what: "make the operator socket", source: error });
+        }
+    };
+    announce(&operator).await;
+    let ended = until_the_end(&operator, &mut signals, &mut asked).await;
+    let ended = end(&operator, ended, &mut signals, &mut asked).await;
+    // The last events of a machine that has ended are there by then.
+    let _ = tokio::time::timeout(LAST_EVENTS, history.ended()).await;
+    history.end();
+    server.finish().await;
+    if let Ok(Over { kept: false, .. }) = ended {
+        directory.remove();
+    }
+    ended.map(|over| over.exit)
+}
+
+/// Whether the text of the file is a machine.
+fn checked_text(loaded: &Loaded) -> Result<(), RunError> {
+    if loaded.problems.is_empty() {
+        return Ok(());
+    }
+    // All at once: what the file speaks of is looked at, too.
+    let mut problems = loaded.problems.clone();
+    loaded.file.check(Beginning::Start, &mut problems);
+    Err(RunError::File(Box::new(problems)))
+}
+
+/// Starts the machine or takes it over, and declares its RAM. Observers of the machine are to be
+/// started here: with a reader of the events before the start, so that they miss nothing, and with
+/// the machine's handle after it.
+async fn start(
+    loaded: &Loaded,
+    plan: Plan,
+    directory: &MachineDirectory,
+    signals: &mut Signals,
+) -> Result<(Machine, History), RunError> {
+    let Loaded { file, runtime, .. } = loaded;
+    let system = |source| RunError::System { what: "find this program", source };
+    let history = History::new();
+    let builder = |devices: &[DeviceEntry]| file.builder(devices, &directory.control());
+    let machine = match plan {
+        Plan::Start => {
+            directory.forget_all();
+            let builder = builder(&file.devices).map_err(system)?;
+            tokio::spawn(history.clone().follow(builder.events()));
+            let starting = builder.start();
+            tokio::pin!(starting);
+            let mut signalled = false;
+            loop {
+                tokio::select! {
+                    started = &mut starting => {
+                        let machine = started.map_err(|error| RunError::Start(Box::new(error)))?;
+                        if signalled {
+                            let _ = machine.shutdown().await;
+                            return Err(RunError::Interrupted);
+                        }
+                        break machine;
+                    }
+                    name = signals.recv() => {
+                        tracing::warn!("{name} during the start: the machine ends when it has started");
+                        if std::mem::replace(&mut signalled, true) {
+                            return Err(RunError::Interrupted);
+                        }
+                    }
+                }
+            }
+        }
+        Plan::TakeOver(left) => {
+            let devices = attach::devices(&left, file, directory, runtime)?;
+            let builder = builder(&devices).map_err(system)?;
+            tokio::spawn(history.clone().follow(builder.events()));
+            let taken = builder.take_over().await;
+            let TakenOver { machine, report } =
+                taken.map_err(|error| RunError::TakeOver(Box::new(error)))?;
+            say(&history.report(&report).text);
+            machine
+        }
+    };
+    for ram in &file.ram {
+        let path = &ram.value;
+        let what = || format!("{} cannot be declared as guest RAM", path.display());
+        let declared = match open_ram(path) {
+            Ok(file) => machine.declare_ram(&file).await,
+            Err(source) => Err(MachineError::Fd { source }),
+        };
+        if let Err(source) = declared {
+            let _ = machine.shutdown().await;
+            return Err(RunError::Machine { what: what(), source });
+        }
+    }
+    Ok((machine, history))
+}
+
+/// Tells that the machine is up.
+async fn announce(operator: &Operator) {
+    let Operator { machine, file, directory, .. } = operator;
+    let state = machine.status().await.map(|status| status.machine.to_string());
+    let state = state.unwrap_or_else(|error| error.to_string());
+    let socket = directory.operator_socket();
+    say(&format!("machine {:?} is {state}; operators: {}", file.name, socket.display()));
+    notify::ready(&state);
+}
+
+/// Writes a line for whoever started this.
+fn say(text: &str) {
+    let mut stdout = io::stdout().lock();
+    // A reader that has gone away wants no more.
+    let _ = writeln!(stdout, "{}", text.trim_end()).and_then(|()| stdout.flush());
+}
+
+/// Waits for a reason to end, and tells the service manager how the machine is meanwhile.
+async fn until_the_end(
+    operator: &Operator,
+    signals: &mut Signals,
+    asked: &mut mpsc::Receiver<Ending>,
+) -> Reason {
+    let mut events = operator.machine.events();
+    let interval = notify::watchdog().map_or(STATUS_INTERVAL, |wanted| wanted.min(STATUS_INTERVAL));
+    let mut ticks = tokio::time::interval(interval);
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            name = signals.recv() => return Reason::Signal(name),
+            Some(ending) = asked.recv() => return Reason::Asked(ending),
+            event = events.recv() => match event {
+                Some(MachineEvent::Superseded { .. }) => return Reason::Superseded,
+                Some(_) => {}
+                None => return Reason::Lost,
+            },
+            _ = ticks.tick() => {
+                // One that does not answer in time is not alive, and the service manager acts.
+                if let Ok(Ok(status)) = tokio::time::timeout(ALIVE, operator.machine.status()).await {
+                    notify::alive();
+                    let devices = status.devices.len();
+                    notify::status(&format!("{}, {devices} devices", status.machine));
+                }
+            }
+        }
+    }
+}
+
+/// The machine is over.
+struct Over {
+    exit: Exit,
+    /// Its devices were left as they are.
+    kept: bool,
+}
+
+/// Ends the machine, as the reason wants it.
+async fn end(
+    operator: &Operator,
+    reason: Reason,
+    signals: &mut Signals,
+    asked: &mut mpsc::Receiver<Ending>,
+) -> Result<Over, RunError> {
+    let machine = operator.file.name.clone();
+    let client = match reason {
+        Reason::Signal(name) => {
+            tracing::info!("{name}: the machine ends");
+            notify::stopping(name);
+            None
+        }
+        Reason::Asked(Ending { keep: true, reply }) => {
+            notify::stopping("devices are left for a later coordinator");
+            // The client may be gone.
+            let _ = reply.send(Ok(ShutdownReply { kept: true, devices: Vec::new() }));
+            say("the devices are left as they are; `standstill run --attach` takes them over");
+            return Ok(Over { exit: Exit::Done, kept: true });
+        }
+        Reason::Asked(Ending { keep: false, reply }) => {
+            tracing::info!("an operator ends the machine");
+            notify::stopping("shutdown");
+            Some(reply)
+        }
+        Reason::Superseded => return Err(RunError::Superseded { machine }),
+        Reason::Lost => return Err(RunError::Lost),
+    };
+    let before = operator.machine.status().await.map(|status| status.devices).unwrap_or_default();
+    let shutdown = operator.machine.shutdown();
+    tokio::pin!(shutdown);
+    let ended = loop {
+        tokio::select! {
+            ended = &mut shutdown => break ended,
+            name = signals.recv() => {
+                tracing::warn!("{name} again: what has not ended is killed");
+                let machine = operator.machine.clone();
+                // The answer goes to the first one.
+                tokio::spawn(async move { machine.shutdown_within(Duration::ZERO).await });
+            }
+            Some(Ending { reply, .. }) = asked.recv() => {
+                let _ = reply.send(Err(problem(Code::Gone, "the machine is ending already")));
+            }
+        }
+    };
+    let exits = match ended {
+        Ok(exits) => exits,
+        Err(MachineError::Superseded { .. }) => return Err(RunError::Superseded { machine }),
+        Err(source) => return Err(RunError::Machine { what: "shutdown".to_owned(), source }),
+    };
+    let had_process =
+        |name: &str| before.iter().any(|device| device.name == name && device.pid.is_some());
+    let all_gone = exits.iter().all(|(name, exit)| exit.is_some() || !had_process(name));
+    for (name, exit) in &exits {
+        match exit {
+            Some(exit) => say(&format!("{name} {exit}")),
+            None if had_process(name) => say(&format!("{name} is not proven to have ended")),
+            None => {}
+        }
+    }
+    if let Some(reply) = client {
+        let end = |(device, exit): (String, Option<_>)| DeviceEnd {
+            device,
+            exit: exit.map(|exit: standstill::coordinator::process::Exit| exit.to_string()),
+        };
+        let devices = exits.into_iter().map(end).collect();
+        let _ = reply.send(Ok(ShutdownReply { kept: false, devices }));
+    }
+    Ok(Over { exit: exit_of(all_gone), kept: false })
+}
