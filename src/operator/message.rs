@@ -415,6 +415,69 @@ mod tests {
         }
     }
 
+    /// The answers to a request, as they are read and written again.
+    fn again(request: &Request, ok: Value) -> Value {
+        fn typed<T: Serialize + serde::de::DeserializeOwned>(ok: Value) -> Value {
+            serde_json::to_value(serde_json::from_value::<T>(ok).unwrap()).unwrap()
+        }
+        match request {
+            Request::Status {} => typed::<StatusReply>(ok),
+            Request::Pause {} | Request::Resume {} => typed::<ReportReply>(ok),
+            Request::Shutdown { .. } => typed::<ShutdownReply>(ok),
+            Request::Remove { .. } => typed::<RemoveReply>(ok),
+            Request::Report { .. } => typed::<ReportsReply>(ok),
+            Request::Cancel {}
+            | Request::AcceptHold {}
+            | Request::Add { .. }
+            | Request::Restart { .. }
+            | Request::Events { .. }
+            | Request::DeclareRam { .. } => json!({}),
+        }
+    }
+
+    #[test]
+    fn the_examples_of_the_page_are_what_this_program_reads_and_writes() {
+        let page = include_str!("../../docs/operator-socket.md");
+        let mut requests = std::collections::BTreeMap::new();
+        let mut seen = std::collections::BTreeSet::new();
+        for line in page.lines() {
+            if let Some(line) = line.strip_prefix("→ ") {
+                match RequestLine::parse(line.as_bytes()) {
+                    Ok(line) => {
+                        let name = serde_json::to_value(&line.request).unwrap()["request"].clone();
+                        seen.insert(name.as_str().unwrap().to_owned());
+                        requests.insert(line.id, line.request);
+                    }
+                    Err((_, RequestError::Unknown { name, .. })) => assert_eq!(name, "puase"),
+                    Err((_, error)) => panic!("{line}: {error}"),
+                }
+            }
+            let Some(text) = line.strip_prefix("← ") else { continue };
+            let value: Value = serde_json::from_str(text).unwrap();
+            if value.get("protocol").is_some() {
+                let greeting: Greeting = serde_json::from_value(value.clone()).unwrap();
+                assert_eq!(serde_json::to_value(&greeting).unwrap(), value);
+                assert_eq!(greeting.protocol, PROTOCOL);
+                continue;
+            }
+            let line: Line = serde_json::from_value(value.clone()).unwrap();
+            assert_eq!(serde_json::to_value(&line).unwrap(), value, "{text}");
+            if let (Line { id: Some(id), body: Body::Ok(ok) }, Some(request)) =
+                (&line, line.id.and_then(|id| requests.get(&id)))
+            {
+                assert_eq!(again(request, ok.clone()), *ok, "{id}: {text}");
+            }
+        }
+        for name in Request::NAMES {
+            assert!(seen.contains(name) || page.contains(&format!("`{name}`")), "{name}");
+        }
+        assert!(page.contains(&format!("{MAX_REQUEST}").replace("65536", "65,536")));
+        for code in ["bad-request", "bad-device", "refused", "failed", "transition"] {
+            assert!(serde_json::from_value::<Code>(code.into()).is_ok());
+            assert!(page.contains(&format!("| `{code}` |")), "{code}");
+        }
+    }
+
     proptest! {
         #[test]
         fn no_bytes_are_too_strange(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {

@@ -1,0 +1,70 @@
+//! Signals, and what is left after them: nothing.
+
+use crate::fixture::{Place, gone, send, two_engines};
+use rustix::process::Signal;
+use std::os::unix::process::ExitStatusExt;
+use std::time::{Duration, Instant};
+
+fn ends_cleanly_by(signal: Signal, lines: &str) {
+    let place = Place::new();
+    let running = place.run(&two_engines(lines));
+    let devices = [place.device("engine0"), place.device("engine1")];
+    running.signal(signal);
+    let ended = running.ends();
+    assert_eq!(ended.status.code(), Some(0), "{}", ended.stderr);
+    assert!(devices.iter().all(|device| gone(device, Duration::ZERO)));
+    assert!(ended.stdout.contains("engine0 exited with status 0"), "{}", ended.stdout);
+    assert_eq!(std::fs::read_dir(place.runtime()).unwrap().count(), 0);
+}
+
+#[test]
+fn sigint_ends_every_device() {
+    ends_cleanly_by(Signal::INT, "");
+}
+
+#[test]
+fn sigterm_ends_every_device() {
+    ends_cleanly_by(Signal::TERM, "orphan = \"exit\"");
+}
+
+#[test]
+fn a_second_signal_hurries() {
+    let place = Place::new();
+    let running = place.run(&two_engines(""));
+    let hung = place.device("engine0");
+    let other = place.device("engine1");
+    send(&hung, Signal::STOP);
+    let began = Instant::now();
+    running.signal(Signal::INT);
+    // The first signal was heard when the other device has ended.
+    assert!(gone(&other, Duration::from_secs(20)));
+    running.signal(Signal::INT);
+    assert!(gone(&hung, Duration::from_secs(20)));
+    let took = began.elapsed();
+    let ended = running.ends();
+    assert_eq!(ended.status.code(), Some(0), "{}", ended.stderr);
+    assert!(ended.stdout.contains("engine0 killed by signal 9"), "{}", ended.stdout);
+    // Not two seconds, which is what it gets without.
+    assert!(took < Duration::from_millis(1900), "{took:?}");
+}
+
+#[test]
+fn sigkill_takes_the_devices_of_a_machine_with_orphans_that_exit() {
+    let place = Place::new();
+    let running = place.run(&two_engines("orphan = \"exit\""));
+    let devices = [place.device("engine0"), place.device("engine1")];
+    running.signal(Signal::KILL);
+    assert_eq!(running.ends().status.signal(), Some(9));
+    assert!(devices.iter().all(|device| gone(device, Duration::from_secs(20))));
+    // Nothing is left that would stand in the way.
+    let _again = place.run(&two_engines("orphan = \"exit\""));
+}
+
+#[test]
+fn devices_that_end_with_their_coordinator_are_not_kept() {
+    let place = Place::new();
+    let _running = place.run(&two_engines("orphan = \"exit\""));
+    let said = place.expect(1, &["shutdown", "--keep-devices"]);
+    assert!(said.contains("orphan = \"exit\""), "{said}");
+    assert_eq!(place.json(&["status"])["machine"], "running");
+}

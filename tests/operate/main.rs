@@ -1,0 +1,16 @@
+//! `standstill run` and the commands that talk to it, as an operator uses them: the real command,
+//! real device processes, real sockets.
+
+#![expect(clippy::unwrap_used, clippy::panic, reason = "a panic is how a test fails")]
+
+mod attach;
+mod ending;
+mod files;
+mod fixture;
+mod hostile;
+mod lifecycle;
+mod membership;
+mod outcomes;
+mod permissions;
+mod service;
+mod shell;
