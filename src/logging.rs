@@ -5,7 +5,7 @@
 
 use clap::{Args, ValueEnum};
 use std::io::{self, IsTerminal};
-use tracing_appender::non_blocking::{NonBlockingBuilder, WorkerGuard};
+use tracing_appender::non_blocking::{ErrorCounter, NonBlockingBuilder, WorkerGuard};
 use tracing_subscriber::EnvFilter;
 
 /// How many lines may wait to be written; none is much longer than 8 KiB.
@@ -32,7 +32,15 @@ pub(crate) enum LogFormat {
 #[derive(Debug)]
 #[must_use = "the log ends when it is dropped"]
 pub(crate) struct Log {
+    dropped: ErrorCounter,
     _writer: WorkerGuard,
+}
+
+impl Log {
+    /// Counts the lines that were dropped, since there was no room for them.
+    pub(crate) fn dropped(&self) -> ErrorCounter {
+        self.dropped.clone()
+    }
 }
 
 /// Starts the log. What is in it is what `RUST_LOG` says, or `default` without that variable.
@@ -49,6 +57,7 @@ pub(crate) fn start(args: LogArgs, default: &str) -> Log {
         .lossy(true)
         .thread_name("log")
         .finish(io::stderr());
+    let dropped = writer.error_counter();
     let lines = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(writer)
@@ -60,5 +69,5 @@ pub(crate) fn start(args: LogArgs, default: &str) -> Log {
     if let Some(error) = refused {
         tracing::warn!(%error, default, "RUST_LOG is no filter; the default one is used");
     }
-    Log { _writer: guard }
+    Log { dropped, _writer: guard }
 }

@@ -10,6 +10,7 @@ mod exit;
 mod explain;
 mod logging;
 mod machine_file;
+mod metrics;
 mod nearest;
 mod operator;
 mod run;

@@ -5,6 +5,7 @@
 //! - [`attach`]: what an earlier coordinator has left behind;
 //! - [`hook`]: commands that run when the machine stops and starts;
 //! - [`notify`]: what systemd gets to know;
+//! - [`observers`]: a trace file, a metrics endpoint;
 //! - [`stay`]: from the start to the end.
 //!
 //! Whoever wants to watch the machine gets its handle and a reader of its events: see [`stay`].
@@ -14,6 +15,7 @@ pub(crate) mod directory;
 mod error;
 pub(crate) mod hook;
 pub(crate) mod notify;
+mod observers;
 mod stay;
 
 use crate::exit::Exit;
@@ -23,6 +25,7 @@ use crate::machine_file::{Beginning, MachineFile, Places, Problems, folder_of};
 use clap::{Args, ValueEnum};
 use directory::runtime_directory;
 use error::RunError;
+use observers::ObserverArgs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -59,6 +62,8 @@ pub(crate) struct RunArgs {
     #[arg(long, value_name = "DIR", env = "STANDSTILL_RUNTIME_DIR")]
     runtime_dir: Option<PathBuf>,
     #[command(flatten)]
+    observers: ObserverArgs,
+    #[command(flatten)]
     log: LogArgs,
 }
 
@@ -92,14 +97,14 @@ pub(crate) fn load(path: &Path, runtime: Option<&Path>) -> Result<Loaded, RunErr
 
 /// Runs the machine; returns when it is over.
 pub(crate) fn run(args: &RunArgs) -> ExitCode {
-    let _log = crate::logging::start(args.log, "info");
+    let log = crate::logging::start(args.log, "info");
     crate::raise_file_limit();
     let ended = load(&args.file, args.runtime_dir.as_deref()).and_then(|loaded| {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
             .map_err(|source| RunError::System { what: "start the tokio runtime", source })?;
-        let ended = runtime.block_on(stay::stay(loaded, args.attach));
+        let ended = runtime.block_on(stay::stay(loaded, args, log.dropped()));
         // A hook that hangs holds nobody up.
         runtime.shutdown_background();
         ended

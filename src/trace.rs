@@ -53,25 +53,40 @@ pub(crate) struct Opened {
 }
 
 impl Opened {
-    /// Writes these events until the machine is gone. To be called inside a runtime.
+    /// Writes these events until the machine is gone or the trace is finished. To be called inside
+    /// a runtime.
     pub(crate) fn follow(self, status: &Status, events: Events) -> io::Result<Trace> {
         let Self { mut file, path } = self;
         let (runtime, status) = (Handle::current(), status.clone());
         let (send, ended) = oneshot::channel();
+        let (stop, stopped) = oneshot::channel();
         std::thread::Builder::new().name("trace".to_owned()).spawn(move || {
-            let written = file.know(&status).and_then(|()| write(&runtime, file, events));
+            let written = file.know(&status).and_then(|()| write(&runtime, file, events, stopped));
             if let Err(error) = written {
                 tell(&path, &error);
             }
             // Nobody may be waiting.
             let _ = send.send(());
         })?;
-        Ok(Trace { ended })
+        Ok(Trace { ended, stop })
     }
 }
 
-fn write(runtime: &Handle, mut file: TraceFile<File>, mut events: Events) -> io::Result<()> {
-    while let Some(event) = runtime.block_on(events.recv()) {
+fn write(
+    runtime: &Handle,
+    mut file: TraceFile<File>,
+    mut events: Events,
+    mut stop: oneshot::Receiver<()>,
+) -> io::Result<()> {
+    loop {
+        let next = runtime.block_on(async {
+            tokio::select! {
+                biased;
+                event = events.recv() => event,
+                _ = &mut stop => events.try_recv(),
+            }
+        });
+        let Some(event) = next else { break };
         file.event(&event, SystemTime::now())?;
     }
     file.end().map(drop)
@@ -85,11 +100,14 @@ fn tell(path: &Path, error: &io::Error) {
 #[derive(Debug)]
 pub(crate) struct Trace {
     ended: oneshot::Receiver<()>,
+    stop: oneshot::Sender<()>,
 }
 
 impl Trace {
-    /// Waits until everything is written, 2 s at most. The machine must have been shut down.
+    /// Waits until everything is written that has happened by now, 2 s at most.
     pub(crate) async fn finish(self) {
+        // If it has ended already, it needs not be told.
+        let _ = self.stop.send(());
         if tokio::time::timeout(PATIENCE, self.ended).await.is_err() {
             tracing::warn!("the end of the trace was not written within {PATIENCE:?}");
         }

@@ -3,6 +3,7 @@
 mod json;
 
 pub use json::{JsonDeviceStatus, JsonStatus};
+use serde::{Deserialize, Serialize};
 use standstill_protocol::migration::MigrationState;
 use standstill_protocol::transition::{MachineState, Operation};
 
@@ -43,7 +44,7 @@ pub struct DeviceStatus {
 }
 
 /// Log lines of a device process that nobody waited for.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DroppedLogs {
     /// By the device process, since its pipe was full or they were too long; as its last sign of
     /// life told.

@@ -3,6 +3,8 @@
 use super::directory::DirectoryError;
 use crate::exit::Exit;
 use crate::machine_file::Problems;
+use crate::metrics::MetricsError;
+use crate::trace::TraceError;
 use standstill::coordinator::control_directory::ControlDirectoryError;
 use standstill::coordinator::{MachineError, StartError, TakeOverError};
 use std::io;
@@ -73,6 +75,12 @@ pub(crate) enum RunError {
         /// Why.
         source: io::Error,
     },
+    /// The trace cannot be written.
+    #[error(transparent)]
+    Trace(#[from] TraceError),
+    /// Metrics cannot be served.
+    #[error(transparent)]
+    Metrics(#[from] MetricsError),
     /// A signal came while it started.
     #[error("ended by a signal before the machine had started")]
     Interrupted,
@@ -123,6 +131,8 @@ impl RunError {
             Self::LeftBehind { .. } => Some(
                 "take it over with `standstill run --attach`; `standstill shutdown` ends it then",
             ),
+            Self::Trace(_) => Some("choose another --trace FILE"),
+            Self::Metrics(_) => Some("choose another --metrics ADDR"),
             Self::NothingLeft { .. } => Some("start it without --attach"),
             Self::Undescribed { .. } => Some("put it into the machine file as it was started"),
             Self::TakeOver(_) => {

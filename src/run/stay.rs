@@ -2,7 +2,8 @@
 
 use super::attach::{self, Plan};
 use super::directory::MachineDirectory;
-use super::{Attach, Loaded, RunError, checked, exit_of, notify};
+use super::observers::{Observers, Prepared, Readers};
+use super::{Attach, Loaded, RunArgs, RunError, checked, exit_of, notify};
 use crate::exit::Exit;
 use crate::machine_file::checks::open_ram;
 use crate::machine_file::{Beginning, DeviceEntry};
@@ -16,6 +17,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
+use tracing_appender::non_blocking::ErrorCounter;
 
 /// How long the last events may take to be written down.
 const LAST_EVENTS: Duration = Duration::from_millis(500);
@@ -55,7 +57,14 @@ enum Reason {
 }
 
 /// Runs the machine until its end.
-pub(super) async fn stay(mut loaded: Loaded, attach: Option<Attach>) -> Result<Exit, RunError> {
+///
+/// `log` counts the dropped lines of this command's log.
+pub(super) async fn stay(
+    mut loaded: Loaded,
+    args: &RunArgs,
+    log: ErrorCounter,
+) -> Result<Exit, RunError> {
+    let attach = args.attach;
     let system = |what| move |source| RunError::System { what, source };
     let mut signals = Signals::listen().map_err(system("listen to signals"))?;
     checked_text(&loaded)?;
@@ -65,11 +74,13 @@ pub(super) async fn stay(mut loaded: Loaded, attach: Option<Attach>) -> Result<E
     let plan = attach::plan(&loaded.file.name, &directory.control(), attach)?;
     let beginning =
         if matches!(plan, Plan::Start) { Beginning::Start } else { Beginning::TakeOver };
-    let started = match checked(&mut loaded, beginning) {
-        Ok(()) => start(&loaded, plan, &directory, &mut signals).await,
+    let possible = checked(&mut loaded, beginning)
+        .and_then(|()| args.observers.prepare(&loaded.file.name, log));
+    let started = match possible {
+        Ok(observers) => start(&loaded, plan, &directory, &mut signals, observers).await,
         Err(error) => Err(error),
     };
-    let (machine, history) = match started {
+    let (machine, history, observers) = match started {
         Ok(started) => started,
         Err(error) => {
             if beginning == Beginning::Start {
@@ -102,6 +113,7 @@ pub(super) async fn stay(mut loaded: Loaded, attach: Option<Attach>) -> Result<E
     // The last events of a machine that has ended are there by then.
     let _ = tokio::time::timeout(LAST_EVENTS, history.ended()).await;
     history.end();
+    observers.finish().await;
     server.finish().await;
     if let Ok(Over { kept: false, .. }) = ended {
         directory.remove();
@@ -120,24 +132,25 @@ fn checked_text(loaded: &Loaded) -> Result<(), RunError> {
     Err(RunError::File(Box::new(problems)))
 }
 
-/// Starts the machine or takes it over, and declares its RAM. Observers of the machine are to be
-/// started here: with a reader of the events before the start, so that they miss nothing, and with
-/// the machine's handle after it.
+/// Starts the machine or takes it over, and declares its RAM. Who observes it has a reader of the
+/// events from before the start, and so misses nothing.
 async fn start(
     loaded: &Loaded,
     plan: Plan,
     directory: &MachineDirectory,
     signals: &mut Signals,
-) -> Result<(Machine, History), RunError> {
+    observers: Prepared,
+) -> Result<(Machine, History, Observers), RunError> {
     let Loaded { file, runtime, .. } = loaded;
     let system = |source| RunError::System { what: "find this program", source };
     let history = History::new();
     let builder = |devices: &[DeviceEntry]| file.builder(devices, &directory.control());
-    let machine = match plan {
+    let (machine, readers) = match plan {
         Plan::Start => {
             directory.forget_all();
             let builder = builder(&file.devices).map_err(system)?;
             tokio::spawn(history.clone().follow(builder.events()));
+            let readers = Readers::of(&builder);
             let starting = builder.start();
             tokio::pin!(starting);
             let mut signalled = false;
@@ -149,7 +162,7 @@ async fn start(
                             let _ = machine.shutdown().await;
                             return Err(RunError::Interrupted);
                         }
-                        break machine;
+                        break (machine, readers);
                     }
                     name = signals.recv() => {
                         tracing::warn!("{name} during the start: the machine ends when it has started");
@@ -164,11 +177,19 @@ async fn start(
             let devices = attach::devices(&left, file, directory, runtime)?;
             let builder = builder(&devices).map_err(system)?;
             tokio::spawn(history.clone().follow(builder.events()));
+            let readers = Readers::of(&builder);
             let taken = builder.take_over().await;
             let TakenOver { machine, report } =
                 taken.map_err(|error| RunError::TakeOver(Box::new(error)))?;
             say(&history.report(&report).text);
-            machine
+            (machine, readers)
+        }
+    };
+    let observers = match observers.watch(&machine, readers).await {
+        Ok(observers) => observers,
+        Err(error) => {
+            let _ = machine.shutdown().await;
+            return Err(error);
         }
     };
     for ram in &file.ram {
@@ -183,7 +204,7 @@ async fn start(
             return Err(RunError::Machine { what: what(), source });
         }
     }
-    Ok((machine, history))
+    Ok((machine, history, observers))
 }
 
 /// Tells that the machine is up.
@@ -197,7 +218,7 @@ async fn announce(operator: &Operator) {
 }
 
 /// Writes a line for whoever started this.
-fn say(text: &str) {
+pub(super) fn say(text: &str) {
     let mut stdout = io::stdout().lock();
     // A reader that has gone away wants no more.
     let _ = writeln!(stdout, "{}", text.trim_end()).and_then(|()| stdout.flush());

@@ -1,6 +1,6 @@
 //! A status as JSON, for programs.
 
-use super::{DeviceStatus, Status};
+use super::{DeviceStatus, DroppedLogs, Status};
 use serde::{Deserialize, Serialize};
 
 /// A status as one JSON object, with names instead of numbers; for `serde_json`.
@@ -35,6 +35,8 @@ pub struct JsonDeviceStatus {
     pub lost: Option<String>,
     /// The progress of its data threads that its last sign of life told.
     pub progress: u64,
+    /// Log lines of its present process that are in no log.
+    pub dropped_logs: DroppedLogs,
 }
 
 impl From<&Status> for JsonStatus {
@@ -59,6 +61,7 @@ impl From<&DeviceStatus> for JsonDeviceStatus {
             state: device.state.map(|state| state.name().to_owned()),
             lost: device.lost.clone(),
             progress: device.progress,
+            dropped_logs: device.dropped_logs,
         }
     }
 }
