@@ -12,6 +12,7 @@
 //! - [`report`]: what happened, when, per participant;
 //! - [`control_directory`], [`record`]: where a later coordinator finds a machine;
 //! - [`error`]: why a machine does not start, stop or answer;
+//! - [`system_calls`]: what a seccomp filter has to allow;
 //! - [`process`]: starts device processes and proves that they are gone;
 //! - [`logs`]: takes what they write to standard error into this program's log.
 //!
@@ -42,6 +43,8 @@ mod restarts;
 mod spans;
 pub mod status;
 pub mod steps;
+#[cfg(target_arch = "x86_64")]
+pub mod system_calls;
 pub mod trace_file;
 mod watchdog;
 
