@@ -35,6 +35,7 @@ pub use events::Events;
 pub use steps::{Accepting, PreparingStart, PreparingStop, Quiet, Starting, Stopping};
 
 use crate::description::{DeviceSpec, MachineBuilder};
+use crate::dirty::{DirtyOptions, DirtyTracking};
 use crate::error::{MachineError, StartError, TakeOverError};
 use crate::machine as asynchronous;
 use crate::process::Exit;
@@ -203,6 +204,19 @@ impl Machine {
         let ram = ram.as_fd().try_clone_to_owned();
         let ram = ram.map_err(|source| MachineError::Fd { source })?;
         self.ask(|machine| async move { machine.declare_ram(ram).await })
+    }
+
+    /// Has every device process mark the pages of declared RAM that it writes, and waits until all
+    /// of them do. See [`dirty`](crate::dirty); to end it, drop what this returns.
+    ///
+    /// # Errors
+    ///
+    /// As [the async `start_dirty_tracking`](asynchronous::Machine::start_dirty_tracking).
+    pub fn start_dirty_tracking(
+        &self,
+        options: DirtyOptions,
+    ) -> Result<DirtyTracking, MachineError> {
+        self.ask(move |machine| async move { machine.start_dirty_tracking(options).await })
     }
 
     /// Adds a device, and returns when it counts.

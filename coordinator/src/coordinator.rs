@@ -19,11 +19,13 @@ mod state;
 mod superseded;
 mod supervision;
 mod take_over;
+mod tracking;
 mod transition;
 mod watch;
 
 use crate::description::DeviceSpec;
 use crate::device::ProcessEvent;
+use crate::dirty::{DirtyOptions, DirtyTracking, Registry};
 use crate::error::{MachineError, StartError};
 use crate::events::MachineEvent;
 use crate::participant::LocalAnswer;
@@ -32,6 +34,7 @@ use crate::status::Status;
 use ractor::{Actor, ActorProcessingErr, ActorRef, SupervisionEvent};
 use standstill_protocol::transition::{HeldReason, MachineState, Operation, ParticipantId, Timer};
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::oneshot;
 
@@ -56,6 +59,10 @@ pub(crate) enum Request {
     Status(oneshot::Sender<Status>),
     /// Declare a file to be RAM.
     DeclareRam(OwnedFd, Reply<()>),
+    /// Have the devices mark what they write to RAM.
+    StartDirtyTracking(DirtyOptions, Reply<DirtyTracking>),
+    /// End that.
+    StopDirtyTracking(Arc<Registry>, Option<Reply<()>>),
     /// Add a device.
     AddDevice(Box<DeviceSpec>, Reply<()>),
     /// Remove the device of that name.
@@ -188,6 +195,13 @@ impl State {
             Request::Transition(operation, owner) => self.begin(operation, owner),
             Request::Status(reply) => drop(reply.send(self.status())),
             Request::DeclareRam(fd, reply) => self.declare_ram(fd, reply),
+            Request::StartDirtyTracking(options, reply) => {
+                self.start_dirty_tracking(options, reply);
+            }
+            Request::StopDirtyTracking(tracking, reply) => {
+                self.stop_dirty_tracking(&tracking);
+                let _ = reply.map(|reply| reply.send(Ok(())));
+            }
             Request::AddDevice(spec, reply) => self.add_device(*spec, reply),
             Request::RemoveDevice(name, reply) => self.remove_device(&name, reply),
             Request::RestartDevice(name, reply) => self.restart_device(&name, reply),

@@ -1,6 +1,7 @@
 //! Why a machine does not start, stop or answer.
 
 use crate::control_directory::ControlDirectoryError;
+use crate::dirty::DirtyError;
 use crate::process::{Exit, SpawnError};
 use crate::report::TransitionReport;
 use standstill_protocol::channel::{RecvError, SendError};
@@ -54,6 +55,14 @@ pub enum StartError {
         device: String,
         /// Why its client cannot.
         reason: String,
+    },
+    /// The device cannot mark what it writes to RAM, and the machine's devices have to.
+    #[error(
+        "device {device:?} cannot tell which pages of RAM it writes, and that is being tracked"
+    )]
+    Untracked {
+        /// Its name.
+        device: String,
     },
     /// The system refused something.
     #[error("cannot {what}")]
@@ -248,6 +257,9 @@ pub enum MachineError {
         /// Why, for a person.
         why: String,
     },
+    /// Which pages are written cannot be tracked as was asked.
+    #[error(transparent)]
+    Dirty(#[from] DirtyError),
     /// The fd cannot be used.
     #[error("the file descriptor cannot be used")]
     Fd {

@@ -9,6 +9,7 @@
 //! - [`blocking`]: the same machine for programs without async; [`steps`]: a transition in four calls;
 //! - [`policy`]: what the loss of a device means for its machine;
 //! - [`participant`]: devices and hooks inside the VMM;
+//! - [`dirty`]: which pages of RAM the devices write, for whoever copies it while they run;
 //! - [`report`]: what happened, when, per participant;
 //! - [`control_directory`], [`record`]: where a later coordinator finds a machine;
 //! - [`error`]: why a machine does not start, stop or answer;
@@ -28,6 +29,7 @@ mod coordinator;
 mod custody;
 pub mod description;
 mod device;
+pub mod dirty;
 pub mod error;
 pub mod events;
 pub mod logs;
@@ -49,6 +51,7 @@ pub mod trace_file;
 mod watchdog;
 
 pub use description::{Deadlines, DeviceSpec, HookSpec, MachineBuilder};
+pub use dirty::{DirtyOptions, DirtyReport, DirtyTracking};
 pub use error::{MachineError, StartError, TakeOverError};
 pub use events::{Events, MachineEvent};
 pub use machine::{Machine, Stopped, TakenOver};

@@ -18,6 +18,7 @@
 
 use crate::coordinator::{self, Gap, Owner, Request, Step, Ticket};
 use crate::description::DeviceSpec;
+use crate::dirty::{DirtyOptions, DirtyTracking};
 use crate::error::MachineError;
 use crate::events::{Events, MachineEvent};
 use crate::process::Exit;
@@ -222,6 +223,23 @@ impl Machine {
         let fd: OwnedFd =
             ram.as_fd().try_clone_to_owned().map_err(|source| MachineError::Fd { source })?;
         self.ask(|reply| Request::DeclareRam(fd, reply)).await?
+    }
+
+    /// Has every device process mark the pages of declared RAM that it writes, and waits until all
+    /// of them do: nothing that is written after this returns is missed. RAM that is declared later
+    /// is tracked too, from the return of [`declare_ram`](Self::declare_ram) on, and devices that
+    /// join later are told before they may run. See [`dirty`](crate::dirty).
+    ///
+    /// # Errors
+    ///
+    /// [`MachineError::Dirty`] if that is not possible (among others with the names of devices that
+    /// cannot tell what they write); [`MachineError::Memory`] names a device that did not accept it.
+    /// Nothing is tracked then.
+    pub async fn start_dirty_tracking(
+        &self,
+        options: DirtyOptions,
+    ) -> Result<DirtyTracking, MachineError> {
+        self.ask(|reply| Request::StartDirtyTracking(options, reply)).await?
     }
 
     /// Adds a device: starts its process, waits for its greeting, and brings it to the machine's

@@ -15,8 +15,8 @@
 //! on answering queries and sending heartbeats.
 //!
 //! The actor's mailbox is bounded by those who cast: the client's thread waits for its answer,
-//! whoever listens for later coordinators waits for its own, and each timer, each arc and each
-//! revocation casts once.
+//! whoever listens for later coordinators waits for its own, and each timer, each arc, each
+//! revocation and each declaration of RAM to be tracked casts once.
 
 #![forbid(unsafe_code)]
 
@@ -42,7 +42,7 @@ pub use parts::InfoError;
 
 use crate::device::Device;
 use crate::log;
-use crate::memory::RevokeError;
+use crate::memory::{RevokeError, Tracked};
 use arc::{ArcOutcome, Spent};
 use budget::Overtaken;
 use control::{ConnectionId, Control, Newcomer};
@@ -79,6 +79,9 @@ pub(crate) enum Message {
     SendFailed(ConnectionId, OutboxError),
     /// A revocation has ended: its number, and how many windows it has taken away.
     Revoked(ConnectionId, u64, Result<usize, RevokeError>),
+    /// Every write that was begun before the declaration of that number has ended, or has not in
+    /// time.
+    Passed(ConnectionId, u64, bool),
     /// Somebody wants to take over: what is there to tell.
     Facts(oneshot::Sender<Facts>),
     /// Another coordinator has welcomed the device; answered when that was decided.
@@ -177,8 +180,10 @@ pub(crate) struct State<D> {
     /// The machine of the first `Welcome`.
     machine: Option<Uuid>,
     orphan: OrphanPolicy,
-    /// How many revocations are under way.
-    revocations: usize,
+    /// How many revocations, and declarations of RAM to be tracked, are under way.
+    memory_waits: usize,
+    /// The RAM whose writes are marked for the coordinator, while there is one.
+    tracked: Vec<Tracked>,
     /// What gate, accesses and interrupts are set to.
     in_force: Activity,
     /// The latest command, until it begins.
@@ -216,7 +221,8 @@ impl<D: Device> Actor for DeviceActor<D> {
             listening: None,
             machine: None,
             orphan: OrphanPolicy::Exit,
-            revocations: 0,
+            memory_waits: 0,
+            tracked: Vec::new(),
             in_force: Activity::Full,
             arrival: None,
             job: None,
@@ -269,6 +275,7 @@ impl<D: Device> State<D> {
             Message::SendFailed(id, error) if self.is_present(id) => self.lose(error.into()),
             Message::SendFailed(_, error) => tracing::debug!(%error, "to a coordinator of before"),
             Message::Revoked(id, sequence, result) => self.revoked(id, sequence, result),
+            Message::Passed(id, sequence, in_time) => self.passed(id, sequence, in_time),
             Message::Facts(asked) => {
                 // Who asked may have been given up.
                 let _ = asked.send(self.facts());
@@ -322,8 +329,14 @@ impl<D: Device> State<D> {
             }
             CoordinatorMessage::Abort(abort) => self.feed(Event::Abort(abort)),
             CoordinatorMessage::Query(query) => self.feed(Event::Query(query)),
-            CoordinatorMessage::Memory(declaration) => self.declare(declaration, fds),
+            CoordinatorMessage::Memory(declaration) => self.declare(id, declaration, fds),
             CoordinatorMessage::Revoke(revocation) => self.revoke(id, revocation),
+            CoordinatorMessage::Untrack(untrack) if untrack.term == self.lifecycle.term() => {
+                self.untrack();
+            }
+            CoordinatorMessage::Untrack(untrack) => {
+                tracing::debug!(term = untrack.term.0, "end of tracking of another term");
+            }
             CoordinatorMessage::Shutdown(shutdown) => {
                 self.shutdown_grace = Duration::from_nanos(shutdown.grace_ns);
                 self.feed(Event::Shutdown(shutdown.term));

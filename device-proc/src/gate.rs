@@ -3,7 +3,9 @@
 //! [`InFlight`] is the primitive: who wants to do something takes a [`Permit`] and drops it
 //! afterwards; who wants it to stop [closes](InFlight::close) and waits until
 //! [nobody is left](InFlight::drained). Taking and dropping a permit costs one atomic operation
-//! each and no system call as long as it is open.
+//! each and no system call as long as it is open. Who only wants to know that whatever is under
+//! way *now* has ended, and lets others begin meanwhile, waits until it has
+//! [passed](InFlight::passed).
 //!
 //! [`Gate`] is the pair of them that all DMA of a device passes: one for accesses that touch a
 //! peer's memory, one for those that touch RAM only. A device comes to rest in two steps:
@@ -28,6 +30,10 @@
 //! only falls. Waiters register (with the mutex, or by making the notification future) before they
 //! look at the word, wakers change the word before they wake.
 //!
+//! Permits are counted in two numbers, and one bit says in which of them those count that are given
+//! out now. Who waits for all present ones to pass turns that bit and waits until the number that
+//! counted before is 0; it does not turn before the other number is 0, so no two ages mix.
+//!
 //! Entering acquires and leaving releases: what was done under a permit happens before
 //! whatever a closer does after it found the number 0.
 
@@ -40,15 +46,60 @@ use std::time::{Duration, Instant};
 use thiserror::Error;
 use tokio::sync::Notify;
 
-/// The bit of [`InFlight::word`] that says closed; the others count permits.
+/// The bit of [`InFlight::word`] that says closed.
 const CLOSED: u64 = 1 << 63;
+/// The bit that says which of the two numbers counts the permits that are given out now.
+const TURN: u64 = 1 << 62;
+/// Bits of each number: no process has so many threads.
+const BITS: u32 = 31;
+/// The bits of both numbers.
+const COUNTS: u64 = TURN - 1;
+
+/// In which of the two numbers a permit counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Age {
+    Even,
+    Odd,
+}
+
+impl Age {
+    /// Of the permits that are given out while the word is this.
+    fn present(word: u64) -> Self {
+        if word & TURN == 0 { Self::Even } else { Self::Odd }
+    }
+
+    fn other(self) -> Self {
+        match self {
+            Self::Even => Self::Odd,
+            Self::Odd => Self::Even,
+        }
+    }
+
+    /// Where its number is in the word.
+    fn shift(self) -> u32 {
+        match self {
+            Self::Even => 0,
+            Self::Odd => BITS,
+        }
+    }
+
+    /// What one permit adds to the word.
+    fn unit(self) -> u64 {
+        1 << self.shift()
+    }
+
+    /// How many permits of this age a word counts.
+    fn count(self, word: u64) -> u64 {
+        (word >> self.shift()) & ((1 << BITS) - 1)
+    }
+}
 
 /// Counts what is in flight and can be closed; see the [module](self).
 #[derive(Default)]
 pub struct InFlight {
-    /// [`CLOSED`] and the number of permits.
+    /// [`CLOSED`], [`TURN`] and the two numbers of permits.
     word: AtomicU64,
-    /// Wakes [`drained`](Self::drained).
+    /// Wakes [`drained`](Self::drained) and [`passed`](Self::passed).
     left: Notify,
     /// Guards nothing but the order of looking at `word` and sleeping on the two below.
     sleep: Mutex<()>,
@@ -67,7 +118,7 @@ impl InFlight {
 
     /// A permit, or `None` if it is closed. Never waits.
     pub fn try_enter(&self) -> Option<Permit<'_>> {
-        self.try_count_up().then(|| Permit { of: self })
+        self.try_count_up().map(|age| Permit { of: self, age })
     }
 
     /// A permit; blocks the calling OS thread while it is closed.
@@ -122,7 +173,8 @@ impl InFlight {
     /// How many permits are held now.
     #[must_use]
     pub fn in_flight(&self) -> u64 {
-        self.word.load(Ordering::Acquire) & !CLOSED
+        let word = self.word.load(Ordering::Acquire);
+        Age::Even.count(word) + Age::Odd.count(word)
     }
 
     /// Waits until no permit is held. Call it after [`close`](Self::close).
@@ -138,6 +190,46 @@ impl InFlight {
             }
             left.await;
         }
+    }
+
+    /// Waits until every permit that is held now has been dropped; others may be given out meanwhile.
+    ///
+    /// What was done before the call is visible to whoever gets a permit that this does not wait
+    /// for. Completes at once, without yielding, if nothing is in flight. May be dropped at any
+    /// time.
+    pub async fn passed(&self) {
+        let mut waits_for = None;
+        loop {
+            // Made before the look at the word, as above.
+            let left = self.left.notified();
+            match waits_for {
+                None => waits_for = self.try_turn(),
+                Some(age) => {
+                    let word = self.word.load(Ordering::Acquire);
+                    // If somebody has turned it again, the number was 0 then.
+                    if age == Age::present(word) || age.count(word) == 0 {
+                        return;
+                    }
+                    left.await;
+                    continue;
+                }
+            }
+            if waits_for.is_none() {
+                left.await;
+            }
+        }
+    }
+
+    /// Has new permits counted in the other number, if that is 0. Returns the age of those that
+    /// are to pass.
+    fn try_turn(&self) -> Option<Age> {
+        let turned = self.word.fetch_update(Ordering::AcqRel, Ordering::Acquire, |word| {
+            (Age::present(word).other().count(word) == 0).then_some(word ^ TURN)
+        });
+        let age = turned.ok().map(Age::present)?;
+        // Others that wait for an age before this one.
+        self.left.notify_waiters();
+        Some(age)
     }
 
     /// As [`drained`](Self::drained), but blocks the calling OS thread, at most that long.
@@ -158,26 +250,29 @@ impl InFlight {
     }
 
     /// Enters without a guard; the caller pairs it with [`count_down`](Self::count_down).
-    pub(crate) fn try_count_up(&self) -> bool {
-        // Acquire: what was done before the last `open` is visible to who enters after it.
+    pub(crate) fn try_count_up(&self) -> Option<Age> {
+        // Acquire: what was done before the last `open` or turn is visible to who enters after it.
         self.word
             .fetch_update(Ordering::Acquire, Ordering::Relaxed, |word| {
-                (word & CLOSED == 0).then_some(word + 1)
+                (word & CLOSED == 0).then_some(word + Age::present(word).unit())
             })
-            .is_ok()
+            .ok()
+            .map(Age::present)
     }
 
     /// Leaves; pairs with one successful [`try_count_up`](Self::try_count_up).
-    pub(crate) fn count_down(&self) {
+    pub(crate) fn count_down(&self, age: Age) {
         // Release: what was done under the permit is visible to who finds the number 0.
-        let before = self.word.fetch_sub(1, Ordering::Release);
-        if before == CLOSED | 1 {
-            self.wake_closer();
+        let after = self.word.fetch_sub(age.unit(), Ordering::Release) - age.unit();
+        let drained = after & (CLOSED | COUNTS) == CLOSED;
+        let passed = age != Age::present(after) && age.count(after) == 0;
+        if drained || passed {
+            self.wake();
         }
     }
 
     #[cold]
-    fn wake_closer(&self) {
+    fn wake(&self) {
         drop(self.lock());
         self.empty.notify_all();
         self.left.notify_waiters();
@@ -186,7 +281,7 @@ impl InFlight {
     /// Whether a closer need not wait: nothing in flight, or not closed.
     fn is_settled(&self) -> bool {
         let word = self.word.load(Ordering::Acquire);
-        word & CLOSED == 0 || word == CLOSED
+        word & CLOSED == 0 || word & COUNTS == 0
     }
 
     fn lock(&self) -> MutexGuard<'_, ()> {
@@ -208,11 +303,12 @@ impl fmt::Debug for InFlight {
 #[must_use = "the permit ends when it is dropped"]
 pub struct Permit<'a> {
     of: &'a InFlight,
+    age: Age,
 }
 
 impl Drop for Permit<'_> {
     fn drop(&mut self) {
-        self.of.count_down();
+        self.of.count_down(self.age);
     }
 }
 
@@ -301,6 +397,13 @@ impl Gate {
         }
         reopen.disarm();
         Ok(())
+    }
+
+    /// Waits until every access that is in flight now has ended; others may begin meanwhile. See
+    /// [`InFlight::passed`].
+    pub async fn passed(&self) {
+        self.peer.passed().await;
+        self.ram.passed().await;
     }
 
     /// Lets accesses of that scope begin again and wakes those that wait.

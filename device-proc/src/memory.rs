@@ -17,6 +17,9 @@
 //! peers' memory, windows without a file included. A declaration after the mapping counts too.
 //! No window ever becomes a peer's again.
 //!
+//! **Tracked writes.** A bitmap can be attached to a file ([`MemoryMap::track_ram`]); transactions
+//! mark in it what they have written.
+//!
 //! **Windows without a file** are known, but nothing can be read or written there: that would
 //! need messages to the client.
 //!
@@ -27,6 +30,7 @@
 
 #[expect(unsafe_code, reason = "madvise is unsafe; this module does nothing else")]
 mod advise;
+mod dirty;
 mod dma;
 mod revoke;
 mod shared;
@@ -38,7 +42,9 @@ pub use shared::{MAX_SHARED_MEMORY, SharedAccessError, SharedMemory, SharedMemor
 pub use window::WindowSpec;
 
 use crate::gate::Gate;
+use dirty::DirtyLogs;
 use nix::libc;
+use standstill_protocol::dirty::{DirtyBitmap, DirtyBitmapError, Layout, LayoutError};
 use standstill_protocol::message::FileIdentity;
 use std::collections::HashMap;
 use std::fs::File;
@@ -184,6 +190,21 @@ pub enum DeclareError {
     /// The file says nothing about itself.
     #[error("the identity of a file declared RAM cannot be read")]
     Io(#[source] io::Error),
+    /// Its pages cannot be tracked.
+    #[error("a file declared RAM cannot be tracked: {0}")]
+    Layout(#[from] LayoutError),
+    /// What came to mark them in cannot be used.
+    #[error(transparent)]
+    Bitmap(#[from] DirtyBitmapError),
+}
+
+/// A file of RAM whose writes are tracked, and where they are marked.
+#[derive(Clone, Debug)]
+pub struct Tracked {
+    /// The file.
+    pub file: FileIdentity,
+    /// The marks.
+    pub bitmap: Arc<DirtyBitmap>,
 }
 
 /// The IOVA map of one device. Clones are the same map.
@@ -201,6 +222,8 @@ struct Shared {
     windows: RwLock<Vec<Arc<Window>>>,
     /// Serialises changes; taken before `windows`.
     changes: Mutex<Changes>,
+    /// Where transactions mark what they have written.
+    dirty: DirtyLogs,
 }
 
 #[derive(Debug, Default)]
@@ -211,14 +234,16 @@ struct Changes {
     files: HashMap<(FileIdentity, bool), Weak<File>>,
     /// Bytes in mapped windows.
     mapped: u64,
+    /// A window that the device could write is gone, and its file was not RAM then.
+    lost_sight: bool,
 }
 
 impl MemoryMap {
     /// An empty map whose accesses pass this gate.
     #[must_use]
     pub fn new(gate: Arc<Gate>) -> Self {
-        let windows = RwLock::default();
-        Self { shared: Arc::new(Shared { gate, windows, changes: Mutex::default() }) }
+        let (windows, changes) = (RwLock::default(), Mutex::default());
+        Self { shared: Arc::new(Shared { gate, windows, changes, dirty: DirtyLogs::default() }) }
     }
 
     /// What a device gets.
@@ -348,9 +373,59 @@ impl MemoryMap {
     /// [`DeclareError`]; nothing has changed then.
     pub fn declare_ram(&self, file: OwnedFd) -> Result<(), DeclareError> {
         let id = FileFacts::of(&file).map_err(DeclareError::Io)?.id;
+        self.add_ram(&mut self.shared.changes(), id, file).map(|_| ())
+    }
+
+    /// Declares a file to be guest RAM as [`declare_ram`](Self::declare_ram) does, and has every
+    /// later write to it marked, in pages of `page_size` bytes, in the bitmap that is behind the
+    /// second fd. If the file was not RAM before, whatever may have been written to it is marked at
+    /// once.
+    ///
+    /// A transaction that is in flight now may end without a mark: wait until those have
+    /// [passed](Gate::passed).
+    ///
+    /// # Errors
+    ///
+    /// [`DeclareError`]; nothing has changed then.
+    pub fn track_ram(
+        &self,
+        file: OwnedFd,
+        bitmap: OwnedFd,
+        page_size: u64,
+    ) -> Result<Tracked, DeclareError> {
+        let facts = FileFacts::of(&file).map_err(DeclareError::Io)?;
+        let layout = Layout::new(page_size, facts.size)?;
+        let bitmap = Arc::new(DirtyBitmap::from_fd(bitmap, layout)?);
         let mut changes = self.shared.changes();
+        let is_new = self.add_ram(&mut changes, facts.id, file)?;
+        self.shared.dirty.attach(facts.id, Arc::clone(&bitmap));
+        if is_new {
+            let may_have_written =
+                |window: &&Arc<Window>| window.file == Some(facts.id) && window.spec.writable;
+            for window in self.shared.windows().iter().filter(may_have_written) {
+                bitmap.mark(window.spec.offset, window.spec.size);
+            }
+            if changes.lost_sight {
+                bitmap.mark_all();
+            }
+        }
+        Ok(Tracked { file: facts.id, bitmap })
+    }
+
+    /// Ends the tracking of a file in this bitmap. The file stays RAM.
+    pub fn untrack(&self, tracked: &Tracked) {
+        self.shared.dirty.detach(&tracked.bitmap);
+    }
+
+    /// Adds a file to the RAM; whether it is new there.
+    fn add_ram(
+        &self,
+        changes: &mut Changes,
+        id: FileIdentity,
+        file: OwnedFd,
+    ) -> Result<bool, DeclareError> {
         if changes.is_ram(id) {
-            return Ok(());
+            return Ok(false);
         }
         if changes.ram.len() >= MAX_RAM_FILES {
             return Err(DeclareError::TooMany);
@@ -359,7 +434,7 @@ impl MemoryMap {
         for window in self.shared.windows().iter().filter(|window| window.file == Some(id)) {
             window.declare_ram();
         }
-        Ok(())
+        Ok(true)
     }
 
     /// How many windows there are.
@@ -385,14 +460,16 @@ impl MemoryMap {
                 .is_ok_and(|at| gone.get(at).is_some_and(|gone| Arc::ptr_eq(gone, window)))
         };
         let mut changes = self.shared.changes();
-        let mut bytes = 0;
+        let (mut bytes, mut lost_sight) = (0, false);
         self.shared.windows_mut().retain(|window| {
             let gone = is_gone(window);
             if gone && window.file.is_some() {
                 bytes += window.spec.size;
+                lost_sight |= window.spec.writable && window.class() == WindowClass::Peer;
             }
             !gone
         });
+        changes.lost_sight |= lost_sight;
         changes.mapped = changes.mapped.saturating_sub(bytes);
         changes.files.retain(|_, file| file.strong_count() > 0);
     }

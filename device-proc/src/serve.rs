@@ -232,6 +232,8 @@ fn greet_and_serve<D: Device>(
             migration,
             peer_dma,
             progress: parts.device.progress().is_some(),
+            // The runtime does it for every device.
+            dirty_tracking: true,
         },
         memory: parts.memory_files.clone(),
         backing_files,

@@ -4,6 +4,8 @@
 //! - [`message`]: commands, answers, events, capabilities;
 //! - [`codec`]: bytes to messages and back, with limits;
 //! - [`channel`]: one `SOCK_SEQPACKET` connection that carries messages and file descriptors;
+//! - [`dirty`]: which pages of guest RAM a device has written to, in memory that both map;
+//! - [`sealed`]: such memory;
 //! - [`transition`]: the coordinator's side of the barrier, a state machine without I/O;
 //! - [`lifecycle`]: the device's side, a state machine without I/O.
 //!
@@ -12,6 +14,7 @@
 
 pub mod channel;
 pub mod codec;
+pub mod dirty;
 pub mod lifecycle;
 pub mod message;
 pub mod migration;
@@ -19,4 +22,5 @@ pub mod migration;
 pub mod mutation;
 #[cfg(not(feature = "mutations"))]
 mod mutation;
+pub mod sealed;
 pub mod transition;

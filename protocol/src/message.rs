@@ -144,6 +144,8 @@ pub enum CoordinatorMessage {
     Shutdown(Shutdown),
     /// Windows onto these files lead nowhere any more.
     Revoke(Revocation),
+    /// Mark no more pages.
+    Untrack(Untrack),
 }
 
 /// Device process to coordinator.
@@ -216,6 +218,8 @@ pub struct Capabilities {
     pub peer_dma: PeerDma,
     /// Whether its heartbeats carry the progress of its data threads.
     pub progress: bool,
+    /// Whether it can mark the pages of RAM that it writes; see [`crate::dirty`].
+    pub dirty_tracking: bool,
 }
 
 /// Whether DMA between a device and its peers is possible.
@@ -314,14 +318,29 @@ pub struct Query {
 /// without fd included, counts as a peer's memory.
 ///
 /// Declarations only add. The device keeps the fds, so that a file's identity cannot be reused.
+///
+/// With a page size, each file comes with a bitmap ([`DirtyBitmap`](crate::dirty::DirtyBitmap)) for
+/// pages of that size. From the answer on the device marks in it what it writes to the file, until
+/// the next declaration of the file with another bitmap, an [`Untrack`], or the end of the term. If
+/// the file was not RAM before, whatever the device may have written to it by then is marked too.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MemoryDeclaration {
     /// The coordinator's term.
     pub term: Term,
     /// Number of the declaration, echoed in the answer.
     pub sequence: u64,
-    /// How many fds come with this message: 1 to [`MAX_FDS`].
+    /// How many files are declared: 1 to [`MAX_FDS`], with bitmaps half as many. Their fds come with
+    /// this message, and then those of as many bitmaps.
     pub ram_fds: u8,
+    /// Size of the pages that are to be marked, in bytes; 0 for no bitmaps.
+    pub dirty_page_size: u64,
+}
+
+/// Mark no more pages, and let go of the bitmaps. It has no answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Untrack {
+    /// The coordinator's term.
+    pub term: Term,
 }
 
 /// These files belonged to a process that is gone. Windows onto them are taken out of the IOVA map,

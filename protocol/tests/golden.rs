@@ -90,9 +90,27 @@ fn coordinator_messages() -> Vec<(&'static str, CoordinatorMessage)> {
         ("Command Reset", command(Phase::Reset, MigrationState::Error, 0)),
         ("Abort", M::Abort(Abort { term: TERM, epoch: EPOCH })),
         ("Query", M::Query(Query { term: TERM, epoch: EPOCH })),
-        ("Memory", M::Memory(MemoryDeclaration { term: TERM, sequence: 1, ram_fds: 2 })),
+        (
+            "Memory",
+            M::Memory(MemoryDeclaration {
+                term: TERM,
+                sequence: 1,
+                ram_fds: 2,
+                dirty_page_size: 0,
+            }),
+        ),
+        (
+            "Memory with bitmaps",
+            M::Memory(MemoryDeclaration {
+                term: TERM,
+                sequence: 1,
+                ram_fds: 2,
+                dirty_page_size: 4096,
+            }),
+        ),
         ("Shutdown", M::Shutdown(Shutdown { term: TERM, grace_ns: 1_000_000_000 })),
         ("Revoke", M::Revoke(Revocation { term: TERM, sequence: 2, files: vec![FILE] })),
+        ("Untrack", M::Untrack(Untrack { term: TERM })),
     ]
 }
 
@@ -106,6 +124,7 @@ fn device_messages() -> Vec<(&'static str, DeviceMessage)> {
             migration: MigrationFlags::STOP_COPY_P2P,
             peer_dma: PeerDma::Possible,
             progress: true,
+            dirty_tracking: true,
         },
         machine: None,
         term: Term(0),
@@ -147,6 +166,7 @@ fn device_messages() -> Vec<(&'static str, DeviceMessage)> {
                     migration: MigrationFlags::ALL,
                     peer_dma: PeerDma::RamOnly,
                     progress: false,
+                    dirty_tracking: false,
                 },
                 machine: Some(MACHINE),
                 term: TERM,
@@ -251,6 +271,7 @@ fn every_message_has_a_vector_and_its_documented_tag() {
             CoordinatorMessage::Memory(_) => 5,
             CoordinatorMessage::Shutdown(_) => 6,
             CoordinatorMessage::Revoke(_) => 7,
+            CoordinatorMessage::Untrack(_) => 8,
         }
     }
     fn device_tag(message: &DeviceMessage) -> u32 {
@@ -275,7 +296,7 @@ fn every_message_has_a_vector_and_its_documented_tag() {
         tags.dedup();
         tags
     }
-    assert_eq!(tags(coordinator_messages(), coordinator_tag), [0, 1, 2, 3, 4, 5, 6, 7]);
+    assert_eq!(tags(coordinator_messages(), coordinator_tag), [0, 1, 2, 3, 4, 5, 6, 7, 8]);
     assert_eq!(tags(device_messages(), device_tag), [0, 1, 2, 3, 4, 5, 6]);
 }
 

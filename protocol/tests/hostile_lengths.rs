@@ -103,6 +103,7 @@ fn a_hostile_length_in_a_hello_is_refused_without_memory_for_it() {
             migration: MigrationFlags::ALL,
             peer_dma: PeerDma::Possible,
             progress: false,
+            dirty_tracking: false,
         },
         machine: Some(uuid::Uuid::nil()),
         term: Term(0),

@@ -264,7 +264,10 @@ impl State {
     fn fenced(&mut self, id: ParticipantId, exit: Exit, locks: usize) {
         // The fence may have seen it first.
         self.exited(id, exit);
-        let Some(device) = self.device(id) else { return };
+        let Some(device) = self.devices.get_mut(id) else { return };
+        if let Some(tracking) = &self.tracking {
+            tracking.gone(id, device.standing == Standing::Leaving);
+        }
         let why = match std::mem::replace(&mut device.standing, Standing::Greeting) {
             Standing::Lost(why) | Standing::Fenced(why) => why,
             Standing::Leaving => "it was removed".to_owned(),

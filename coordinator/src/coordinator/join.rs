@@ -10,18 +10,17 @@
 //! A device that was not welcomed serves nothing, so it does no DMA: it may wait.
 
 use super::Reply;
-use super::state::{Device, Purpose, Standing, State};
+use super::state::{Declared, Device, Purpose, Standing, State, Waiting};
 use crate::control_directory::ControlDirectoryError;
 use crate::description::DeviceSpec;
+use crate::dirty::Untracked;
 use crate::error::{GreetingError, MachineError, StartError};
 use crate::events::MachineEvent;
 use crate::process::BackingFile;
-use standstill_protocol::message::{CoordinatorMessage, Hello, MAX_FDS, MemoryDeclaration};
+use standstill_protocol::message::Hello;
 use standstill_protocol::transition::{
     Loss, MachineState, Operation, Outcome, ParticipantId, PlanError,
 };
-use std::collections::BTreeSet;
-use std::os::fd::AsFd;
 use std::time::Instant;
 use tokio::task::AbortHandle;
 
@@ -42,8 +41,8 @@ pub(super) enum Stage {
     Greeted(Box<Hello>, Vec<BackingFile>),
     /// It is brought to STOP.
     Stopping,
-    /// So many declarations of RAM are to be accepted yet.
-    Memory(usize),
+    /// It is to accept what is declared to be RAM.
+    Memory,
     /// It is in STOP and knows the RAM.
     Stopped,
     /// It is brought to RUNNING.
@@ -57,6 +56,8 @@ pub(super) enum Stage {
 pub(super) enum Failure {
     Start(Box<StartError>),
     Greeting(GreetingError),
+    /// It cannot mark what it writes to RAM, and all devices have to.
+    Untracked,
     /// With it the machine would not be possible; the name is that of the device in the way.
     Plan(String, PlanError),
 }
@@ -181,6 +182,9 @@ impl State {
                 (loss, format!("it {error}"))
             }
             Failure::Plan(_, error) => (Loss::Refused, format!("it does not fit in: {error}")),
+            Failure::Untracked => {
+                (Loss::Refused, "it cannot tell which pages of RAM it writes".to_owned())
+            }
             Failure::Start(error) => (Loss::Exited, error.to_string()),
         };
         device.care.failure = Some(failure);
@@ -199,6 +203,12 @@ impl State {
         };
         device.state = hello.state;
         device.hello = Some(*hello.clone());
+        let refused = self.tracking.as_ref().is_some_and(|tracking| {
+            tracking.options.untracked == Untracked::Refuse && !hello.capabilities.dirty_tracking
+        });
+        if refused {
+            return self.join_failed(id, Failure::Untracked);
+        }
         let mut whole = whole;
         // With those that are on their way in, too: each would fit in alone.
         let joining = |device: &&Device| device.id == id || device.standing == Standing::Joining;
@@ -213,6 +223,10 @@ impl State {
         }
         if let Some(device) = self.device(id) {
             device.standing = Standing::Joining;
+        }
+        // What it writes before it is in STOP has no marks.
+        if let Some(tracking) = &self.tracking {
+            tracking.add_device(id, &self.names.participant(id), hello.capabilities.dirty_tracking);
         }
         self.begin_internal(id, Operation::Pause, Purpose::Join(id));
     }
@@ -240,48 +254,26 @@ impl State {
 
     /// Declares all RAM to a newcomer.
     fn declare_all(&mut self, id: ParticipantId) {
-        let mut messages = 0;
-        let mut failed = None;
-        let first = self.next_declaration;
-        if let Some(device) = self.devices.get_mut(id)
-            && let Some(channel) = &device.channel
-        {
-            for chunk in self.ram.chunks(MAX_FDS) {
-                let fds: Vec<_> = chunk.iter().map(|(_, fd)| fd.as_fd()).collect();
-                let message = CoordinatorMessage::Memory(MemoryDeclaration {
-                    term: self.term,
-                    sequence: self.next_declaration,
-                    ram_fds: u8::try_from(fds.len()).unwrap_or(u8::MAX),
-                });
-                self.next_declaration += 1;
-                messages += 1;
-                device.allowance.asked();
-                if let Err(error) = channel.try_send(&message, &fds) {
-                    failed = Some(error.to_string());
-                    break;
-                }
+        let sequence = self.next_declaration();
+        match self.declare_to(id, 0..self.ram.len(), sequence) {
+            Ok(0) => self.newcomer_knows(id),
+            Ok(answers) => {
+                self.set_stage(id, Stage::Memory);
+                let waiting = Waiting::from([(id, answers)]);
+                self.await_memory(sequence, waiting, Declared::To(id));
             }
+            Err(text) => self.lost(id, Loss::Disconnected, text),
         }
-        if let Some(text) = failed {
-            return self.lost(id, Loss::Disconnected, text);
-        }
-        let stage = if messages == 0 { Stage::Stopped } else { Stage::Memory(messages) };
-        for sequence in first..self.next_declaration {
-            self.await_memory(sequence, BTreeSet::from([id]), super::state::Declared::To(id));
-        }
-        self.set_stage(id, stage);
     }
 
-    /// A newcomer has accepted one declaration.
+    /// A newcomer knows all RAM.
     pub(super) fn newcomer_knows(&mut self, id: ParticipantId) {
-        let Some(join) = self.device(id).and_then(|device| device.care.join.as_mut()) else {
-            return;
-        };
-        if let Stage::Memory(left) = &mut join.stage {
-            *left = left.saturating_sub(1);
-            if *left == 0 {
-                self.set_stage(id, Stage::Stopped);
-            }
+        let Some(device) = self.device(id) else { return };
+        if device.care.join.is_some() {
+            self.set_stage(id, Stage::Stopped);
+        }
+        if let Some(tracking) = &self.tracking {
+            tracking.relied_on(id);
         }
     }
 
@@ -331,11 +323,12 @@ impl State {
             Failure::Greeting(GreetingError::Joining(text))
         });
         // The same would come of another attempt.
-        let unfit = matches!(failure, Failure::Plan(..));
+        let unfit = matches!(failure, Failure::Plan(..) | Failure::Untracked);
         let error = match failure {
             Failure::Start(error) => *error,
             Failure::Greeting(error) => self.greeting_error(id, error),
             Failure::Plan(device, source) => StartError::Plan { device, source },
+            Failure::Untracked => StartError::Untracked { device: self.names.participant(id) },
         };
         let why = error.to_string();
         let Some(device) = self.device(id) else { return };

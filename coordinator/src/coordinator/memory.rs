@@ -2,64 +2,114 @@
 
 use super::join::Stage;
 use super::removal::LeaveStage;
-use super::state::{Declaration, Declared, Standing, State};
+use super::state::{Declaration, Declared, Device, Standing, State, Waiting};
 use super::supervision::Recovery;
 use super::{Message, Reply};
+use crate::dirty::{self, DirtyError, DirtyTracking};
 use crate::error::MachineError;
 use standstill_protocol::message::{
-    CoordinatorMessage, FileIdentity, MAX_FILES, MemoryDeclaration, Revocation,
+    CoordinatorMessage, MAX_FDS, MAX_FILES, MemoryDeclaration, Revocation,
 };
 use standstill_protocol::transition::{Loss, ParticipantId};
-use std::collections::BTreeSet;
+use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
 
 impl State {
     pub(super) fn declare_ram(&mut self, ram: OwnedFd, reply: Reply<()>) {
-        let identity = match rustix::fs::fstat(&ram) {
-            Ok(status) => FileIdentity { device: status.st_dev, inode: status.st_ino },
-            Err(errno) => {
-                return drop(reply.send(Err(MachineError::Fd { source: errno.into() })));
-            }
+        let file = match dirty::identity(&ram) {
+            Ok((file, _)) => file,
+            Err(source) => return drop(reply.send(Err(MachineError::Fd { source }))),
         };
-        let sequence = self.next_declaration;
-        self.next_declaration += 1;
-        let message =
-            CoordinatorMessage::Memory(MemoryDeclaration { term: self.term, sequence, ram_fds: 1 });
-        let mut waiting = BTreeSet::new();
-        let mut failed = None;
-        for device in self.devices.iter_mut() {
-            let joining = device.care.join.as_ref().map(|join| &join.stage);
-            let told = match device.standing {
-                Standing::Ready => true,
-                // Who comes later is told about all of it.
-                Standing::Joining => !matches!(joining, Some(Stage::Stopping)),
-                _ => false,
-            };
-            let Some(channel) = device.channel.as_ref().filter(|_| told) else { continue };
-            device.allowance.asked();
-            if let Err(error) = channel.try_send(&message, &[ram.as_fd()]) {
-                failed = Some((device.spec.name.clone(), error.to_string()));
-                break;
-            }
-            waiting.insert(device.id);
+        if let Some(Err(error)) = self.tracking.as_ref().map(|tracking| tracking.add_file(&ram)) {
+            return drop(reply.send(Err(error.into())));
         }
         // Kept for those who come later; and nobody else's file can get its identity meanwhile.
-        if !self.ram.iter().any(|(known, _)| *known == identity) {
-            self.ram.push((identity, ram));
+        let known = self.ram.iter().position(|(known, _)| *known == file);
+        let at = known.unwrap_or(self.ram.len());
+        if known.is_none() {
+            self.ram.push((file, ram));
         }
-        if let Some((device, why)) = failed {
-            return drop(reply.send(Err(MachineError::Memory { device, why })));
+        match self.declare_to_all(at..at + 1) {
+            Ok((sequence, waiting)) => self.await_memory(sequence, waiting, Declared::By(reply)),
+            Err(error) => drop(reply.send(Err(error))),
         }
-        self.await_memory(sequence, waiting, Declared::By(reply));
+    }
+
+    /// Declares some of the RAM to everybody who is to know. Returns how many answers are due from
+    /// whom.
+    pub(super) fn declare_to_all(
+        &mut self,
+        ram: Range<usize>,
+    ) -> Result<(u64, Waiting), MachineError> {
+        let sequence = self.next_declaration();
+        let told = |device: &&Device| match device.standing {
+            Standing::Ready => true,
+            // Who comes later is told about all of it.
+            Standing::Joining => {
+                let stage = device.care.join.as_ref().map(|join| &join.stage);
+                !matches!(stage, Some(Stage::Stopping))
+            }
+            _ => false,
+        };
+        let ids: Vec<_> = self.devices.iter().filter(told).map(|device| device.id).collect();
+        let mut waiting = Waiting::new();
+        for id in ids {
+            let answers = self.declare_to(id, ram.clone(), sequence).map_err(|why| {
+                let device = self.names.participant(id);
+                MachineError::Memory { device, why }
+            })?;
+            if answers > 0 {
+                waiting.insert(id, answers);
+            }
+        }
+        Ok((sequence, waiting))
+    }
+
+    pub(super) fn next_declaration(&mut self) -> u64 {
+        let sequence = self.next_declaration;
+        self.next_declaration += 1;
+        sequence
+    }
+
+    /// Declares some of the RAM to a device, in as many messages as it takes, with bitmaps if it is
+    /// to mark what it writes. Returns how many answers are due.
+    pub(super) fn declare_to(
+        &mut self,
+        id: ParticipantId,
+        ram: Range<usize>,
+        sequence: u64,
+    ) -> Result<usize, String> {
+        let Some(device) = self.devices.get_mut(id) else { return Ok(0) };
+        let Some(channel) = &device.channel else { return Ok(0) };
+        let tracking = self.tracking.as_ref().filter(|_| device.tracks());
+        let dirty_page_size = tracking.map_or(0, |tracking| tracking.options.page_size);
+        let files = self.ram.get(ram).unwrap_or_default();
+        let mut answers = 0;
+        for chunk in files.chunks(if tracking.is_some() { MAX_FDS / 2 } else { MAX_FDS }) {
+            let bitmaps = tracking.map(|tracking| {
+                chunk.iter().map(|(file, _)| tracking.add_bitmap(id, *file)).collect()
+            });
+            let bitmaps: Vec<_> = bitmaps
+                .transpose()
+                .map_err(|error: DirtyError| error.to_string())?
+                .unwrap_or_default();
+            let mut fds: Vec<_> = chunk.iter().map(|(_, fd)| fd.as_fd()).collect();
+            fds.extend(bitmaps.iter().map(|bitmap| bitmap.as_fd()));
+            let message = CoordinatorMessage::Memory(MemoryDeclaration {
+                term: self.term,
+                sequence,
+                ram_fds: u8::try_from(chunk.len()).unwrap_or(u8::MAX),
+                dirty_page_size,
+            });
+            device.allowance.asked();
+            channel.try_send(&message, &fds).map_err(|error| error.to_string())?;
+            answers += 1;
+        }
+        Ok(answers)
     }
 
     /// Waits until all of these have answered.
-    pub(super) fn await_memory(
-        &mut self,
-        sequence: u64,
-        waiting: BTreeSet<ParticipantId>,
-        purpose: Declared,
-    ) {
+    pub(super) fn await_memory(&mut self, sequence: u64, waiting: Waiting, purpose: Declared) {
         if waiting.is_empty() {
             return self.in_force(purpose);
         }
@@ -84,10 +134,9 @@ impl State {
             }
         }
         files.truncate(MAX_FILES);
-        let mut waiting = BTreeSet::new();
-        let sequence = self.next_declaration;
+        let mut waiting = Waiting::new();
+        let sequence = self.next_declaration();
         if !files.is_empty() {
-            self.next_declaration += 1;
             let message =
                 CoordinatorMessage::Revoke(Revocation { term: self.term, sequence, files });
             for peer in self.devices.iter_mut() {
@@ -98,7 +147,7 @@ impl State {
                     // It does not read: the deadline decides. Its end is seen at the socket.
                     tracing::warn!(device = peer.spec.name, %error, "cannot be told of a revocation");
                 }
-                waiting.insert(peer.id);
+                waiting.insert(peer.id, 1);
             }
         }
         self.await_memory(sequence, waiting, Declared::Gone(id));
@@ -106,7 +155,15 @@ impl State {
 
     pub(super) fn memory_accepted(&mut self, id: ParticipantId, sequence: u64) {
         let Some(declaration) = self.declarations.get_mut(&sequence) else { return };
+        let Some(due) = declaration.waiting.get_mut(&id) else { return };
+        *due -= 1;
+        if *due > 0 {
+            return;
+        }
         declaration.waiting.remove(&id);
+        if let Declared::Tracking(tracking, _) = &declaration.purpose {
+            tracking.relied_on(id);
+        }
         if declaration.waiting.is_empty()
             && let Some(declaration) = self.declarations.remove(&sequence)
         {
@@ -120,6 +177,10 @@ impl State {
         match purpose {
             Declared::By(reply) => drop(reply.send(Ok(()))),
             Declared::To(id) => self.newcomer_knows(id),
+            Declared::Tracking(tracking, reply) => {
+                // Whoever has given up waiting drops it, and so ends it.
+                let _ = reply.send(Ok(DirtyTracking::new(self.myself.clone(), tracking)));
+            }
             Declared::Gone(id) => {
                 let Some(device) = self.device(id) else { return };
                 match &mut device.care.leaving {
@@ -142,7 +203,13 @@ impl State {
         };
         match purpose {
             Declared::By(reply) => {
-                self.not_declared(&waiting, reply, &format!("no answer within {time:?}"));
+                let error = self.not_declared(&waiting, &format!("no answer within {time:?}"));
+                let _ = reply.send(Err(error));
+            }
+            Declared::Tracking(tracking, reply) => {
+                let error = self.not_declared(&waiting, &format!("no answer within {time:?}"));
+                self.stop_dirty_tracking(&tracking);
+                let _ = reply.send(Err(error));
             }
             Declared::To(id) => {
                 let text = format!("it did not accept a memory declaration within {time:?}");
@@ -151,7 +218,7 @@ impl State {
             // Whoever may still have a window onto what is gone does not go on.
             Declared::Gone(id) => {
                 let gone = self.names.participant(id);
-                for peer in waiting {
+                for peer in waiting.into_keys() {
                     let text = format!(
                         "it did not confirm within {time:?} that its windows onto the memory of \
                          {gone:?} are revoked"
@@ -165,10 +232,11 @@ impl State {
 
     /// A device is lost: the owner hears it who waits for it, and nobody else waits any more.
     pub(super) fn memory_lost(&mut self, id: ParticipantId, why: &str) {
+        self.writer_lost(id);
         let lost: Vec<_> = self
             .declarations
             .iter()
-            .filter(|(_, declaration)| declaration.waiting.contains(&id))
+            .filter(|(_, declaration)| declaration.waiting.contains_key(&id))
             .map(|(&sequence, _)| sequence)
             .collect();
         let joining = self.device(id).is_some_and(|device| device.care.join.is_some());
@@ -177,11 +245,11 @@ impl State {
             match declaration.purpose {
                 Declared::By(reply) if !joining => {
                     declaration.deadline.abort();
-                    self.not_declared(&BTreeSet::from([id]), reply, why);
+                    let _ = reply.send(Err(self.not_declared(&Waiting::from([(id, 1)]), why)));
                 }
                 Declared::To(_) => declaration.deadline.abort(),
-                // A newcomer does not count yet.
-                Declared::By(_) | Declared::Gone(_) => {
+                // A newcomer does not count yet; what a lost device has written is known to nobody.
+                Declared::By(_) | Declared::Gone(_) | Declared::Tracking(..) => {
                     declaration.waiting.remove(&id);
                     if declaration.waiting.is_empty() {
                         declaration.deadline.abort();
@@ -194,9 +262,10 @@ impl State {
         }
     }
 
-    fn not_declared(&self, silent: &BTreeSet<ParticipantId>, reply: Reply<()>, why: &str) {
-        let device = silent.first().map_or_else(String::new, |&id| self.names.participant(id));
-        let _ = reply.send(Err(MachineError::Memory { device, why: why.to_owned() }));
+    fn not_declared(&self, silent: &Waiting, why: &str) -> MachineError {
+        let device =
+            silent.keys().next().map_or_else(String::new, |&id| self.names.participant(id));
+        MachineError::Memory { device, why: why.to_owned() }
     }
 
     /// Arms the deadline of a declaration.

@@ -15,6 +15,8 @@ impl State {
     pub(super) fn shutdown(&mut self, grace: Duration, reply: Reply<Exits>) {
         let term = self.term.0;
         tracing::info!(target: TARGET, machine = self.name, term, ?grace, "the machine is shut down");
+        // Who ends may leave without its last marks.
+        self.tracking.iter().for_each(|tracking| tracking.end());
         let message =
             CoordinatorMessage::Shutdown(Shutdown { term: self.term, grace_ns: nanos(grace) });
         for device in self.devices.iter() {

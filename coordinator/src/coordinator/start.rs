@@ -242,6 +242,7 @@ impl Prepared {
             limits,
             ticks,
             ram: Vec::new(),
+            tracking: None,
             hooks,
             names,
             active: None,

@@ -6,6 +6,7 @@ use super::supervision::Care;
 use super::{Exits, Message, Owner, Reply, Request};
 use crate::description::{Deadlines, DeviceSpec};
 use crate::device::Message as DeviceMessage;
+use crate::dirty::{DirtyTracking, Registry};
 use crate::error::{GreetingError, StartError};
 use crate::events::{self, MachineEvent};
 use crate::logs::LogTail;
@@ -32,6 +33,7 @@ use standstill_protocol::transition::{
 };
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::{broadcast, oneshot};
 use tokio::task::AbortHandle;
@@ -75,6 +77,8 @@ pub(crate) struct State {
     pub(super) ticks: Option<Ticks>,
     /// All RAM that was declared.
     pub(super) ram: Vec<(FileIdentity, OwnedFd)>,
+    /// While the devices mark what they write to it.
+    pub(super) tracking: Option<Arc<Registry>>,
     pub(super) hooks: Vec<HookEntry>,
     pub(super) names: Names,
     pub(super) active: Option<Active>,
@@ -151,6 +155,11 @@ impl Device {
         if let Some(process) = &self.process {
             let _ = process.actor.cast(message);
         }
+    }
+
+    /// Whether it can mark the pages that it writes.
+    pub(super) fn tracks(&self) -> bool {
+        self.hello.as_ref().is_some_and(|hello| hello.capabilities.dirty_tracking)
     }
 
     pub(super) fn pid(&self) -> Option<u32> {
@@ -312,9 +321,12 @@ pub(super) enum EndingReply {
     Planner(oneshot::Sender<Result<Machine, StartError>>, StartError),
 }
 
+/// Who still has to answer a declaration, and how often.
+pub(super) type Waiting = BTreeMap<ParticipantId, usize>;
+
 /// A declaration about memory that is not in force everywhere yet.
 pub(super) struct Declaration {
-    pub(super) waiting: BTreeSet<ParticipantId>,
+    pub(super) waiting: Waiting,
     pub(super) purpose: Declared,
     pub(super) deadline: AbortHandle,
 }
@@ -325,6 +337,8 @@ pub(super) enum Declared {
     By(Reply<()>),
     /// RAM, to this newcomer.
     To(ParticipantId),
+    /// RAM, again, with bitmaps to mark in what is written to it.
+    Tracking(Arc<Registry>, Reply<DirtyTracking>),
     /// That what this device had is gone.
     Gone(ParticipantId),
 }
@@ -445,6 +459,7 @@ impl State {
 
 impl Drop for State {
     fn drop(&mut self) {
+        self.tracking.iter().for_each(|tracking| tracking.end());
         for device in self.devices.iter_mut().filter(|d| d.standing == Standing::Greeting) {
             device.channel.take().into_iter().for_each(close_apart);
         }

@@ -52,12 +52,17 @@ impl State {
         }
         self.machine = MachineState::Held;
         self.held = vec![HeldReason::Superseded];
+        if let Some(tracking) = self.tracking.take() {
+            tracking.superseded(term);
+        }
         let refused = || MachineError::Superseded { term };
         // Whoever asked may be gone.
         for (_, declaration) in std::mem::take(&mut self.declarations) {
             declaration.deadline.abort();
-            if let Declared::By(reply) = declaration.purpose {
-                let _ = reply.send(Err(refused()));
+            match declaration.purpose {
+                Declared::By(reply) => drop(reply.send(Err(refused()))),
+                Declared::Tracking(_, reply) => drop(reply.send(Err(refused()))),
+                Declared::To(_) | Declared::Gone(_) => {}
             }
         }
         for request in std::mem::take(&mut self.queue) {

@@ -166,6 +166,8 @@ impl State {
         let waits = match &request {
             Request::Status(_)
             | Request::DeclareRam(..)
+            | Request::StartDirtyTracking(..)
+            | Request::StopDirtyTracking(..)
             | Request::Cancel(_)
             | Request::Shutdown(..) => false,
             Request::AddDevice(..) | Request::RemoveDevice(..) | Request::RestartDevice(..) => true,
@@ -379,6 +381,8 @@ impl Request {
         // Whoever asked may be gone.
         match self {
             Self::Transition(_, owner) => drop(owner.reply.send(Err(error))),
+            Self::StartDirtyTracking(_, reply) => drop(reply.send(Err(error))),
+            Self::StopDirtyTracking(_, reply) => drop(reply.map(|reply| reply.send(Err(error)))),
             Self::DeclareRam(_, reply) | Self::AcceptHold(reply) => drop(reply.send(Err(error))),
             Self::AddDevice(_, reply) | Self::RestartDevice(_, reply) => {
                 drop(reply.send(Err(error)));

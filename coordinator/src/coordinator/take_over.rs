@@ -488,6 +488,7 @@ mod tests {
                 migration: MigrationFlags::STOP_COPY_P2P,
                 peer_dma: PeerDma::Possible,
                 progress: false,
+                dirty_tracking: false,
             },
             machine,
             term: Term(1),

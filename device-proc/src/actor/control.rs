@@ -89,7 +89,8 @@ impl<D: Device> State<D> {
             let told = old.outbox.try_send(&superseded);
             tracing::debug!(?told, "the old coordinator");
         }
-        // The old connection ends here, with all that is left in it.
+        // The old connection ends here, with all that is left in it. Nobody has its bitmaps any more.
+        self.untrack();
         let outbox = Outbox::new(channel);
         self.control = Some(Control { id, outbox, _reader: reader, heartbeat: None });
         self.machine = Some(machine);
@@ -159,6 +160,7 @@ impl<D: Device> State<D> {
     /// The coordinator is gone.
     pub(super) fn disconnected(&mut self) {
         self.control = None;
+        self.untrack();
         self.feed(Event::Disconnected);
     }
 

@@ -205,3 +205,96 @@ async fn a_close_that_is_given_up_opens_again_what_it_closed() {
     assert!(!gate.ram().is_closed());
     assert!(!gate.peer().is_closed());
 }
+
+#[test]
+fn what_is_in_flight_passes_while_others_come_and_go() {
+    let gate = InFlight::new();
+    let old = gate.try_enter();
+    let mut passed = pin!(gate.passed());
+    let mut context = Context::from_waker(Waker::noop());
+    assert!(passed.as_mut().poll(&mut context).is_pending());
+    let young = gate.try_enter();
+    assert_eq!(gate.in_flight(), 2);
+    drop(gate.try_enter());
+    assert!(passed.as_mut().poll(&mut context).is_pending());
+    drop(old);
+    assert!(passed.as_mut().poll(&mut context).is_ready(), "the young one is not waited for");
+    assert!(poll_once(gate.passed()).is_pending(), "now it is");
+    drop(young);
+    assert!(poll_once(gate.passed()).is_ready());
+    assert!(poll_once(gate.passed()).is_ready());
+    assert_eq!(gate.in_flight(), 0);
+}
+
+#[test]
+fn a_second_wait_begins_when_the_first_age_has_passed() {
+    let gate = InFlight::new();
+    let old = gate.try_enter();
+    let mut context = Context::from_waker(Waker::noop());
+    let (mut first, mut second) = (pin!(gate.passed()), pin!(gate.passed()));
+    assert!(first.as_mut().poll(&mut context).is_pending());
+    let young = gate.try_enter();
+    assert!(second.as_mut().poll(&mut context).is_pending());
+    drop(old);
+    assert!(second.as_mut().poll(&mut context).is_pending(), "it waits for the young one");
+    assert!(first.as_mut().poll(&mut context).is_ready());
+    drop(young);
+    assert!(second.as_mut().poll(&mut context).is_ready());
+}
+
+#[test]
+fn closing_and_passing_do_not_disturb_each_other() {
+    let gate = InFlight::new();
+    let (old, mut context) = (gate.try_enter(), Context::from_waker(Waker::noop()));
+    let mut passed = pin!(gate.passed());
+    assert!(passed.as_mut().poll(&mut context).is_pending());
+    let young = gate.try_enter();
+    gate.close();
+    let mut drained = pin!(gate.drained());
+    assert!(drained.as_mut().poll(&mut context).is_pending());
+    drop(old);
+    assert!(passed.as_mut().poll(&mut context).is_ready());
+    assert!(drained.as_mut().poll(&mut context).is_pending());
+    drop(young);
+    assert!(drained.as_mut().poll(&mut context).is_ready());
+    assert_eq!(poll_once(gate.passed()), Poll::Ready(()), "closed, nothing is in flight");
+    gate.open();
+    assert!(gate.try_enter().is_some());
+}
+
+/// Threads look at a flag when they leave and count those who have not seen it; whoever has raised
+/// the flag and waited for all to pass finds that number unchanged for ever.
+#[test]
+fn after_all_have_passed_everybody_sees_what_was_done_before() {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build();
+    let runtime = runtime.expect("a runtime");
+    let gate = InFlight::new();
+    let done = AtomicBool::new(false);
+    let rounds: Vec<_> = (0..ROUNDS).map(|_| (AtomicBool::new(false), AtomicU64::new(0))).collect();
+    thread::scope(|scope| {
+        let _end = End { done: &done, gate: &gate };
+        for _ in 0..4 {
+            scope.spawn(|| {
+                while !done.load(Ordering::Relaxed) {
+                    let permit = gate.try_enter();
+                    std::hint::spin_loop();
+                    for (flag, unseen) in &rounds {
+                        if !flag.load(Ordering::Relaxed) {
+                            unseen.fetch_add(1, Ordering::Relaxed);
+                            break;
+                        }
+                    }
+                    drop(permit);
+                }
+            });
+        }
+        for (flag, unseen) in &rounds {
+            flag.store(true, Ordering::Relaxed);
+            let passed = async { tokio::time::timeout(LONG, gate.passed()).await };
+            runtime.block_on(passed).expect("a wake-up was lost");
+            let seen = unseen.load(Ordering::Relaxed);
+            thread::yield_now();
+            assert_eq!(unseen.load(Ordering::Relaxed), seen, "somebody had not seen the flag");
+        }
+    });
+}

@@ -2,9 +2,10 @@
 
 #![forbid(unsafe_code)]
 
+use super::dirty::DirtyLogs;
 use super::window::Window;
 use super::{Shared, WindowClass};
-use crate::gate::{InFlight, Permit};
+use crate::gate::{Age, InFlight, Permit};
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -213,7 +214,7 @@ impl Dma {
             WindowClass::Peer => self.shared.gate.peer(),
         };
         let permit = gate.try_enter().ok_or(Obstacle::Closed(gate))?;
-        Ok(Access { spans: held, class, _permit: permit })
+        Ok(Access { spans: held, class, dirty: &self.shared.dirty, _permit: permit })
     }
 }
 
@@ -233,18 +234,20 @@ impl From<DmaError> for Obstacle<'_> {
 #[derive(Debug)]
 struct WindowUser {
     window: Arc<Window>,
+    age: Age,
 }
 
 impl WindowUser {
     /// `None` if the window is being unmapped.
     fn new(window: Arc<Window>) -> Option<Self> {
-        window.users.try_count_up().then(|| Self { window })
+        let age = window.users.try_count_up()?;
+        Some(Self { window, age })
     }
 }
 
 impl Drop for WindowUser {
     fn drop(&mut self) {
-        self.window.users.count_down();
+        self.window.users.count_down(self.age);
     }
 }
 
@@ -311,10 +314,15 @@ impl Spans {
             None => self.more.get(index - INLINE_SPANS),
         }
     }
+
+    fn iter(&self) -> impl Iterator<Item = &Held> {
+        self.inline.iter().flatten().chain(&self.more)
+    }
 }
 
 /// A DMA transaction in progress. While it exists, its windows stay mapped and the gate does not
-/// close; so drop it soon.
+/// close; so drop it soon. Where writes are tracked, all that it named to be written counts as
+/// written when it is dropped.
 ///
 /// Spans are named by their index in the slice that it was begun with, places in them by their
 /// offset in bytes. Guest and peers may change the memory at any time: what was read twice may
@@ -325,10 +333,30 @@ pub struct Access<'a> {
     // Dropped in this order: a closer of the gate finds no window in use any more.
     spans: Spans,
     class: WindowClass,
+    dirty: &'a DirtyLogs,
     _permit: Permit<'a>,
 }
 
+impl Drop for Access<'_> {
+    fn drop(&mut self) {
+        // Before the permit goes: when the gate has closed, all marks are made.
+        if self.dirty.any() {
+            self.mark();
+        }
+    }
+}
+
 impl Access<'_> {
+    /// Marks what may have been written.
+    #[cold]
+    fn mark(&self) {
+        let written = self.spans.iter().filter(|held| held.kind.writes());
+        self.dirty.mark(written.filter_map(|held| {
+            let window = &held.user.window;
+            Some((window.file?, window.spec.offset + held.offset as u64, held.len as u64))
+        }));
+    }
+
     /// [`WindowClass::Peer`] if any of the spans is a peer's memory.
     #[must_use]
     pub fn class(&self) -> WindowClass {

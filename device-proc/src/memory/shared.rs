@@ -3,10 +3,8 @@
 #![forbid(unsafe_code)]
 
 use super::PAGE;
-use super::window::{FileFacts, Protection, map_shared};
-use rustix::fs::{
-    MemfdFlags, SealFlags, fcntl_add_seals, fcntl_get_seals, ftruncate, memfd_create,
-};
+use super::window::{Protection, map_shared};
+use standstill_protocol::sealed::{self, SealedError};
 use std::fs::File;
 use std::hash::Hasher;
 use std::io;
@@ -44,26 +42,12 @@ pub enum SharedMemoryError {
         /// The size asked for, in bytes.
         size: u64,
     },
-    /// The file behind an fd has another size.
-    #[error("shared memory should have {expected:#x} bytes, its file has {actual:#x}")]
-    WrongSize {
-        /// What was expected, in bytes.
-        expected: u64,
-        /// The file's size, in bytes.
-        actual: u64,
-    },
-    /// The file behind an fd could shrink under the mapping.
-    #[error("the file is not sealed against shrinking")]
-    NotSealed,
-    /// A system call failed.
-    #[error("shared memory: {call} failed")]
-    Io {
-        /// Which one.
-        call: &'static str,
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
+    /// Its file cannot be made, has another size, or could shrink under the mapping.
+    #[error(transparent)]
+    File(#[from] SealedError),
+    /// It cannot be mapped.
+    #[error("shared memory cannot be mapped")]
+    Map(#[source] io::Error),
 }
 
 /// An access to shared memory lies outside it or is not aligned.
@@ -86,16 +70,10 @@ impl SharedMemory {
     ///
     /// # Errors
     ///
-    /// [`SharedMemoryError::BadSize`], or [`SharedMemoryError::Io`] if a system call fails.
+    /// [`SharedMemoryError::BadSize`], or the others if a system call fails.
     pub fn create(name: &str, size: u64) -> Result<Self, SharedMemoryError> {
         let len = checked_len(size)?;
-        let fd = memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)
-            .map_err(|error| io_error("memfd_create", error))?;
-        ftruncate(&fd, size).map_err(|error| io_error("ftruncate", error))?;
-        // The last one keeps others from sealing it against writing.
-        fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)
-            .map_err(|error| io_error("F_ADD_SEALS", error))?;
-        Self::map(fd, len)
+        Self::map(sealed::create(name, size)?, len)
     }
 
     /// Maps memory that somebody else has made. `size` is in bytes and must be the file's.
@@ -106,15 +84,7 @@ impl SharedMemory {
     /// owner could then kill this process by shrinking it.
     pub fn from_fd(fd: OwnedFd, size: u64) -> Result<Self, SharedMemoryError> {
         let len = checked_len(size)?;
-        let facts = FileFacts::of(&fd).map_err(|error| io_error("fstat", error))?;
-        if facts.size != size {
-            return Err(SharedMemoryError::WrongSize { expected: size, actual: facts.size });
-        }
-        // Files that know no seals answer EINVAL.
-        let seals = fcntl_get_seals(&fd).map_err(|_| SharedMemoryError::NotSealed)?;
-        if !seals.contains(SealFlags::SHRINK) {
-            return Err(SharedMemoryError::NotSealed);
-        }
+        sealed::check(&fd, size)?;
         Self::map(fd, len)
     }
 
@@ -122,7 +92,7 @@ impl SharedMemory {
         let file = Arc::new(File::from(fd));
         let protection = Protection { readable: true, writable: true };
         let region = map_shared(FileOffset::from_arc(Arc::clone(&file), 0), len, protection)
-            .map_err(|error| io_error("mmap", error))?;
+            .map_err(SharedMemoryError::Map)?;
         Ok(Self { file, region })
     }
 
@@ -233,8 +203,4 @@ fn checked_len(size: u64) -> Result<usize, SharedMemoryError> {
         return Err(bad);
     }
     usize::try_from(size).map_err(|_| bad)
-}
-
-fn io_error(call: &'static str, error: impl Into<io::Error>) -> SharedMemoryError {
-    SharedMemoryError::Io { call, source: error.into() }
 }

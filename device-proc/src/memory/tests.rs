@@ -1,9 +1,11 @@
+mod dirty;
 mod revoke;
 
 use super::*;
 use crate::gate::Scope;
 use proptest::prelude::*;
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use standstill_protocol::sealed::SealedError;
 use std::os::fd::AsFd;
 use std::sync::mpsc;
 use std::thread;
@@ -321,9 +323,9 @@ fn shared_memory_has_a_fixed_size_and_a_hash_of_its_contents() {
     other.zero();
     assert_eq!(memory.hash(), empty);
     let wrong = SharedMemory::from_fd(fd, PAGE).expect_err("another size");
-    assert!(matches!(wrong, SharedMemoryError::WrongSize { .. }));
+    assert!(matches!(wrong, SharedMemoryError::File(SealedError::WrongSize { .. })));
     let unsealed = SharedMemory::from_fd(memfd(PAGE), PAGE).expect_err("could shrink");
-    assert!(matches!(unsealed, SharedMemoryError::NotSealed));
+    assert!(matches!(unsealed, SharedMemoryError::File(SealedError::NotSealed)));
     for size in [0, 100, MAX_SHARED_MEMORY + PAGE] {
         let error = SharedMemory::create("memory", size).expect_err("bad size");
         assert!(matches!(error, SharedMemoryError::BadSize { .. }));

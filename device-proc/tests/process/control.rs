@@ -123,7 +123,8 @@ fn a_memory_declaration_is_answered_when_it_is_in_force() {
     let device = Device::welcomed("");
     let ram = tempfile::tempfile().unwrap();
     ram.set_len(1 << 20).unwrap();
-    let declaration = MemoryDeclaration { term: Term(1), sequence: 9, ram_fds: 2 };
+    let declaration =
+        MemoryDeclaration { term: Term(1), sequence: 9, ram_fds: 2, dirty_page_size: 0 };
     device.send_with(&CoordinatorMessage::Memory(declaration), &[ram.as_fd(), ram.as_fd()]);
     match device.answer() {
         DeviceMessage::MemoryAccepted(accepted) => assert_eq!(accepted.sequence, 9),

@@ -13,24 +13,31 @@ pub(crate) const IOVA: u64 = 0x1_0000;
 /// A window of the device, and a copy into it that has come half-way.
 pub(crate) struct HalfWay {
     pub(crate) memory: SharedMemory,
-    _client: Client,
+    client: Client,
 }
 
 impl HalfWay {
     pub(crate) fn begin(device: &Device, ram: bool) -> Self {
         let memory = SharedMemory::create("window", 4096).unwrap();
         if ram {
-            let declaration = MemoryDeclaration { term: Term(1), sequence: 1, ram_fds: 1 };
+            let declaration =
+                MemoryDeclaration { term: Term(1), sequence: 1, ram_fds: 1, dirty_page_size: 0 };
             device.send_with(&CoordinatorMessage::Memory(declaration), &[memory.as_fd()]);
             device.answer();
         }
         let mut client = Client::connect(&device.socket());
         client.dma_map(IOVA, 4096, memory.as_fd()).unwrap();
-        client.write_u32(0, COPY, u32::try_from(IOVA).unwrap()).unwrap();
-        let half_way = Self { memory, _client: client };
-        let last_of_first_half = COPY_SIZE / 2 - 1;
-        crate::child::until("the first half is there", || half_way.byte(last_of_first_half) != 0);
+        let mut half_way = Self { memory, client };
+        half_way.again();
         half_way
+    }
+
+    /// Another copy, when the last one is whole.
+    pub(crate) fn again(&mut self) {
+        self.memory.zero();
+        self.client.write_u32(0, COPY, u32::try_from(IOVA).unwrap()).unwrap();
+        let last_of_first_half = COPY_SIZE / 2 - 1;
+        crate::child::until("the first half is there", || self.byte(last_of_first_half) != 0);
     }
 
     fn byte(&self, offset: u64) -> u8 {

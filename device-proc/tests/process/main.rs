@@ -9,6 +9,7 @@ mod probe;
 mod control;
 mod copy;
 mod data;
+mod dirty;
 mod greeting;
 mod revoke;
 mod state;

@@ -35,7 +35,8 @@ fn a_revoked_window_is_gone_and_the_others_are_not() {
     for (memory, iova) in memories.iter().zip([0x1000, 0x2000, 0x3000]) {
         client.dma_map(iova, 4096, memory.as_fd()).unwrap();
     }
-    let declaration = MemoryDeclaration { term: Term(1), sequence: 1, ram_fds: 1 };
+    let declaration =
+        MemoryDeclaration { term: Term(1), sequence: 1, ram_fds: 1, dirty_page_size: 0 };
     device.send_with(&CoordinatorMessage::Memory(declaration), &[memories[0].as_fd()]);
     assert_eq!(accepted(&device), 1);
 

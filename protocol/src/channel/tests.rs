@@ -44,6 +44,7 @@ fn hello(backing_files: u8) -> DeviceMessage {
             migration: MigrationFlags::ALL,
             peer_dma: PeerDma::RamOnly,
             progress: false,
+            dirty_tracking: false,
         },
         machine: None,
         term: Term(0),

@@ -2,6 +2,7 @@
 
 #![forbid(unsafe_code)]
 
+use crate::dirty::{LayoutError, check_page_size};
 use crate::message::{
     Command, CoordinatorMessage, Counter, DeviceEvent, DeviceMessage, FileIdentity, Hello,
     MAX_COUNTERS, MAX_FDS, MAX_FILES, MAX_NAME, MAX_TEXT, MemoryDeclaration, Phase, VersionRange,
@@ -33,7 +34,7 @@ pub enum LimitError {
         count: usize,
     },
     /// More file descriptors are announced than fit, or fewer than needed.
-    #[error("{field} announces {count} file descriptors, allowed are {min} to {MAX_FDS}")]
+    #[error("{field} announces {count} file descriptors, allowed are {min} to {max}")]
     Fds {
         /// Which field.
         field: &'static str,
@@ -41,6 +42,8 @@ pub enum LimitError {
         count: u8,
         /// The fewest that are allowed.
         min: u8,
+        /// The most.
+        max: usize,
     },
     /// There are too many files, or none where there must be one.
     #[error("{count} files, allowed are {min} to {MAX_FILES}")]
@@ -56,6 +59,9 @@ pub enum LimitError {
     /// The version of a Welcome is 0, which is the handshake's.
     #[error("version 0 cannot be agreed on")]
     VersionZero,
+    /// Pages of such a size are not tracked.
+    #[error(transparent)]
+    PageSize(#[from] LayoutError),
     /// A lease comes with a phase that has none.
     #[error("{phase} with a lease of {lease_ns} ns; only Stop has one")]
     Lease {
@@ -103,6 +109,7 @@ impl Message for CoordinatorMessage {
             Self::Memory(_) => "Memory",
             Self::Shutdown(_) => "Shutdown",
             Self::Revoke(_) => "Revoke",
+            Self::Untrack(_) => "Untrack",
         }
     }
 
@@ -116,7 +123,9 @@ impl Message for CoordinatorMessage {
                 usize::from(*listener) + usize::from(*log)
             }
             Self::Command(Command { phase: Phase::Save | Phase::Load, .. }) => 1,
-            Self::Memory(MemoryDeclaration { ram_fds, .. }) => usize::from(*ram_fds),
+            Self::Memory(MemoryDeclaration { ram_fds, dirty_page_size, .. }) => {
+                usize::from(*ram_fds) * fds_for_each_file(*dirty_page_size)
+            }
             _ => 0,
         }
     }
@@ -139,9 +148,14 @@ impl Message for CoordinatorMessage {
                 }
                 Ok(())
             }
-            Self::Memory(memory) => fds("ram_fds", memory.ram_fds, 1),
+            Self::Memory(MemoryDeclaration { ram_fds, dirty_page_size, .. }) => {
+                if *dirty_page_size != 0 {
+                    check_page_size(*dirty_page_size)?;
+                }
+                fds("ram_fds", *ram_fds, 1, MAX_FDS / fds_for_each_file(*dirty_page_size))
+            }
             Self::Revoke(revocation) => file_count(revocation.files.len(), 1),
-            Self::Abort(_) | Self::Query(_) | Self::Shutdown(_) => Ok(()),
+            Self::Abort(_) | Self::Query(_) | Self::Shutdown(_) | Self::Untrack(_) => Ok(()),
         }
     }
 }
@@ -176,7 +190,7 @@ impl Message for DeviceMessage {
                 versions(hello.versions)?;
                 text("kind", &hello.kind, MAX_NAME)?;
                 text("program_version", &hello.program_version, MAX_NAME)?;
-                fds("backing_files", hello.backing_files, 0)?;
+                fds("backing_files", hello.backing_files, 0, MAX_FDS)?;
                 file_count(hello.memory.len(), 0)
             }
             Self::Reached(reached) => {
@@ -200,11 +214,16 @@ fn text(field: &'static str, value: &str, limit: usize) -> Result<(), LimitError
     if length > limit { Err(LimitError::Text { field, length, limit }) } else { Ok(()) }
 }
 
-fn fds(field: &'static str, count: u8, min: u8) -> Result<(), LimitError> {
-    if count < min || usize::from(count) > MAX_FDS {
-        return Err(LimitError::Fds { field, count, min });
+fn fds(field: &'static str, count: u8, min: u8, max: usize) -> Result<(), LimitError> {
+    if count < min || usize::from(count) > max {
+        return Err(LimitError::Fds { field, count, min, max });
     }
     Ok(())
+}
+
+/// Of a memory declaration: the file's, and its bitmap's.
+fn fds_for_each_file(dirty_page_size: u64) -> usize {
+    if dirty_page_size == 0 { 1 } else { 2 }
 }
 
 fn file_count(count: usize, min: usize) -> Result<(), LimitError> {

@@ -5,6 +5,7 @@
 mod arbitrary;
 
 use super::*;
+use crate::dirty::LayoutError;
 use crate::message::*;
 use crate::migration::{MigrationFlags, MigrationState};
 use uuid::Uuid;
@@ -49,6 +50,7 @@ fn hello() -> Hello {
             migration: MigrationFlags::ALL,
             peer_dma: PeerDma::Possible,
             progress: true,
+            dirty_tracking: true,
         },
         machine: None,
         term: Term(0),
@@ -97,12 +99,21 @@ fn what_breaks_a_limit_is_not_sent() {
     assert_eq!(error(&refused("x".repeat(513))), limit);
     let limit = LimitError::Text { field: "kind", length: 65, limit: MAX_NAME };
     assert_eq!(error(&DeviceMessage::Hello(Hello { kind: "k".repeat(65), ..hello() })), limit);
-    let limit = LimitError::Fds { field: "backing_files", count: 17, min: 0 };
+    let limit = LimitError::Fds { field: "backing_files", count: 17, min: 0, max: 16 };
     assert_eq!(error(&DeviceMessage::Hello(Hello { backing_files: 17, ..hello() })), limit);
-    for ram_fds in [0, 17, 255] {
-        let memory = MemoryDeclaration { term: Term(1), sequence: 1, ram_fds };
-        let limit = LimitError::Fds { field: "ram_fds", count: ram_fds, min: 1 };
-        assert_eq!(error(&CoordinatorMessage::Memory(memory)), limit);
+    let memory = |ram_fds, dirty_page_size| {
+        let (term, sequence) = (Term(1), 1);
+        CoordinatorMessage::Memory(MemoryDeclaration { term, sequence, ram_fds, dirty_page_size })
+    };
+    for (page_size, max) in [(0, 16), (4096, 8)] {
+        for count in [0, u8::try_from(max + 1).unwrap(), 255] {
+            let limit = LimitError::Fds { field: "ram_fds", count, min: 1, max };
+            assert_eq!(error(&memory(count, page_size)), limit);
+        }
+    }
+    for page_size in [1, 2048, 4097, 1 << 31] {
+        let limit = LimitError::PageSize(LayoutError::PageSize(page_size));
+        assert_eq!(error(&memory(1, page_size)), limit);
     }
     for (min, max) in [(2, 1), (0, 1), (0, 0)] {
         let versions = VersionRange { min, max };
@@ -244,7 +255,7 @@ fn a_truncated_message_tells_where_it_ends() {
 #[test]
 fn unknown_tags_are_refused() {
     // The message's own tag, and a command's phase and target.
-    for (at, unknown) in [(HEADER, 8_u32), (HEADER + 20, 7), (HEADER + 24, 8)] {
+    for (at, unknown) in [(HEADER, 9_u32), (HEADER + 20, 7), (HEADER + 24, 8)] {
         for tag in [unknown, 0x100, u32::MAX] {
             let mut bytes = packet(&command());
             bytes[at..at + 4].copy_from_slice(&tag.to_le_bytes());
@@ -261,8 +272,9 @@ fn unknown_tags_are_refused() {
 fn a_bool_and_an_option_are_0_or_1() {
     let good = packet(&DeviceMessage::Hello(hello()));
     let bool_at = HEADER + 4 + 2 + 2 + 9 + 9 + 8 + 4;
-    assert_eq!(good[bool_at..bool_at + 2], [1, 0], "progress and the absent machine");
-    for at in [bool_at, bool_at + 1] {
+    let fields = "progress, dirty_tracking and the absent machine";
+    assert_eq!(good[bool_at..bool_at + 3], [1, 1, 0], "{fields}");
+    for at in [bool_at, bool_at + 1, bool_at + 2] {
         for found in [2, 0x80, 0xff] {
             let mut bytes = good.clone();
             bytes[at] = found;
@@ -288,7 +300,7 @@ fn text_must_be_utf8() {
 fn a_machine_identity_has_16_bytes() {
     let with_machine = Hello { machine: Some(Uuid::from_u128(1)), ..hello() };
     let good = packet(&DeviceMessage::Hello(with_machine));
-    let length_at = HEADER + 4 + 2 + 2 + 9 + 9 + 8 + 4 + 1 + 1;
+    let length_at = HEADER + 4 + 2 + 2 + 9 + 9 + 8 + 4 + 1 + 1 + 1;
     assert_eq!(good[length_at], 16);
     for length in [0_u64, 15, 17, u64::MAX] {
         let mut bytes = good.clone();

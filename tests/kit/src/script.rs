@@ -57,6 +57,8 @@ pub struct Script {
     pub memory: Vec<FileIdentity>,
     /// Whether it claims that its signs of life tell its progress.
     pub progress: bool,
+    /// Whether it claims that it can mark the pages that it writes. It writes none.
+    pub dirty_tracking: bool,
     /// What it does otherwise than it should.
     pub cues: Vec<Cue>,
 }
@@ -217,6 +219,7 @@ impl Script {
             backing_file: None,
             memory: Vec::new(),
             progress: false,
+            dirty_tracking: true,
             cues: Vec::new(),
         }
     }
@@ -264,6 +267,13 @@ impl Script {
     #[must_use]
     pub fn progress(mut self) -> Self {
         self.progress = true;
+        self
+    }
+
+    /// Claims that it cannot mark the pages that it writes.
+    #[must_use]
+    pub fn without_dirty_tracking(mut self) -> Self {
+        self.dirty_tracking = false;
         self
     }
 

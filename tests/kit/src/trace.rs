@@ -71,6 +71,8 @@ pub enum What {
         /// Its epoch.
         epoch: Epoch,
     },
+    /// It marks nothing more.
+    Untracked,
     /// A memory declaration was received.
     Memory {
         /// Its number.

@@ -85,8 +85,15 @@ fn coordinator_message() -> impl Strategy<Value = CoordinatorMessage> {
         (term(), epoch()).prop_map(|(term, epoch)| M::Abort(Abort { term, epoch })),
         (term(), epoch()).prop_map(|(term, epoch)| M::Query(Query { term, epoch })),
         (term(), any::<u64>(), 1..=16_u8).prop_map(|(term, sequence, ram_fds)| M::Memory(
-            MemoryDeclaration { term, sequence, ram_fds }
+            MemoryDeclaration { term, sequence, ram_fds, dirty_page_size: 0 }
         )),
+        (term(), any::<u64>(), 1..=8_u8, 12..=30_u32).prop_map(
+            |(term, sequence, ram_fds, shift)| {
+                let dirty_page_size = 1 << shift;
+                M::Memory(MemoryDeclaration { term, sequence, ram_fds, dirty_page_size })
+            }
+        ),
+        term().prop_map(|term| M::Untrack(Untrack { term })),
         (term(), any::<u64>())
             .prop_map(|(term, grace_ns)| M::Shutdown(Shutdown { term, grace_ns })),
         (term(), any::<u64>(), vec(file(), 1..=MAX_FILES)).prop_map(|(term, sequence, files)| {
@@ -117,12 +124,13 @@ fn any_hello() -> impl Strategy<Value = Hello> {
     let capabilities = (
         select(vec![1_u64, 3, 5, 7]),
         select(vec![PeerDma::Possible, PeerDma::RamOnly]),
-        any::<bool>(),
+        any::<[bool; 2]>(),
     )
-        .prop_map(|(flags, peer_dma, progress)| Capabilities {
+        .prop_map(|(flags, peer_dma, [progress, dirty_tracking])| Capabilities {
             migration: MigrationFlags::new(flags).expect("a legal set"),
             peer_dma,
             progress,
+            dirty_tracking,
         });
     (
         (versions(), text(MAX_NAME), text(MAX_NAME), capabilities),

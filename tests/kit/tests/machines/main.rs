@@ -11,6 +11,7 @@
 
 mod blocking;
 mod broken_answers;
+mod dirty;
 mod endurance;
 mod fixture;
 mod greetings;

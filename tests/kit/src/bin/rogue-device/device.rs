@@ -240,6 +240,7 @@ impl RogueDevice {
                 migration: self.script.migration,
                 peer_dma: self.script.peer_dma,
                 progress: self.script.progress,
+                dirty_tracking: self.script.dirty_tracking,
             },
             machine: self.orphan.machine,
             term: self.lifecycle.term(),
@@ -463,6 +464,7 @@ impl RogueDevice {
                 self.trace(What::Memory { sequence: memory.sequence });
                 self.perform(Cause::Memory(memory.sequence));
             }
+            CoordinatorMessage::Untrack(_) => self.trace(What::Untracked),
             CoordinatorMessage::Shutdown(_) => self.perform(Cause::Shutdown),
             CoordinatorMessage::Revoke(revocation) => {
                 self.trace(What::Revoked { sequence: revocation.sequence });
