@@ -144,11 +144,8 @@ impl MachineFile {
     }
 
     fn from_fields(root: &Fields<'_>, places: &Places) -> Self {
-        let name = root.needed_text("name").map(|name| {
-            names::check_file_name("machine", &name, root);
-            name.value
-        });
-        let name = name.unwrap_or_default();
+        let placed_name = root.needed_text("name");
+        let name = placed_name.as_ref().map(|name| name.value.clone()).unwrap_or_default();
         let runtime = places.runtime.join(&name);
         let orphan = root.choice("orphan", &[("keep", Orphan::Keep), ("exit", Orphan::Exit)]);
         let orphan = orphan.unwrap_or(Orphan::Keep);
@@ -164,6 +161,10 @@ impl MachineFile {
         };
         let places = Places { file: places.file.clone(), runtime: runtime.clone() };
         let mut names = Names::new(&runtime, orphan);
+        if let Some(name) = &placed_name {
+            names::check_file_name("machine", name, root);
+            names.machine(name, root);
+        }
         let devices: Vec<_> = root
             .tables("device", "a device")
             .iter()

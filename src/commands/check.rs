@@ -3,7 +3,9 @@
 use super::show::{colours_on_stderr, json, line};
 use crate::exit::Exit;
 use crate::explain::explain;
-use crate::machine_file::{Beginning, Problems};
+use crate::machine_file::checks::somebody_listens;
+use crate::machine_file::{Beginning, MachineFile, Problems};
+use crate::run::directory::OPERATOR_SOCKET;
 use crate::run::load;
 use clap::Args;
 use std::io::Write;
@@ -12,6 +14,9 @@ use std::process::ExitCode;
 
 /// What follows `standstill check`.
 #[derive(Args, Clone, Debug)]
+#[command(
+    after_help = "Exit status:\n  0  nothing is wrong\n  2  something is, or the file cannot be read"
+)]
 pub(crate) struct CheckArgs {
     /// The machine file
     #[arg(value_name = "MACHINE.toml")]
@@ -36,23 +41,29 @@ pub(crate) fn run(args: &CheckArgs) -> ExitCode {
             return Exit::Usage.into();
         }
     };
+    let running = is_running(&loaded.file);
     if !args.text_only {
-        loaded.file.check(Beginning::Start, &mut loaded.problems);
+        // The sockets of a machine that runs are its own.
+        let beginning = if running { Beginning::TakeOver } else { Beginning::Start };
+        loaded.file.check(beginning, &mut loaded.problems);
     }
     let problems = &loaded.problems;
     if args.json {
         json(&problems.to_json());
     } else if problems.is_empty() {
-        let devices = loaded.file.devices.len();
-        line(&format!(
-            "{}: machine {:?}, {devices} devices",
-            args.file.display(),
-            loaded.file.name
-        ));
+        let MachineFile { name, devices, .. } = &loaded.file;
+        let runs = if running { ", which runs" } else { "" };
+        let devices = devices.len();
+        line(&format!("{}: machine {name:?}{runs}, {devices} devices", args.file.display()));
     } else {
         let _ = writeln!(anstream::stderr(), "{}", shown(problems));
     }
     if problems.is_empty() { Exit::Done.into() } else { Exit::Usage.into() }
+}
+
+/// Whether somebody serves the machine's operator socket.
+fn is_running(file: &MachineFile) -> bool {
+    !file.name.is_empty() && somebody_listens(&file.folder.join(OPERATOR_SOCKET)).unwrap_or(false)
 }
 
 /// The problems and how many they are, in colours where standard error shows them.

@@ -8,6 +8,7 @@ use crate::operator::message::{Request, StatusReply};
 use clap::Args;
 use standstill::coordinator::report::Nanos;
 use std::process::ExitCode;
+use std::time::{Duration, SystemTime};
 
 /// What follows `standstill status`.
 #[derive(Args, Clone, Debug)]
@@ -38,14 +39,15 @@ fn shown(reply: &StatusReply) -> String {
     if let Some(operation) = &status.operation {
         text.push_str(&format!(", a {operation} is under way"));
     }
-    text.push_str(&format!("\n  run by process {pid} since {since}, orphans {orphan}\n"));
+    let kept = if orphan == "keep" { "devices outlive it" } else { "devices end with it" };
+    text.push_str(&format!("\n  run by process {pid} for {}, {kept}\n", ago(since)));
     if let Some(last) = last {
         text.push_str(&format!(
-            "  last: {} {} in {} at {} (report {})",
+            "  last: {} {} in {}, {} ago (report {})",
             last.operation,
             styled(&last.outcome),
             Nanos(last.total_ns),
-            last.time,
+            ago(&last.time),
             last.number,
         ));
         if let Some(downtime) = last.downtime_ns {
@@ -69,4 +71,12 @@ fn shown(reply: &StatusReply) -> String {
     }
     text.push_str(&table.render());
     text
+}
+
+/// How long ago a time was, in whole seconds.
+fn ago(time: &str) -> String {
+    let then = humantime::parse_rfc3339(time).ok();
+    let passed = then.and_then(|then| SystemTime::now().duration_since(then).ok());
+    let seconds = passed.unwrap_or_default().as_secs();
+    humantime::format_duration(Duration::from_secs(seconds)).to_string()
 }

@@ -46,6 +46,12 @@ impl<'a> Names<'a> {
         Self { runtime, orphan, devices: BTreeMap::new(), sockets: BTreeMap::new() }
     }
 
+    /// Notes an operator socket that cannot be.
+    pub(super) fn machine(&self, name: &Placed<String>, root: &Fields<'_>) {
+        let socket = self.runtime.join(OPERATOR_SOCKET);
+        check_length(&socket, "operator socket of this machine", &name.span, root);
+    }
+
     /// Notes what a device has in common with an earlier one, and sockets that cannot be.
     pub(super) fn device(&mut self, device: &DeviceEntry, root: &Fields<'_>) {
         let Placed { value: name, span } = &device.name;

@@ -1,49 +1,58 @@
 //! What an earlier coordinator has left behind, and whether it is taken over.
 
-use super::directory::MachineDirectory;
+use super::directory::{CONTROL, added_device};
 use super::{Attach, RunError};
-use crate::machine_file::{DeviceEntry, MachineFile, Places, Problems};
+use crate::machine_file::{Beginning, DeviceEntry, MachineFile, Places, Problems};
 use standstill::coordinator::control_directory::{LeftBehind, left_behind};
 use std::path::Path;
 
 /// How a machine begins.
 pub(super) enum Plan {
-    /// All of its devices are started.
+    /// All devices of its file are started.
     Start,
-    /// They are there.
-    TakeOver(Box<LeftBehind>),
+    /// These are there.
+    TakeOver(Vec<DeviceEntry>),
 }
 
-/// Looks at what is left, and decides.
+impl Plan {
+    pub(super) fn beginning(&self) -> Beginning {
+        match self {
+            Self::Start => Beginning::Start,
+            Self::TakeOver(_) => Beginning::TakeOver,
+        }
+    }
+}
+
+/// Looks at what is left, and decides. Changes nothing.
 pub(super) fn plan(
-    machine: &str,
-    control: &Path,
+    file: &MachineFile,
+    runtime: &Path,
     attach: Option<Attach>,
 ) -> Result<Plan, RunError> {
     // What cannot be used stands only in the way of a take-over; a start says why by itself.
-    let left = match (left_behind(control), attach) {
+    let left = match (left_behind(&file.folder.join(CONTROL)), attach) {
         (Ok(left), _) => left,
         (Err(_), None) => None,
         (Err(error), Some(_)) => return Err(error.into()),
     };
-    let machine = machine.to_owned();
-    match (left, attach) {
-        (Some(left), Some(Attach::Always)) => Ok(Plan::TakeOver(Box::new(left))),
-        (Some(left), attach) if !left.alive.is_empty() => match attach {
-            Some(_) => Ok(Plan::TakeOver(Box::new(left))),
-            None => Err(RunError::LeftBehind { machine, alive: left.alive }),
-        },
-        (None, Some(Attach::Always)) => Err(RunError::NothingLeft { machine }),
-        _ => Ok(Plan::Start),
-    }
+    let machine = file.name.clone();
+    let left = match (left, attach) {
+        (Some(left), Some(Attach::Always)) => left,
+        (Some(left), Some(Attach::IfLeft)) if !left.alive.is_empty() => left,
+        (Some(left), None) if !left.alive.is_empty() => {
+            return Err(RunError::LeftBehind { machine, alive: left.alive });
+        }
+        (None, Some(Attach::Always)) => return Err(RunError::NothingLeft { machine }),
+        _ => return Ok(Plan::Start),
+    };
+    devices(&left, file, runtime).map(Plan::TakeOver)
 }
 
 /// The devices to take over: those that are recorded. Devices of the file that are not there were
 /// removed, or are new; they can be added later.
-pub(super) fn devices(
+fn devices(
     left: &LeftBehind,
     file: &MachineFile,
-    directory: &MachineDirectory,
     runtime: &Path,
 ) -> Result<Vec<DeviceEntry>, RunError> {
     let recorded = |name: &str| left.record.devices.iter().any(|device| device.name == name);
@@ -61,21 +70,16 @@ pub(super) fn devices(
     for device in &left.record.devices {
         let known = devices.iter().any(|known| known.name.value == device.name);
         if !known {
-            devices.push(added(&device.name, file, directory, runtime)?);
+            devices.push(added(&device.name, file, runtime)?);
         }
     }
     Ok(devices)
 }
 
 /// A device that was added while the machine ran.
-fn added(
-    name: &str,
-    file: &MachineFile,
-    directory: &MachineDirectory,
-    runtime: &Path,
-) -> Result<DeviceEntry, RunError> {
+fn added(name: &str, file: &MachineFile, runtime: &Path) -> Result<DeviceEntry, RunError> {
     let undescribed = || RunError::Undescribed { device: name.to_owned() };
-    let added = directory.added(name).ok_or_else(undescribed)?;
+    let added = added_device(&file.folder, name).ok_or_else(undescribed)?;
     let mut problems = Problems::new(format!("added device {name:?}"), added.toml.clone());
     let places = Places { file: added.directory, runtime: runtime.to_owned() };
     let device = file.read_device(&added.toml, &places, &mut problems);

@@ -177,16 +177,8 @@ impl MachineDirectory {
         let _ = std::fs::remove_dir_all(self.path.join(ADDED));
     }
 
-    /// What was written down of a device.
-    pub(crate) fn added(&self, device: &str) -> Option<AddedDevice> {
-        let mut text = Vec::new();
-        let file = File::open(self.added_file(device)).ok()?;
-        file.take(MAX_ADDED).read_to_end(&mut text).ok()?;
-        serde_json::from_slice(&text).ok()
-    }
-
     fn added_file(&self, device: &str) -> PathBuf {
-        self.path.join(ADDED).join(format!("{device}.json"))
+        added_file(&self.path, device)
     }
 
     /// Whether this process still has the lock, or another one has taken it away.
@@ -208,6 +200,18 @@ impl MachineDirectory {
             tracing::debug!(machine = self.machine, %error, "the machine's folder is left");
         }
     }
+}
+
+/// What was written down of a device that was added, in that machine's folder.
+pub(crate) fn added_device(folder: &Path, device: &str) -> Option<AddedDevice> {
+    let mut text = Vec::new();
+    let file = File::open(added_file(folder, device)).ok()?;
+    file.take(MAX_ADDED).read_to_end(&mut text).ok()?;
+    serde_json::from_slice(&text).ok()
+}
+
+fn added_file(folder: &Path, device: &str) -> PathBuf {
+    folder.join(ADDED).join(format!("{device}.json"))
 }
 
 /// Whether it is this user's, and nobody else may write to it.
@@ -319,9 +323,9 @@ mod tests {
             directory: "/".into(),
         };
         machine.remember(&device).unwrap();
-        assert_eq!(machine.added("nic0"), Some(device));
-        assert_eq!(machine.added("nic1"), None);
+        assert_eq!(added_device(machine.path(), "nic0"), Some(device));
+        assert_eq!(added_device(machine.path(), "nic1"), None);
         machine.forget("nic0");
-        assert_eq!(machine.added("nic0"), None);
+        assert_eq!(added_device(machine.path(), "nic0"), None);
     }
 }

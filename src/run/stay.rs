@@ -68,18 +68,31 @@ pub(super) async fn stay(
     let system = |what| move |source| RunError::System { what, source };
     let mut signals = Signals::listen().map_err(system("listen to signals"))?;
     checked_text(&loaded)?;
-    let take = attach == Some(Attach::Always);
-    let directory = MachineDirectory::claim(&loaded.runtime, &loaded.file.name, take)?;
-    let directory = Arc::new(directory);
-    let plan = attach::plan(&loaded.file.name, &directory.control(), attach)?;
-    let beginning =
-        if matches!(plan, Plan::Start) { Beginning::Start } else { Beginning::TakeOver };
-    let possible = checked(&mut loaded, beginning)
-        .and_then(|()| args.observers.prepare(&loaded.file.name, log));
-    let started = match possible {
-        Ok(observers) => start(&loaded, plan, &directory, &mut signals, observers).await,
-        Err(error) => Err(error),
+    let name = loaded.file.name.clone();
+    let (plan, directory, observers) = if attach == Some(Attach::Always) {
+        // Nothing is taken from whoever has the machine before it is clear that it can be had.
+        let plan = attach::plan(&loaded.file, &loaded.runtime, attach)?;
+        checked(&mut loaded, Beginning::TakeOver)?;
+        let observers = args.observers.prepare(&name, log)?;
+        (plan, MachineDirectory::claim(&loaded.runtime, &name, true)?, observers)
+    } else {
+        let directory = MachineDirectory::claim(&loaded.runtime, &name, false)?;
+        let plan = attach::plan(&loaded.file, &loaded.runtime, attach)?;
+        let possible = checked(&mut loaded, plan.beginning())
+            .and_then(|()| args.observers.prepare(&name, log));
+        match possible {
+            Ok(observers) => (plan, directory, observers),
+            Err(error) => {
+                if plan.beginning() == Beginning::Start {
+                    directory.remove();
+                }
+                return Err(error);
+            }
+        }
     };
+    let directory = Arc::new(directory);
+    let beginning = plan.beginning();
+    let started = start(&loaded, plan, &directory, &mut signals, observers).await;
     let (machine, history, observers) = match started {
         Ok(started) => started,
         Err(error) => {
@@ -102,8 +115,11 @@ pub(super) async fn stay(
     let server = match Server::start(directory.operator_socket(), Arc::clone(&operator)) {
         Ok(server) => server,
         Err(error) => {
-            let _ = machine.shutdown().await;
-            directory.remove();
+            // What was taken over stays as it is.
+            if beginning == Beginning::Start {
+                let _ = machine.shutdown().await;
+                directory.remove();
+            }
             return Err(RunError::System { what: "make the operator socket", source: error });
         }
     };
@@ -141,7 +157,8 @@ async fn start(
     signals: &mut Signals,
     observers: Prepared,
 ) -> Result<(Machine, History, Observers), RunError> {
-    let Loaded { file, runtime, .. } = loaded;
+    let Loaded { file, .. } = loaded;
+    let beginning = plan.beginning();
     let system = |source| RunError::System { what: "find this program", source };
     let history = History::new();
     let builder = |devices: &[DeviceEntry]| file.builder(devices, &directory.control());
@@ -173,8 +190,7 @@ async fn start(
                 }
             }
         }
-        Plan::TakeOver(left) => {
-            let devices = attach::devices(&left, file, directory, runtime)?;
+        Plan::TakeOver(devices) => {
             let builder = builder(&devices).map_err(system)?;
             tokio::spawn(history.clone().follow(builder.events()));
             let readers = Readers::of(&builder);
@@ -199,9 +215,14 @@ async fn start(
             Ok(file) => machine.declare_ram(&file).await,
             Err(source) => Err(MachineError::Fd { source }),
         };
-        if let Err(source) = declared {
-            let _ = machine.shutdown().await;
-            return Err(RunError::Machine { what: what(), source });
+        match (declared, beginning) {
+            (Ok(()), _) => {}
+            // The devices still have what was declared to them.
+            (Err(error), Beginning::TakeOver) => tracing::error!(%error, "{}", what()),
+            (Err(source), Beginning::Start) => {
+                let _ = machine.shutdown().await;
+                return Err(RunError::Machine { what: what(), source });
+            }
         }
     }
     Ok((machine, history, observers))

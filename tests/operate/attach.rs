@@ -145,3 +145,34 @@ fn a_device_that_died_meanwhile_is_seen_to_be_gone() {
     place.expect(0, &["restart", "engine0"]);
     assert_eq!(place.json(&["status"])["devices"][0]["standing"], "ready");
 }
+
+#[test]
+fn nothing_is_taken_from_a_run_for_a_machine_that_cannot_be_had() {
+    let place = Place::new();
+    let running = place.run(&two_engines("orphan = \"exit\""));
+    let file = place.path("vm0.toml");
+    let said = place.expect(6, &["run", "--attach", file.to_str().unwrap()]);
+    assert!(said.contains("nothing of machine \"vm0\" to take over"), "{said}");
+    // It is still the one that has the machine.
+    let said = place.expect(1, &["run", file.to_str().unwrap()]);
+    assert!(said.contains("is run by another process"), "{said}");
+    place.expect(0, &["shutdown"]);
+    assert!(running.ends().status.success());
+    assert_eq!(std::fs::read_dir(place.runtime()).unwrap().count(), 0);
+}
+
+#[test]
+fn guest_ram_that_has_gone_does_not_end_what_was_taken_over() {
+    let place = Place::new();
+    let ram = place.write("ram", "guest memory");
+    let running = place.run(&two_engines(&format!("ram = [{{ path = {ram:?} }}]")));
+    let pid = place.pid_of("engine0");
+    running.kill();
+    std::fs::remove_file(&ram).unwrap();
+    let file = place.path("vm0.toml");
+    let said = place.expect(2, &["run", "--attach", file.to_str().unwrap()]);
+    assert!(said.contains("cannot be declared as guest RAM"), "{said}");
+    place.write("ram", "guest memory");
+    let (_running, _) = attach(&place);
+    assert_eq!(place.pid_of("engine0"), pid);
+}

@@ -26,6 +26,9 @@ fn the_example_passes() {
     assert!(said.contains("machine \"vm0\", 2 devices"), "{said}");
     let mut running = place.begin(&[example]);
     running.is_up();
+    // Its sockets are in use by now, and nothing is wrong with that.
+    let said = place.expect(0, &["check", example]);
+    assert!(said.contains("machine \"vm0\", which runs"), "{said}");
     place.expect(0, &["pause"]);
 }
 
