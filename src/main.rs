@@ -152,6 +152,12 @@ mod tests {
             &["standstill", "demo", "--slow-prepare", "engine1"],
             &["standstill", "demo", "--slow-stop", "engine1=soon"],
             &["standstill", "device", "toaster", "--socket", "/run/e"],
+            &["standstill", "run"],
+            &["standstill", "run", "--attach=maybe", "vm0.toml"],
+            &["standstill", "status", "--machine", "vm0", "--socket", "/run/s"],
+            &["standstill", "add"],
+            &["standstill", "add", "nic0.toml", "--name", "nic0"],
+            &["standstill", "add", "--name", "nic0", "--set", "presence"],
         ] {
             assert!(Cli::try_parse_from(args).is_err(), "{args:?}");
         }

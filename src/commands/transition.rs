@@ -6,8 +6,14 @@ use super::{CommandError, exit_of_report, finish};
 use crate::exit::Exit;
 use crate::operator::message::{ReportReply, Request, ShutdownReply};
 use clap::Args;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde_json::Value;
+use std::os::fd::OwnedFd;
 use std::process::ExitCode;
+use std::time::Duration;
+
+/// How long `standstill run` may take to end when its machine has.
+const LAST_STEPS: Duration = Duration::from_secs(5);
 
 /// What follows a command that needs nothing but the machine.
 #[derive(Args, Clone, Debug)]
@@ -64,7 +70,14 @@ pub(crate) fn shutdown(args: &ShutdownArgs) -> ExitCode {
 
 fn shut_down(args: &ShutdownArgs) -> Result<Exit, CommandError> {
     let request = Request::Shutdown { keep_devices: args.keep_devices };
-    let reply: ShutdownReply = args.target.connect()?.ask(request)?;
+    let mut client = args.target.connect()?;
+    let process = client.process();
+    let reply: ShutdownReply = client.ask(request)?;
+    // Who runs the machine again at once must not meet the process that ran it.
+    if let Some(process) = process {
+        drop(client);
+        wait_for_end(&process);
+    }
     if args.target.json {
         json(&reply);
     } else if reply.kept {
@@ -76,4 +89,11 @@ fn shut_down(args: &ShutdownArgs) -> Result<Exit, CommandError> {
         }
     }
     Ok(Exit::Done)
+}
+
+/// Waits until a process has ended, but not for long.
+fn wait_for_end(process: &OwnedFd) {
+    let mut fds = [PollFd::new(process, PollFlags::IN)];
+    // Whoever does not end has answered all the same.
+    let _ = poll(&mut fds, Timespec::try_from(LAST_STEPS).ok().as_ref());
 }

@@ -8,6 +8,7 @@ use super::{HookEntry, MachineFile};
 use rustix::fs::{Access, AtFlags, CWD};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
+use standstill::coordinator::record::MAX_SOCKET_PATH;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
@@ -102,7 +103,7 @@ fn executable(path: &Path) -> Result<(), String> {
 
 fn check_socket(socket: &Placed<PathBuf>, own: &Path, problems: &mut Problems) {
     let Placed { value: path, span } = socket;
-    if path.as_os_str().len() > super::names::MAX_SOCKET_PATH {
+    if path.as_os_str().len() > MAX_SOCKET_PATH {
         return;
     }
     let problem =

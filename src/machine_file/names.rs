@@ -5,14 +5,11 @@ use super::diagnostic::Problem;
 use super::fields::{Fields, Placed};
 use super::{HookEntry, Orphan};
 use crate::run::directory::{CONTROL, OPERATOR_SOCKET};
+use standstill::coordinator::record::MAX_SOCKET_PATH;
+use standstill::protocol::message::MAX_NAME;
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-
-/// The longest path of a Unix socket, in bytes.
-pub(crate) const MAX_SOCKET_PATH: usize = 107;
-/// The longest name of a machine or device, in bytes.
-pub(crate) const MAX_NAME: usize = 64;
 
 /// Notes a name that cannot be the name of a file.
 pub(crate) fn check_file_name(what: &str, name: &Placed<String>, fields: &Fields<'_>) {

@@ -260,6 +260,20 @@ fn every_key_is_documented() {
 }
 
 #[test]
+fn the_machines_of_the_pages_are_machines() {
+    for page in
+        [include_str!("../../docs/machine-file.md"), include_str!("../../docs/operating.md")]
+    {
+        let blocks = page.split("```toml\n").skip(1);
+        let blocks: Vec<_> = blocks.filter_map(|rest| rest.split("```").next()).collect();
+        assert!(!blocks.is_empty());
+        for block in blocks {
+            assert!(!read(block).devices.is_empty(), "{block}");
+        }
+    }
+}
+
+#[test]
 fn the_example_is_a_machine() {
     let file = read(include_str!("../../examples/machine.toml"));
     assert_eq!(file.devices.len(), 2);

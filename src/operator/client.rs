@@ -4,8 +4,10 @@
 //! is told from one that is at work.
 
 use super::message::{Body, EventLine, Greeting, Line, PROTOCOL, Problem, Request, RequestLine};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use serde::de::DeserializeOwned;
 use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -161,6 +163,12 @@ impl Client {
                 return Ok(());
             }
         }
+    }
+
+    /// The process at the other end; `None` if it cannot be seen from here.
+    pub(crate) fn process(&self) -> Option<OwnedFd> {
+        let pid = Pid::from_raw(i32::try_from(self.greeting.pid).ok()?)?;
+        pidfd_open(pid, PidfdFlags::empty()).ok()
     }
 
     fn send(&mut self, request: Request) -> Result<u64, ClientError> {

@@ -16,6 +16,7 @@ use rustix::process::geteuid;
 use serde::Serialize;
 use standstill::coordinator::status::JsonStatus;
 use standstill::coordinator::{Machine, MachineError};
+use standstill::protocol::transition::MachineState;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -35,6 +36,11 @@ const LAST_WORDS: Duration = Duration::from_secs(1);
 const REFUSAL: Duration = Duration::from_millis(100);
 /// What goes wrong for a moment, such as no free file descriptor, is tried again after this.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// What to do about a machine that is held.
+pub(crate) const ADVICE_HELD: &str = "`standstill report` says what is not proven. If the VM does not \
+                                      run elsewhere and nothing of a lost device can still write: \
+                                      `standstill accept-hold`, then `standstill resume`";
 
 /// What an operator can do with one machine.
 pub(crate) struct Operator {
@@ -325,6 +331,9 @@ impl Operator {
                 Code::Refused,
                 Some("wait for its end (`standstill status`), or give it up: `standstill cancel`"),
             ),
+            MachineError::State { machine: MachineState::Held, .. } => {
+                (Code::Refused, Some(ADVICE_HELD))
+            }
             MachineError::State { .. } | MachineError::Device { .. } => (Code::Refused, None),
             MachineError::Plan { .. } => (Code::Refused, None),
             MachineError::Missing { .. } => (

@@ -10,8 +10,9 @@ use crate::machine_file::{Beginning, DeviceEntry};
 use crate::operator::history::History;
 use crate::operator::message::Code;
 use crate::operator::message::{DeviceEnd, ShutdownReply};
-use crate::operator::server::{Ending, Operator, Server, problem};
+use crate::operator::server::{ADVICE_HELD, Ending, Operator, Server, problem};
 use standstill::coordinator::{Machine, MachineError, MachineEvent, TakenOver};
+use standstill::protocol::transition::MachineState;
 use std::io::{self, Write};
 use std::sync::Arc;
 use std::time::Duration;
@@ -231,10 +232,14 @@ async fn start(
 /// Tells that the machine is up.
 async fn announce(operator: &Operator) {
     let Operator { machine, file, directory, .. } = operator;
-    let state = machine.status().await.map(|status| status.machine.to_string());
-    let state = state.unwrap_or_else(|error| error.to_string());
+    let state = machine.status().await.map(|status| status.machine);
+    let held = matches!(state, Ok(MachineState::Held));
+    let state = state.map_or_else(|error| error.to_string(), |state| state.to_string());
     let socket = directory.operator_socket();
     say(&format!("machine {:?} is {state}; operators: {}", file.name, socket.display()));
+    if held {
+        say(ADVICE_HELD);
+    }
     notify::ready(&state);
 }
 

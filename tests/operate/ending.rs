@@ -68,3 +68,13 @@ fn devices_that_end_with_their_coordinator_are_not_kept() {
     assert!(said.contains("orphan = \"exit\""), "{said}");
     assert_eq!(place.json(&["status"])["machine"], "running");
 }
+
+#[test]
+fn a_machine_can_be_run_again_when_its_shutdown_has_returned() {
+    let place = Place::new();
+    for _ in 0..3 {
+        let _running = place.run(&two_engines(""));
+        place.expect(0, &["shutdown"]);
+        assert_eq!(std::fs::read_dir(place.runtime()).unwrap().count(), 0);
+    }
+}
