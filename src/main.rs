@@ -15,6 +15,7 @@ mod nearest;
 mod operator;
 mod run;
 mod size;
+mod top;
 mod trace;
 
 use clap::{Parser, Subcommand};
@@ -65,6 +66,8 @@ enum Command {
     Remove(membership::DeviceNameArgs),
     /// Start a lost device of a machine again
     Restart(membership::DeviceNameArgs),
+    /// Watch a machine in a terminal
+    Top(top::TopArgs),
     /// Show what has happened to a machine
     Events(events::EventsArgs),
     /// Show the reports of the last pauses and resumes
@@ -96,6 +99,7 @@ fn main() -> ExitCode {
         Command::Add(args) => membership::add(&args),
         Command::Remove(args) => membership::remove(&args),
         Command::Restart(args) => membership::restart(&args),
+        Command::Top(args) => top::run(&args),
         Command::Events(args) => events::run(&args),
         Command::Report(args) => report::run(&args),
         Command::AcceptHold(args) => {
