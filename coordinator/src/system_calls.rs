@@ -85,6 +85,8 @@ const CREATION: &[Phase] = &[Start, TakeOver];
 const LIFE: &[Phase] = &[Running, Transition, Loss, Membership, Shutdown];
 /// While files of a kept machine are written.
 const KEPT: &[Phase] = &[Start, Loss, Membership, Shutdown, TakeOver];
+/// While devices are told of RAM.
+const TRACKED: &[Phase] = &[Running, Loss, Membership];
 const TAKEN: &[Phase] = &[TakeOver];
 
 macro_rules! calls {
@@ -125,6 +127,7 @@ pub const SYSTEM_CALLS: &[SystemCall] = calls! {
     Caller LIFE surely {
         SYS_eventfd2 "the fd of events and of launched phases",
         SYS_fcntl "a copy of the RAM's fd",
+        SYS_fstat "dirty tracking: the size of RAM",
     }
     Caller CREATION surely {
         SYS_clone3 "the machine's thread",
@@ -192,6 +195,10 @@ pub const SYSTEM_CALLS: &[SystemCall] = calls! {
     }
     Machine BIRTH surely {
         SYS_socketpair "control channels",
+    }
+    Machine TRACKED surely {
+        SYS_ftruncate "dirty tracking: bitmaps",
+        SYS_memfd_create "dirty tracking: bitmaps",
     }
     Machine DEATH surely {
         SYS_flock "locks of backing files; of the directory of a kept machine",

@@ -15,6 +15,7 @@
 use rustix::fs::{FlockOperation, flock};
 use rustix::process::{Pid, Signal, kill_process};
 use standstill_coordinator::blocking::{Events, Machine, TakenOver};
+use standstill_coordinator::dirty::{DirtyOptions, Untracked};
 use standstill_coordinator::{
     DeviceSpec, Hook, HookSpec, LocalDevice, LocalError, LossPolicy, MachineBuilder, MachineEvent,
     RestartPolicy, Slot,
@@ -147,8 +148,13 @@ fn blocking(folder: &Path, sealed: bool) {
         .local_device("local", Local);
     let machine = during(START, || on_thread(sealed, || whole.start_blocking()).unwrap());
     let ram = tempfile::tempfile().unwrap();
+    ram.set_len(1 << 20).unwrap();
     let mut events = during(RUNNING, || {
         machine.declare_ram(&ram).unwrap();
+        let untracked = DirtyOptions::new(4096).untracked(Untracked::AllDirty);
+        let mut tracking = machine.start_dirty_tracking(untracked).unwrap();
+        tracking.collect().unwrap();
+        drop(tracking);
         let mut events = machine.events();
         // Signs of life come meanwhile.
         let silence = events.recv_timeout(Duration::from_millis(100));
