@@ -56,7 +56,6 @@ use standstill_protocol::message::{
     CoordinatorMessage, DeviceEvent, DeviceMessage, Epoch, OrphanPolicy, Refusal, RefusalKind,
 };
 use standstill_protocol::migration::{Activity, MigrationFlags, MigrationState};
-use std::collections::VecDeque;
 use std::sync::mpsc::SyncSender;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
@@ -186,6 +185,8 @@ pub(crate) struct State<D> {
     tracked: Vec<Tracked>,
     /// What gate, accesses and interrupts are set to.
     in_force: Activity,
+    /// Room for what the lifecycle says, which nearly always is little; empty between two events.
+    effects: Vec<Effect>,
     /// The latest command, until it begins.
     arrival: Option<Arrival>,
     /// The command that is being carried out.
@@ -224,6 +225,7 @@ impl<D: Device> Actor for DeviceActor<D> {
             memory_waits: 0,
             tracked: Vec::new(),
             in_force: Activity::Full,
+            effects: Vec::new(),
             arrival: None,
             job: None,
             overtaken: Arc::default(),
@@ -321,7 +323,8 @@ impl<D: Device> State<D> {
         match message {
             CoordinatorMessage::Command(command) => {
                 let arrival = Arrival { command, at: Instant::now(), fd: fds.into_iter().next() };
-                let effects = self.lifecycle.step(Event::Command(command));
+                let mut effects = std::mem::take(&mut self.effects);
+                self.lifecycle.step_into(Event::Command(command), &mut effects);
                 if !matches!(effects.as_slice(), [Effect::Dropped(_)]) {
                     self.arrival = Some(arrival);
                 }
@@ -352,23 +355,29 @@ impl<D: Device> State<D> {
 
     /// Tells the lifecycle, and carries out what it says, and so on.
     fn feed(&mut self, event: Event) {
-        let effects = self.lifecycle.step(event);
+        let mut effects = std::mem::take(&mut self.effects);
+        self.lifecycle.step_into(event, &mut effects);
         self.carry_out(effects);
     }
 
-    fn carry_out(&mut self, effects: Vec<Effect>) {
+    fn carry_out(&mut self, mut effects: Vec<Effect>) {
         // All that the lifecycle is told passes here.
         log::knows(self.lifecycle.term(), self.lifecycle.epoch());
-        let mut effects = VecDeque::from(effects);
-        while let Some(effect) = effects.pop_front() {
+        let mut next = 0;
+        while let Some(effect) = effects.get_mut(next) {
+            next += 1;
+            // Whatever stays in its place is not looked at again.
+            let effect = std::mem::replace(effect, Effect::Hurry);
             // What was done at once has an event of its own, after all that was asked for before.
             if let Some(event) = self.carry(effect) {
-                effects.extend(self.lifecycle.step(event));
+                self.lifecycle.step_into(event, &mut effects);
             }
             if self.ended.is_none() {
                 return;
             }
         }
+        effects.clear();
+        self.effects = effects;
         debug_assert!(
             self.lifecycle.is_busy()
                 || (self.in_force == self.lifecycle.activity() && self.parts.is_at(self.in_force)),

@@ -40,6 +40,7 @@
 #![forbid(unsafe_code)]
 
 use std::fmt;
+use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -101,8 +102,9 @@ pub struct InFlight {
     word: AtomicU64,
     /// Wakes [`drained`](Self::drained) and [`passed`](Self::passed).
     left: Notify,
-    /// Guards nothing but the order of looking at `word` and sleeping on the two below.
-    sleep: Mutex<()>,
+    /// How many threads sleep on the two below; guards the order of looking at `word` and
+    /// sleeping, too.
+    sleepers: Mutex<usize>,
     /// Wakes [`drained_within`](Self::drained_within).
     empty: Condvar,
     /// Wakes [`enter`](Self::enter).
@@ -135,9 +137,11 @@ impl InFlight {
 
     /// Blocks the calling OS thread while it is closed. It may be closed again when this returns.
     pub fn wait_open(&self) {
-        let mut guard = self.lock();
+        let mut sleepers = self.lock();
         while self.is_closed() {
-            guard = self.opened.wait(guard).unwrap_or_else(PoisonError::into_inner);
+            *sleepers += 1;
+            sleepers = self.opened.wait(sleepers).unwrap_or_else(PoisonError::into_inner);
+            *sleepers -= 1;
         }
     }
 
@@ -153,12 +157,11 @@ impl InFlight {
     pub fn open(&self) -> bool {
         let was_closed = self.word.fetch_and(!CLOSED, Ordering::AcqRel) & CLOSED != 0;
         if was_closed {
-            // A waiter holds the mutex from its look at the word until it sleeps; so after this
-            // it either sleeps and is woken or has seen the change.
-            drop(self.lock());
-            self.opened.notify_all();
-            // Who waits for it to drain has nothing to wait for any more.
-            self.empty.notify_all();
+            if self.anybody_sleeps() {
+                self.opened.notify_all();
+                // Who waits for it to drain has nothing to wait for any more.
+                self.empty.notify_all();
+            }
             self.left.notify_waiters();
         }
         was_closed
@@ -237,15 +240,18 @@ impl InFlight {
     #[must_use]
     pub fn drained_within(&self, timeout: Duration) -> bool {
         let begin = Instant::now();
-        let mut guard = self.lock();
+        let mut sleepers = self.lock();
         while !self.is_settled() {
             let Some(rest) = timeout.checked_sub(begin.elapsed()).filter(|rest| !rest.is_zero())
             else {
                 break;
             };
-            guard = self.empty.wait_timeout(guard, rest).unwrap_or_else(PoisonError::into_inner).0;
+            *sleepers += 1;
+            let slept = self.empty.wait_timeout(sleepers, rest);
+            sleepers = slept.unwrap_or_else(PoisonError::into_inner).0;
+            *sleepers -= 1;
         }
-        drop(guard);
+        drop(sleepers);
         self.in_flight() == 0
     }
 
@@ -273,9 +279,19 @@ impl InFlight {
 
     #[cold]
     fn wake(&self) {
-        drop(self.lock());
-        self.empty.notify_all();
+        if self.anybody_sleeps() {
+            self.empty.notify_all();
+        }
         self.left.notify_waiters();
+    }
+
+    /// Whether some thread is to be woken, after a change of the word: that is a system call, and
+    /// usually there is none.
+    ///
+    /// A waiter holds the mutex from its look at the word until it sleeps; so after this it either
+    /// sleeps and was counted or has seen the change.
+    fn anybody_sleeps(&self) -> bool {
+        *self.lock() > 0
     }
 
     /// Whether a closer need not wait: nothing in flight, or not closed.
@@ -284,8 +300,8 @@ impl InFlight {
         word & CLOSED == 0 || word & COUNTS == 0
     }
 
-    fn lock(&self) -> MutexGuard<'_, ()> {
-        self.sleep.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, usize> {
+        self.sleepers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -383,7 +399,22 @@ impl Gate {
             peer: self.peer_in(scope).filter(|peer| peer.close()),
             ram: self.ram_in(scope).filter(|ram| ram.close()),
         };
-        let drained = async {
+        // Usually nothing is in flight, and there is nothing to wait for.
+        if self.in_flight(scope) > 0 && !self.drained_in(scope, budget).await {
+            let in_flight = self.in_flight(scope);
+            return Err(DrainTimeout { scope, in_flight, budget });
+        }
+        reopen.disarm();
+        Ok(())
+    }
+
+    /// Waits until nothing of a scope that is closed is in flight; false if that took too long.
+    fn drained_in(
+        &self,
+        scope: Scope,
+        budget: Duration,
+    ) -> Pin<Box<dyn Future<Output = bool> + Send + '_>> {
+        let drained = async move {
             if let Some(peer) = self.peer_in(scope) {
                 peer.drained().await;
             }
@@ -391,12 +422,7 @@ impl Gate {
                 ram.drained().await;
             }
         };
-        if tokio::time::timeout(budget, drained).await.is_err() {
-            let in_flight = self.in_flight(scope);
-            return Err(DrainTimeout { scope, in_flight, budget });
-        }
-        reopen.disarm();
-        Ok(())
+        Box::pin(async move { tokio::time::timeout(budget, drained).await.is_ok() })
     }
 
     /// Waits until every access that is in flight now has ended; others may begin meanwhile. See

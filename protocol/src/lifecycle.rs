@@ -302,31 +302,36 @@ impl Lifecycle {
     /// Takes an event and says what is to be done.
     pub fn step(&mut self, event: Event) -> Vec<Effect> {
         let mut out = Vec::with_capacity(4);
+        self.step_into(event, &mut out);
+        out
+    }
+
+    /// As [`step`](Self::step), with the effects added to `out`.
+    pub fn step_into(&mut self, event: Event, out: &mut Vec<Effect>) {
         match event {
-            Event::Welcome { term, epoch, orphan } => self.welcome(term, epoch, orphan, &mut out),
-            Event::Command(command) => self.command(command, &mut out),
-            Event::Abort(abort) => self.abort(abort, &mut out),
-            Event::Query(query) => self.query(query, &mut out),
-            Event::Client(request) => self.client(request, &mut out),
-            Event::ArcDone => self.arc_ended(Ok(()), &mut out),
+            Event::Welcome { term, epoch, orphan } => self.welcome(term, epoch, orphan, out),
+            Event::Command(command) => self.command(command, out),
+            Event::Abort(abort) => self.abort(abort, out),
+            Event::Query(query) => self.query(query, out),
+            Event::Client(request) => self.client(request, out),
+            Event::ArcDone => self.arc_ended(Ok(()), out),
             Event::ArcFailed { refusal, restored } => {
-                self.arc_ended(Err((refusal, restored)), &mut out);
+                self.arc_ended(Err((refusal, restored)), out);
             }
-            Event::StreamDone => self.stream_ended(Ok(()), &mut out),
-            Event::StreamFailed(refusal) => self.stream_ended(Err(refusal), &mut out),
-            Event::ResetDone => self.reset_ended(Ok(()), &mut out),
-            Event::ResetFailed(refusal) => self.reset_ended(Err(refusal), &mut out),
-            Event::LeaseExpired(epoch) => self.lease_expired(epoch, &mut out),
+            Event::StreamDone => self.stream_ended(Ok(()), out),
+            Event::StreamFailed(refusal) => self.stream_ended(Err(refusal), out),
+            Event::ResetDone => self.reset_ended(Ok(()), out),
+            Event::ResetFailed(refusal) => self.reset_ended(Err(refusal), out),
+            Event::LeaseExpired(epoch) => self.lease_expired(epoch, out),
             Event::Disconnected => match self.orphan {
                 OrphanPolicy::Exit => out.push(Effect::Exit(ExitReason::Orphaned)),
-                OrphanPolicy::Keep => self.overtake_command(&mut out),
+                OrphanPolicy::Keep => self.overtake_command(out),
             },
             Event::Shutdown(term) if term == self.term => {
                 out.push(Effect::Exit(ExitReason::Shutdown));
             }
             Event::Shutdown(_) => out.push(Effect::Dropped(Stale::Term)),
         }
-        out
     }
 
     fn welcome(&mut self, term: Term, epoch: Epoch, orphan: OrphanPolicy, out: &mut Vec<Effect>) {

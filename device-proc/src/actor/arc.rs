@@ -62,7 +62,7 @@ pub(super) async fn change_activity<D: Device>(
     to: Activity,
     budget: Budget,
 ) -> ArcOutcome {
-    let mut way = Way { parts: &parts, spent: Spent::default() };
+    let mut way = Way::begin(&parts);
     let mut at = from;
     while at != to {
         let next = one_level(at, to);
@@ -130,6 +130,20 @@ impl Hook {
 struct Way<'a, D> {
     parts: &'a Parts<D>,
     spent: Spent,
+    /// When the last of its parts ended and the present one began: the clock is read once for both.
+    since: Instant,
+}
+
+impl<'a, D> Way<'a, D> {
+    fn begin(parts: &'a Parts<D>) -> Self {
+        Self { parts, spent: Spent::default(), since: Instant::now() }
+    }
+
+    /// The time since the last call of this, or since the beginning.
+    fn lap(&mut self) -> Duration {
+        let now = Instant::now();
+        now - std::mem::replace(&mut self.since, now)
+    }
 }
 
 impl<D: Device> Way<'_, D> {
@@ -164,9 +178,9 @@ impl<D: Device> Way<'_, D> {
             Err(failure) => failure,
             Ok(()) => match self.close_gate(Scope::All, budget).await {
                 Ok(()) => {
-                    let begin = Instant::now();
                     self.parts.interrupts.freeze().await;
-                    self.spent.drain += begin.elapsed();
+                    let lap = self.lap();
+                    self.spent.drain += lap;
                     return Ok(());
                 }
                 Err(refusal) => ArcFailure { refusal, restored: self.undo(Hook::Stop).await },
@@ -202,7 +216,7 @@ impl<D: Device> Way<'_, D> {
 
     /// Calls a hook. If it is cut off, its opposite is called.
     async fn hook(&mut self, hook: Hook, budget: &Budget) -> Result<(), ArcFailure> {
-        let whole = budget.left();
+        let whole = budget.left_at(self.since);
         match self.call(hook, budget).await {
             Ok(Ok(())) => Ok(()),
             Ok(Err(error)) => {
@@ -245,23 +259,24 @@ impl<D: Device> Way<'_, D> {
         hook: Hook,
         budget: &Budget,
     ) -> Result<Result<(), DeviceError>, GivenUp> {
-        let begin = Instant::now();
-        let (device, left) = (&self.parts.device, budget.left());
+        let (device, left) = (&self.parts.device, budget.left_at(self.since));
         let ended = match hook {
             Hook::PrepareStop => budget.bound(device.prepare_stop(left)).await,
             Hook::Stop => budget.bound(device.stop(left)).await,
             Hook::PrepareStart => budget.bound(device.prepare_start(left)).await,
             Hook::Start => budget.bound(device.start(left)).await,
         };
-        self.spent.hook += begin.elapsed();
+        let lap = self.lap();
+        self.spent.hook += lap;
         ended
     }
 
     async fn close_gate(&mut self, scope: Scope, budget: &Budget) -> Result<(), Refusal> {
-        let begin = Instant::now();
+        let left = budget.left_at(self.since);
         // Dropped half-way, the gate opens again what it had closed.
-        let closed = budget.unless_overtaken(self.parts.gate.close(scope, budget.left())).await;
-        self.spent.drain += begin.elapsed();
+        let closed = budget.unless_overtaken(self.parts.gate.close(scope, left)).await;
+        let lap = self.lap();
+        self.spent.drain += lap;
         match closed {
             Ok(Ok(())) => Ok(()),
             Ok(Err(timeout)) => Err(drain_refusal(timeout.to_string())),
@@ -272,11 +287,12 @@ impl<D: Device> Way<'_, D> {
     }
 
     async fn close_accesses(&mut self, budget: &Budget) -> Result<(), Refusal> {
-        let (begin, whole) = (Instant::now(), budget.left());
+        let whole = budget.left_at(self.since);
         let accesses = &self.parts.accesses;
         accesses.close();
         let drained = budget.bound(accesses.drained()).await;
-        self.spent.drain += begin.elapsed();
+        let lap = self.lap();
+        self.spent.drain += lap;
         let Err(given_up) = drained else {
             return Ok(());
         };
@@ -308,7 +324,7 @@ pub(super) async fn reset<D: Device>(
     to: Activity,
     budget: Budget,
 ) -> (Result<(), Refusal>, Spent) {
-    let mut way = Way { parts: &parts, spent: Spent::default() };
+    let mut way = Way::begin(&parts);
     let result = way.reset(Arc::clone(&parts), from, to, &budget).await;
     let spent = way.spent;
     if result.is_err() {
@@ -329,11 +345,12 @@ impl<D: Device> Way<'_, D> {
             self.close_accesses(budget).await?;
             self.close_gate(Scope::All, budget).await?;
         }
-        let (begin, whole) = (Instant::now(), budget.left());
+        let whole = budget.left_at(self.since);
         // It may block: on a thread of its own.
         let reset = tokio::task::spawn_blocking(move || parts.device.reset());
         let ended = budget.bound(reset).await;
-        self.spent.hook += begin.elapsed();
+        let lap = self.lap();
+        self.spent.hook += lap;
         match ended {
             Ok(Ok(Ok(()))) => {}
             Ok(Ok(Err(error))) => return Err(device_refusal(format!("reset: {error}"))),

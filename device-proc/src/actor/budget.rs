@@ -1,11 +1,13 @@
 //! How long something may take, and whether anybody still wants it.
 
 use rustix::event::{EventfdFlags, eventfd};
-use std::future::{Future, pending};
+use std::future::{Future, pending, poll_fn};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::pin::pin;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
+use std::task::Poll;
 use std::time::{Duration, Instant};
 use tokio::sync::Notify;
 
@@ -81,7 +83,12 @@ impl Budget {
     }
 
     pub(super) fn left(&self) -> Duration {
-        self.end.map_or(Duration::MAX, |end| end.saturating_duration_since(Instant::now()))
+        self.left_at(Instant::now())
+    }
+
+    /// What was left then.
+    pub(super) fn left_at(&self, then: Instant) -> Duration {
+        self.end.map_or(Duration::MAX, |end| end.saturating_duration_since(then))
     }
 
     pub(super) fn overtaken(&self) -> &Overtaken {
@@ -97,12 +104,16 @@ impl Budget {
                 None => pending().await,
             }
         };
-        tokio::select! {
-            biased;
-            done = work => Ok(done),
-            () = self.overtaken.wait() => Err(GivenUp::Overtaken),
-            () = late => Err(GivenUp::Late),
-        }
+        let given_up = || {
+            Box::pin(async {
+                tokio::select! {
+                    biased;
+                    () = self.overtaken.wait() => GivenUp::Overtaken,
+                    () = late => GivenUp::Late,
+                }
+            })
+        };
+        unless(work, given_up).await
     }
 
     /// As [`bound`](Self::bound), for work that keeps the time itself.
@@ -110,11 +121,31 @@ impl Budget {
         &self,
         work: impl Future<Output = T>,
     ) -> Result<T, GivenUp> {
-        tokio::select! {
-            biased;
-            done = work => Ok(done),
-            () = self.overtaken.wait() => Err(GivenUp::Overtaken),
-        }
+        let given_up = || {
+            Box::pin(async {
+                self.overtaken.wait().await;
+                GivenUp::Overtaken
+            })
+        };
+        unless(work, given_up).await
+    }
+}
+
+/// Does the work, and gives it up when that says so. Usually the work is ready at once: then
+/// nothing is made that could give it up, and while it is not, that is kept apart, so that the
+/// future of a command is small.
+async fn unless<T, G: Future<Output = GivenUp> + Unpin>(
+    work: impl Future<Output = T>,
+    given_up: impl FnOnce() -> G,
+) -> Result<T, GivenUp> {
+    let mut work = pin!(work);
+    if let Poll::Ready(done) = poll_fn(|context| Poll::Ready(work.as_mut().poll(context))).await {
+        return Ok(done);
+    }
+    tokio::select! {
+        biased;
+        done = work => Ok(done),
+        given_up = given_up() => Err(given_up),
     }
 }
 

@@ -63,7 +63,10 @@ impl<D: Device> State<D> {
     }
 
     fn begin(&mut self, command: Command) {
-        self.overtaken = Arc::default();
+        // Nobody has that of the last command any more, unless something of it is still going on.
+        if self.overtaken.has_fired() || Arc::get_mut(&mut self.overtaken).is_none() {
+            self.overtaken = Arc::default();
+        }
         let arrival = self.arrival.take().filter(|arrival| arrival.command == command);
         // The lifecycle begins the latest command that it took, and that one is kept.
         let Some(arrival) = arrival else {

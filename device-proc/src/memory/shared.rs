@@ -19,7 +19,7 @@ use vm_memory::{Bytes, FileOffset, MmapRegion, VolatileMemory, VolatileSlice};
 pub const MAX_SHARED_MEMORY: u64 = 1 << 40;
 
 /// How much is hashed at a time; stays in the first-level cache.
-const CHUNK: usize = 16 * 1024;
+const CHUNK: usize = 4096;
 
 /// A memfd of fixed size, mapped for reading and writing.
 ///
