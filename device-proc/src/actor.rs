@@ -56,6 +56,7 @@ use standstill_protocol::message::{
     CoordinatorMessage, DeviceEvent, DeviceMessage, Epoch, OrphanPolicy, Refusal, RefusalKind,
 };
 use standstill_protocol::migration::{Activity, MigrationFlags, MigrationState};
+use std::os::fd::OwnedFd;
 use std::sync::mpsc::SyncSender;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
@@ -330,6 +331,16 @@ impl<D: Device> State<D> {
                 }
                 self.carry_out(effects);
             }
+            message => self.received_other(id, message, fds),
+        }
+    }
+
+    /// Takes what is no command. Apart, so that the code of a command stays together.
+    #[cold]
+    fn received_other(&mut self, id: ConnectionId, message: CoordinatorMessage, fds: Vec<OwnedFd>) {
+        match message {
+            // Taken before this is called.
+            CoordinatorMessage::Command(_) => {}
             CoordinatorMessage::Abort(abort) => self.feed(Event::Abort(abort)),
             CoordinatorMessage::Query(query) => self.feed(Event::Query(query)),
             CoordinatorMessage::Memory(declaration) => self.declare(id, declaration, fds),

@@ -33,11 +33,23 @@ impl<D: Device> State<D> {
         match effect {
             Effect::Begin(command) => self.begin(command),
             Effect::Arc(arc) => return self.take_arc(arc),
+            Effect::Reached(command, state) => self.reached(command, state),
+            effect => return self.carry_other(effect),
+        }
+        None
+    }
+
+    /// What a command of a usual pause or resume does not need. Apart, so that the code of such a
+    /// command stays together.
+    #[cold]
+    fn carry_other(&mut self, effect: Effect) -> Option<Event> {
+        match effect {
+            // Carried out before this is called.
+            Effect::Begin(_) | Effect::Arc(_) | Effect::Reached(..) => {}
             Effect::Hurry => self.overtaken.fire(),
             Effect::WriteStream => return self.start_stream(Direction::Save),
             Effect::ReadStream => return self.start_stream(Direction::Load),
             Effect::Reset => self.start_reset(),
-            Effect::Reached(command, state) => self.reached(command, state),
             Effect::Refused(command, state, refusal) => self.refused(command, state, refusal),
             Effect::Status(status) => self.send(DeviceMessage::Status(status)),
             Effect::ClientAnswer(answer) => {

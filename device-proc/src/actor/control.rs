@@ -91,7 +91,11 @@ impl<D: Device> State<D> {
         }
         // The old connection ends here, with all that is left in it. Nobody has its bitmaps any more.
         self.untrack();
-        let outbox = Outbox::new(channel);
+        let myself = self.myself.clone();
+        let outbox = Outbox::new(channel, move |error| {
+            // If the actor is gone, so is the process.
+            let _ = myself.cast(Message::SendFailed(id, error));
+        });
         self.control = Some(Control { id, outbox, _reader: reader, heartbeat: None });
         self.machine = Some(machine);
         self.orphan = orphan;
@@ -174,18 +178,16 @@ impl<D: Device> State<D> {
         let Some(control) = &mut self.control else {
             return;
         };
-        let (myself, id) = (self.myself.clone(), control.id);
-        let failed = move |error| {
-            // If the actor is gone, so is the process.
-            let _ = myself.cast(Message::SendFailed(id, error));
-        };
-        match control.outbox.send(clipped(message), failed.clone()) {
+        match control.outbox.send(clipped(message)) {
             Ok(()) => {}
             // What it had sent before is still to be read; the end comes after it.
             Err(OutboxError::Send(SendError::Disconnected)) => {
                 tracing::debug!("nobody is there to be told");
             }
-            Err(error) => failed(error),
+            Err(error) => {
+                // If the actor is gone, so is the process.
+                let _ = self.myself.cast(Message::SendFailed(control.id, error));
+            }
         }
     }
 

@@ -34,9 +34,10 @@ pub enum OutboxError {
     Duplicate(#[from] FromFdError),
 }
 
-#[derive(Debug)]
 pub(super) struct Outbox {
     channel: Arc<DeviceEnd>,
+    /// Told if a message that had to wait could not be sent in the end.
+    failed: Arc<dyn Fn(OutboxError) + Send + Sync>,
     /// How many messages wait: the sending task's to count down.
     waiting: Arc<AtomicUsize>,
     /// Made when it is needed for the first time.
@@ -57,28 +58,37 @@ impl Drop for Queue {
     }
 }
 
+impl std::fmt::Debug for Outbox {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Outbox").field("waiting", &self.waiting).finish_non_exhaustive()
+    }
+}
+
 impl Outbox {
-    pub(super) fn new(channel: Arc<DeviceEnd>) -> Self {
-        Self { channel, waiting: Arc::default(), queue: None }
+    /// `failed` is told if a message that had to wait could not be sent in the end.
+    pub(super) fn new(
+        channel: Arc<DeviceEnd>,
+        failed: impl Fn(OutboxError) + Send + Sync + 'static,
+    ) -> Self {
+        Self { channel, failed: Arc::new(failed), waiting: Arc::default(), queue: None }
     }
 
     /// Sends now if that is possible, and otherwise later; always in order. Never waits.
-    ///
-    /// `failed` is called if a message that had to wait could not be sent in the end.
-    pub(super) fn send(
-        &mut self,
-        message: DeviceMessage,
-        failed: impl FnOnce(OutboxError) + Send + 'static,
-    ) -> Result<(), OutboxError> {
+    pub(super) fn send(&mut self, message: DeviceMessage) -> Result<(), OutboxError> {
         if self.waiting.load(Ordering::Acquire) == 0 {
             match self.channel.try_send(&message, &[]) {
                 Err(SendError::WouldBlock) => {}
                 sent => return Ok(sent?),
             }
         }
+        self.send_later(message)
+    }
+
+    #[cold]
+    fn send_later(&mut self, message: DeviceMessage) -> Result<(), OutboxError> {
         let queue = match &self.queue {
             Some(queue) => queue,
-            None => self.queue.insert(self.start(failed)?),
+            None => self.queue.insert(self.start()?),
         };
         self.waiting.fetch_add(1, Ordering::AcqRel);
         queue.sender.try_send(message).map_err(|_| OutboxError::Full)
@@ -97,10 +107,8 @@ impl Outbox {
 
     /// The task that sends what waits. It has a registration of its own with the runtime: the
     /// actor's is for reading.
-    fn start(
-        &self,
-        failed: impl FnOnce(OutboxError) + Send + 'static,
-    ) -> Result<Queue, OutboxError> {
+    fn start(&self) -> Result<Queue, OutboxError> {
+        let failed = Arc::clone(&self.failed);
         let second = self.channel.as_fd().try_clone_to_owned().map_err(OutboxError::Watch)?;
         let second = DeviceEnd::from_fd(second)?;
         second.set_version(self.channel.version());
@@ -132,7 +140,8 @@ mod tests {
         let device = DeviceEnd::from_fd(device).unwrap();
         coordinator.set_version(1);
         device.set_version(1);
-        (coordinator, Outbox::new(Arc::new(device)))
+        let failed = |error| panic!("{error}");
+        (coordinator, Outbox::new(Arc::new(device), failed))
     }
 
     fn numbered(sequence: u64) -> DeviceMessage {
@@ -144,7 +153,7 @@ mod tests {
         let (coordinator, mut outbox) = pair();
         let mut sent = 0;
         while outbox.waiting.load(Ordering::Acquire) < 3 {
-            outbox.send(numbered(sent), |error| panic!("{error}")).unwrap();
+            outbox.send(numbered(sent)).unwrap();
             sent += 1;
         }
         let beat = Heartbeat { sequence: 0, progress: 0, pending: false, dropped_logs: 0 };
@@ -161,7 +170,7 @@ mod tests {
     #[tokio::test]
     async fn a_coordinator_that_never_reads_is_given_up() {
         let (_coordinator, mut outbox) = pair();
-        let error = (0..100_000).find_map(|i| outbox.send(numbered(i), |_| ()).err()).unwrap();
+        let error = (0..100_000).find_map(|i| outbox.send(numbered(i)).err()).unwrap();
         assert!(matches!(error, OutboxError::Full), "{error}");
     }
 }

@@ -21,6 +21,11 @@ pub(super) async fn delay(duration: Duration) -> Result<(), DeviceError> {
     if duration.is_zero() {
         return Ok(());
     }
+    // Apart, so that the future of a hook without a delay is small.
+    Box::pin(wait(duration)).await
+}
+
+async fn wait(duration: Duration) -> Result<(), DeviceError> {
     let flags = TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK;
     let timer = timerfd_create(TimerfdClockId::Monotonic, flags).map_err(DeviceError::new)?;
     let once = Itimerspec { it_interval: timespec(Duration::ZERO), it_value: timespec(duration) };
