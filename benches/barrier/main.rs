@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! cargo bench --bench barrier [-- --devices 8,64,256,1000 --rounds 200]
+//! cargo bench --bench barrier -- --lane [--devices … --rounds …]
 //! ```
 //!
 //! The full stack is real device processes of this package's command (copy engines with gate,
@@ -11,6 +12,9 @@
 //! take turns, round by round, so that both meet the same machine and find their processes'
 //! caches equally cold.
 //!
+//! With `--lane` it is not the full stack that is compared with the floor, but bare processes that
+//! are told and answer by shared memory: see `lane.rs`.
+//!
 //! Devices give no signs of life meanwhile, as those would fall into some rounds and not into
 //! others.
 
@@ -19,11 +23,15 @@
 mod calls;
 #[path = "../floor/mod.rs"]
 mod floor;
+#[path = "../harness/mod.rs"]
+mod harness;
+mod lane;
 mod switches;
-mod times;
 
 use calls::Tracing;
 use floor::Floor;
+use harness::{Times, option};
+use lane::Lane;
 use rustix::process::{Resource, getrlimit, setrlimit};
 use serde_json::json;
 use standstill::coordinator::{DeviceSpec, Machine, MachineBuilder};
@@ -33,7 +41,6 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 use switches::{Tally, own, processes};
 use tempfile::TempDir;
-use times::Times;
 
 /// How many rounds are traced, and of how many devices at most.
 const TRACED: usize = 10;
@@ -48,6 +55,9 @@ fn main() -> ExitCode {
             let answer = rest.first().and_then(|length| length.parse().ok()).unwrap_or_default();
             floor::child(answer).map_err(Into::into)
         }
+        Some((first, rest)) if first == lane::CHILD => {
+            lane::child(rest.first().and_then(|length| length.parse().ok()).unwrap_or_default())
+        }
         _ => measure(&arguments),
     };
     match done {
@@ -59,18 +69,15 @@ fn main() -> ExitCode {
     }
 }
 
-/// What follows an option, if it is there. (`cargo bench` passes `--bench`, which is none of ours.)
-fn option<'a>(arguments: &'a [String], name: &str) -> Option<&'a str> {
-    let at = arguments.iter().position(|argument| argument == name)?;
-    arguments.get(at + 1).map(String::as_str)
-}
-
 fn measure(arguments: &[String]) -> Result<(), Failure> {
     let devices = option(arguments, "--devices").unwrap_or("8,64,256,1000");
     let rounds: Option<usize> = option(arguments, "--rounds").map(str::parse).transpose()?;
     room_for_fds()?;
     // As a VMM does on the thread on which its coordinator lives.
     prefer_short_waits()?;
+    if arguments.iter().any(|argument| argument == "--lane") {
+        return measure_lane(devices, rounds);
+    }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     println!(
         "Times in ms: median (p99). A round of the floor has two phases, as a pause or a resume.\n"
@@ -82,8 +89,7 @@ fn measure(arguments: &[String]) -> Result<(), Failure> {
     let mut all = Vec::new();
     for count in devices.split(',') {
         let count: usize = count.trim().parse()?;
-        // About as long for each number of devices.
-        let rounds = rounds.unwrap_or((40_000 / count.max(1)).clamp(60, 500));
+        let rounds = rounds.unwrap_or_else(|| rounds_for(count));
         let measured = runtime.block_on(contest(count, rounds))?;
         println!("{measured}");
         all.push(measured);
@@ -107,6 +113,39 @@ fn measure(arguments: &[String]) -> Result<(), Failure> {
     }
     println!("\n{}", serde_json::Value::Array(all.iter().map(Measured::json).collect()));
     Ok(())
+}
+
+/// Floor and lane in turns.
+fn measure_lane(devices: &str, rounds: Option<usize>) -> Result<(), Failure> {
+    println!("A round of two phases; ms: median (p99).\n");
+    println!(
+        "| devices | rounds | floor | lane | lane, frames | lane ÷ floor | with frames ÷ floor |"
+    );
+    println!("|---|---|---|---|---|---|---|");
+    for count in devices.split(',') {
+        let count: usize = count.trim().parse()?;
+        let rounds = rounds.unwrap_or_else(|| rounds_for(count));
+        let mut floor = Floor::new(count)?;
+        let (mut bare, mut framed) = (Lane::new(count, false)?, Lane::new(count, true)?);
+        let [mut floors, mut bares, mut frameds] = [const { Vec::new() }; 3];
+        for _ in 0..rounds {
+            floors.push(floor.round()?);
+            bares.push(bare.round()?);
+            frameds.push(framed.round()?);
+        }
+        let [floor, bare, framed] = [floors, bares, frameds].map(Times::from);
+        println!(
+            "| {count} | {rounds} | {floor} | {bare} | {framed} | {:.2} | {:.2} |",
+            bare.median() / floor.median(),
+            framed.median() / floor.median()
+        );
+    }
+    Ok(())
+}
+
+/// About as long for each number of devices.
+fn rounds_for(devices: usize) -> usize {
+    (40_000 / devices.max(1)).clamp(60, 500)
 }
 
 /// Many devices have many fds.
@@ -136,8 +175,8 @@ impl std::fmt::Display for Measured {
         write!(
             f,
             "| {devices} | {rounds} | {floor} | {pause} | {resume} | {:.2} | {:.2} |",
-            pause.over(floor),
-            resume.over(floor)
+            pause.median() / floor.median(),
+            resume.median() / floor.median()
         )
     }
 }
@@ -166,8 +205,8 @@ impl Measured {
             "floor_ms": self.floor.json(),
             "pause_ms": self.pause.json(),
             "resume_ms": self.resume.json(),
-            "pause_ratio": self.pause.over(&self.floor),
-            "resume_ratio": self.resume.over(&self.floor),
+            "pause_ratio": self.pause.median() / self.floor.median(),
+            "resume_ratio": self.resume.median() / self.floor.median(),
             "phases": self.devices * self.rounds * 4,
             "floor_children": self.floor_children.json(),
             "device_processes": self.device_processes.json(),

@@ -104,7 +104,7 @@ impl Drop for Floor {
 }
 
 /// A command's packet, and the length of the shortest answer to it.
-fn packets() -> Result<(Vec<u8>, usize), Box<dyn Error + Send + Sync>> {
+pub(crate) fn packets() -> Result<(Vec<u8>, usize), Box<dyn Error + Send + Sync>> {
     let (term, epoch, phase) = (Term(1), Epoch(1), Phase::PrepareStop);
     let state = MigrationState::RunningP2p;
     let command = ControlCommand { term, epoch, phase, target: state, budget_ns: 1, lease_ns: 0 };

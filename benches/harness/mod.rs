@@ -1,9 +1,15 @@
-//! Some durations of the same thing.
+//! What the benchmarks with a harness of their own have in common: options, and durations.
 
 use serde_json::{Value, json};
 use std::time::Duration;
 
-/// In order of length.
+/// What follows an option, if it is there. (`cargo bench` passes `--bench`, which is none of ours.)
+pub(crate) fn option<'a>(arguments: &'a [String], name: &str) -> Option<&'a str> {
+    let at = arguments.iter().position(|argument| argument == name)?;
+    arguments.get(at + 1).map(String::as_str)
+}
+
+/// Some durations of the same thing, in order of length.
 pub(crate) struct Times(Vec<Duration>);
 
 impl From<Vec<Duration>> for Times {
@@ -22,9 +28,9 @@ impl Times {
         time.map_or(f64::NAN, |time| time.as_secs_f64() * 1e3)
     }
 
-    /// The ratio of the medians.
-    pub(crate) fn over(&self, floor: &Self) -> f64 {
-        self.quantile(0.5) / floor.quantile(0.5)
+    /// In ms.
+    pub(crate) fn median(&self) -> f64 {
+        self.quantile(0.5)
     }
 
     pub(crate) fn json(&self) -> Value {
