@@ -280,6 +280,34 @@ async fn a_pause_that_takes_longer_than_its_callers_patience_is_undone() {
     }
 }
 
+/// While a device joins, transitions of the owner wait. Who gives up meanwhile has begun nothing.
+#[tokio::test]
+async fn what_waits_for_its_turn_can_be_given_up_too() {
+    let trace = Trace::new().unwrap();
+    let gate = Gate::closed().unwrap();
+    let machine = two(&trace).await;
+    let newcomer = Script::honest().on(Phase::Start, [Step::hold(&gate), Step::Ack]);
+    let newcomer = newcomer.device("new", &trace).unwrap();
+    let joining = {
+        let machine = machine.clone();
+        tokio::spawn(async move { machine.add_device(newcomer).await })
+    };
+    trace.wait_for("it to be told", |_| trace.received(Phase::Start).len() == 1).await;
+    let patience = Duration::from_millis(20);
+    let error = within(SHORT, "the pause", machine.pause_timeout(patience)).await.unwrap_err();
+    let cancelled = |error: &MachineError| matches!(error, MachineError::Cancelled { .. });
+    assert!(cancelled(&error), "{error}");
+    let (dropped, given_up) =
+        (machine.launch_prepare_stop(LONG).unwrap(), machine.launch_prepare_stop(LONG).unwrap());
+    drop(dropped);
+    let error = within(SHORT, "the end", given_up.give_up()).await.unwrap_err();
+    assert!(cancelled(&error), "{error}");
+    gate.open();
+    within(LONG, "the newcomer", joining).await.unwrap().unwrap();
+    assert!(trace.received(Phase::PrepareStop).iter().all(|entry| entry.who == "new"));
+    machine.pause().await.unwrap().resume().await.unwrap();
+}
+
 #[tokio::test]
 async fn handles_of_a_machine_that_is_gone_say_so() {
     let trace = Trace::new().unwrap();
