@@ -40,12 +40,18 @@ SIGTERM and SIGINT (Ctrl-C) end the machine: every device process is asked to en
 
 Under systemd (Type=notify) it tells when the machine is ready, how it is, and that it still works.
 
+Log lines of the command and of its devices go to standard error; RUST_LOG=debug shows more, and
+docs/observability.md says what there is.
+
 Exit status:
   0  the machine was ended, or left for a later `run --attach`
   1  it did not start, or not everything could be ended
   2  the command line or the machine file is wrong
   6  with --attach: there is nothing to take over
   7  another coordinator has taken the machine over";
+
+/// What is logged unless `RUST_LOG` says otherwise. The actors' own spans say nothing to an operator.
+const DEFAULT_FILTER: &str = "info,ractor=warn";
 
 /// What follows `standstill run`.
 #[derive(Args, Clone, Debug)]
@@ -97,7 +103,7 @@ pub(crate) fn load(path: &Path, runtime: Option<&Path>) -> Result<Loaded, RunErr
 
 /// Runs the machine; returns when it is over.
 pub(crate) fn run(args: &RunArgs) -> ExitCode {
-    let log = crate::logging::start(args.log, "info");
+    let log = crate::logging::start(args.log, DEFAULT_FILTER);
     crate::raise_file_limit();
     let ended = load(&args.file, args.runtime_dir.as_deref()).and_then(|loaded| {
         let runtime = tokio::runtime::Builder::new_current_thread()

@@ -40,6 +40,11 @@ impl Spans {
 
     /// The transition may have gone on to another phase.
     pub(crate) fn follow(&mut self, transition: &Transition) {
+        if transition.is_over() {
+            // Its end is in none of its phases.
+            self.phase = None;
+            return;
+        }
         let Some(phase) = transition.phase() else { return };
         let key = (transition.epoch(), phase);
         if self.phase.as_ref().is_some_and(|(present, _)| *present == key) {

@@ -103,7 +103,10 @@ async fn a_transition_is_told_from_its_beginning_to_its_end() {
         assert_eq!((&fields["operation"], &fields["outcome"]), (&operation.into(), &"Done".into()));
         assert_eq!((&fields["state"], &fields["epoch"]), (&state.into(), &epoch.into()));
         assert!(fields["total_ns"].as_u64().unwrap() > 0);
-        assert_eq!(line["spans"][0]["operation"], operation);
+        assert_eq!(
+            (spans(line), &line["spans"][0]["operation"]),
+            (vec!["transition"], &operation.into())
+        );
     }
     assert!(paused["fields"].get("downtime_ns").is_none());
     assert!(resumed["fields"]["downtime_ns"].as_u64() > paused["fields"]["total_ns"].as_u64());
