@@ -38,6 +38,9 @@ pub(crate) fn run(args: &CheckArgs) -> ExitCode {
         Ok(loaded) => loaded,
         Err(error) => {
             let _ = writeln!(anstream::stderr(), "standstill: {}", explain(&error));
+            if let Some(advice) = error.advice() {
+                let _ = writeln!(anstream::stderr(), "  {advice}");
+            }
             return Exit::Usage.into();
         }
     };

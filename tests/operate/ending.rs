@@ -27,8 +27,9 @@ fn sigterm_ends_every_device() {
     ends_cleanly_by(Signal::TERM, "orphan = \"exit\"");
 }
 
-#[test]
-fn a_second_signal_hurries() {
+/// How long it takes from the first signal to the end of a device that hangs, if a second one comes
+/// as soon as the first was heard.
+fn hurried() -> Duration {
     let place = Place::new();
     let running = place.run(&two_engines(""));
     let hung = place.device("engine0");
@@ -44,8 +45,14 @@ fn a_second_signal_hurries() {
     let ended = running.ends();
     assert_eq!(ended.status.code(), Some(0), "{}", ended.stderr);
     assert!(ended.stdout.contains("engine0 killed by signal 9"), "{}", ended.stdout);
-    // Not two seconds, which is what it gets without.
-    assert!(took < Duration::from_millis(1900), "{took:?}");
+    took
+}
+
+#[test]
+fn a_second_signal_hurries() {
+    // Without one it is two seconds, always; on a machine that is busy it may be as long with one.
+    let times: Vec<_> = (0..5).map(|_| hurried()).collect();
+    assert!(times.iter().any(|took| *took < Duration::from_millis(1900)), "{times:?}");
 }
 
 #[test]

@@ -46,6 +46,19 @@ fn a_machine_is_started_paused_resumed_and_shut_down() {
 }
 
 #[test]
+fn colours_are_for_terminals() {
+    let place = Place::new();
+    let _running = place.run(&two_engines(""));
+    assert!(!place.expect(0, &["status"]).contains('\x1b'));
+    let shown = |variables: &[(&str, &str)]| {
+        let output = place.command(&["status"]).envs(variables.iter().copied()).output().unwrap();
+        String::from_utf8(output.stdout).unwrap()
+    };
+    assert!(shown(&[("CLICOLOR_FORCE", "1")]).contains("\x1b["));
+    assert!(!shown(&[("CLICOLOR_FORCE", "0"), ("NO_COLOR", "1")]).contains('\x1b'));
+}
+
+#[test]
 fn what_is_not_running_is_said_with_what_to_do() {
     let place = Place::new();
     let said = place.expect(6, &["status"]);

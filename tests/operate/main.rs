@@ -15,5 +15,6 @@ mod outcomes;
 mod permissions;
 mod service;
 mod shell;
+mod strangers;
 mod top;
 mod trace;

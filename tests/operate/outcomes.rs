@@ -1,35 +1,33 @@
 //! Transitions that do not end as they should: what is said, and with which exit code.
 
-use crate::fixture::{Place, gone, send, two_engines};
+use crate::fixture::{Place, send, two_engines};
 use rustix::process::Signal;
 use serde_json::json;
 use std::io::Write;
-use std::time::{Duration, Instant};
 
 #[test]
 fn status_and_events_answer_while_a_device_hangs_in_a_pause() {
     let place = Place::new();
-    let _running = place.run(&two_engines("[deadlines]\nfirst-phase = \"4s\"\n"));
+    let _running =
+        place.run(&two_engines("[deadlines]\nfirst-phase = \"60s\"\nsilence = \"0s\"\n"));
     let mut events = place.connect();
     events.send(1, "events", &json!({ "follow": true }));
     let hung = place.device("engine1");
     send(&hung, Signal::STOP);
     let mut pausing = place.connect();
-    let began = Instant::now();
     pausing.send(7, "pause", &json!({}));
     assert_eq!(events.answer(1)["event"]["kind"], "transition-began");
     let status = place.json(&["status"]);
     assert_eq!(status["operation"], "pause", "{status}");
-    // On the connection of the pause, too.
+    // On the connection of the pause, too, which is not answered yet.
     pausing.send(8, "status", &json!({}));
     assert_eq!(pausing.line().unwrap()["id"], 8);
     let said = place.expect(1, &["resume"]);
     assert!(said.contains("a pause is under way") && said.contains("standstill cancel"), "{said}");
-    assert!(began.elapsed() < Duration::from_secs(4), "not while it hung: {:?}", began.elapsed());
-    let paused = pausing.answer(7);
-    assert_eq!(paused["error"]["code"], "transition", "{paused}");
-    assert_eq!(paused["error"]["report"]["report"]["outcome"], "Degraded", "{paused}");
-    assert!(gone(&hung, Duration::from_secs(20)));
+    send(&hung, Signal::CONT);
+    let paused = pausing.line().unwrap();
+    assert_eq!((&paused["id"], &paused["ok"]["report"]["outcome"]), (&7.into(), &"Done".into()));
+    assert_eq!(events.answer(1)["event"]["kind"], "transition");
 }
 
 #[test]
@@ -50,7 +48,7 @@ fn a_pause_that_is_given_up_is_undone() {
 #[test]
 fn a_device_that_is_lost_in_a_pause_makes_it_degraded() {
     let place = Place::new();
-    let _running = place.run(&two_engines("[deadlines]\nfirst-phase = \"500ms\"\n"));
+    let _running = place.run(&two_engines("[deadlines]\nfirst-phase = \"3s\"\n"));
     send(&place.device("engine1"), Signal::STOP);
     let said = place.expect(3, &["pause"]);
     assert!(said.contains("pause: Degraded"), "{said}");
