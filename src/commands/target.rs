@@ -1,7 +1,8 @@
 //! Which machine is meant.
 
 use crate::exit::Exit;
-use crate::operator::client::{Client, ClientError};
+use crate::machine_file::checks::somebody_listens;
+use crate::operator::client::Client;
 use crate::run::directory::{DirectoryError, OPERATOR_SOCKET, machines, runtime_directory};
 use clap::Args;
 use std::path::PathBuf;
@@ -46,8 +47,8 @@ pub(crate) enum TargetError {
         /// Those that run.
         others: Vec<String>,
     },
-    /// More than one runs.
-    #[error("{} machines run: {}", names.len(), names.join(", "))]
+    /// There is more than one.
+    #[error("there are {} machines: {}", names.len(), names.join(", "))]
     Many {
         /// Their names.
         names: Vec<String>,
@@ -101,20 +102,24 @@ impl Target {
             }
             return Ok(socket);
         }
-        let mut names = machines(&runtime);
-        match (names.pop(), names.is_empty()) {
-            (Some(name), true) => Ok(runtime.join(name).join(OPERATOR_SOCKET)),
-            (Some(name), false) => {
-                names.push(name);
-                Err(TargetError::Many { names })
-            }
-            (None, _) => Err(TargetError::None { runtime }),
+        // Those that were killed are meant only if no other one is there.
+        let (mut names, left): (Vec<_>, Vec<_>) =
+            machines(&runtime).into_iter().partition(|name| {
+                somebody_listens(&runtime.join(name).join(OPERATOR_SOCKET)).unwrap_or(true)
+            });
+        if names.is_empty() {
+            names = left;
+        }
+        match names.as_slice() {
+            [] => Err(TargetError::None { runtime }),
+            [name] => Ok(runtime.join(name).join(OPERATOR_SOCKET)),
+            _ => Err(TargetError::Many { names }),
         }
     }
 
     /// Connects to the machine.
     pub(crate) fn connect(&self) -> Result<Client, super::CommandError> {
         let socket = self.socket()?;
-        Ok(Client::connect(&socket).map_err(|error: ClientError| error)?)
+        Ok(Client::connect(&socket)?)
     }
 }

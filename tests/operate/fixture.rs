@@ -126,7 +126,11 @@ impl Place {
     /// The pid of a device that is alive.
     #[track_caller]
     pub(crate) fn pid_of(&self, device: &str) -> u64 {
-        let status = self.json(&["status"]);
+        Self::pid_in(&self.json(&["status"]), device)
+    }
+
+    #[track_caller]
+    fn pid_in(status: &Value, device: &str) -> u64 {
         let devices = status["devices"].as_array().unwrap();
         let found = devices.iter().find(|found| found["name"] == device);
         found.unwrap_or_else(|| panic!("no {device} in {status}"))["pid"].as_u64().unwrap()
@@ -136,6 +140,12 @@ impl Place {
     #[track_caller]
     pub(crate) fn device(&self, name: &str) -> OwnedFd {
         pidfd(self.pid_of(name))
+    }
+
+    /// The same of a machine that is not the only one.
+    #[track_caller]
+    pub(crate) fn device_of(&self, machine: &str, name: &str) -> OwnedFd {
+        pidfd(Self::pid_in(&self.json(&["status", "-m", machine]), name))
     }
 
     /// Waits until the status of the machine is as it should be.

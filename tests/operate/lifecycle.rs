@@ -1,6 +1,6 @@
 //! The ordinary life of a machine.
 
-use crate::fixture::{Place, gone, two_engines};
+use crate::fixture::{Place, gone, send, two_engines};
 use rustix::process::Signal;
 use std::io::{BufRead, BufReader, Read};
 use std::process::Stdio;
@@ -85,6 +85,15 @@ fn with_two_machines_it_must_be_said_which_one() {
     place.expect(0, &["shutdown", "-m", "vm1"]);
     assert!(second.ends().status.success());
     assert!(place.expect(0, &["status"]).contains("machine vm0"));
+    // One that was killed is not meant while another one runs.
+    let mut third = place.begin(&[file.to_str().unwrap()]);
+    third.is_up();
+    let devices = [place.device_of("vm1", "engine0"), place.device_of("vm1", "engine1")];
+    third.kill();
+    assert!(place.expect(0, &["status"]).contains("machine vm0"));
+    for device in devices {
+        send(&device, Signal::KILL);
+    }
 }
 
 #[test]
