@@ -29,14 +29,37 @@ pub(crate) const BAD: Style = AnsiColor::Red.on_default().bold();
 /// Headings.
 pub(crate) const HEAD: Style = Style::new().bold();
 
-/// The colour of a machine's state, a device's standing, or an outcome.
-pub(crate) fn style_of(word: &str) -> Style {
+/// How something is, by the word for it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Tone {
+    /// It is well.
+    Good,
+    /// It wants to be looked at.
+    Odd,
+    /// It is wrong.
+    Bad,
+    /// The word says nothing about that.
+    Plain,
+}
+
+/// The tone of a machine's state, a device's standing or state, or an outcome.
+pub(crate) fn tone(word: &str) -> Tone {
     match word {
-        "running" | "ready" | "RUNNING" | "Done" => GOOD,
-        "held" | "lost" | "fenced" | "Held" => BAD,
+        "running" | "ready" | "RUNNING" | "Done" => Tone::Good,
+        "held" | "lost" | "fenced" | "Held" => Tone::Bad,
         "stopped" | "joining" | "leaving" | "starting" | "restarting" | "Degraded"
-        | "RolledBack" | "Stopped" => ODD,
-        _ => Style::new(),
+        | "RolledBack" | "Stopped" => Tone::Odd,
+        _ => Tone::Plain,
+    }
+}
+
+/// The colour of such a word.
+pub(crate) fn style_of(word: &str) -> Style {
+    match tone(word) {
+        Tone::Good => GOOD,
+        Tone::Odd => ODD,
+        Tone::Bad => BAD,
+        Tone::Plain => Style::new(),
     }
 }
 

@@ -2,6 +2,7 @@
 
 use super::app::{App, Note, RATES, Rate, Sort};
 use super::transition::{Shown, bar};
+use crate::commands::show::{Tone, tone};
 use ratatui::Frame;
 use ratatui::layout::{Alignment, Constraint, Layout, Rect};
 use ratatui::style::{Color, Modifier, Style};
@@ -14,16 +15,18 @@ const HEAD: Style = Style::new().add_modifier(Modifier::BOLD);
 const FAINT: Style = Style::new().fg(Color::DarkGray);
 const BARS: [char; 8] = ['▁', '▂', '▃', '▄', '▅', '▆', '▇', '█'];
 
+const GOOD: Style = Style::new().fg(Color::Green);
+const ODD: Style = Style::new().fg(Color::Yellow);
+const BAD: Style = Style::new().fg(Color::Red);
+
 /// The colour of a state, a standing or an outcome.
 fn style_of(word: &str) -> Style {
-    let colour = match word {
-        "running" | "ready" | "RUNNING" | "Done" => Color::Green,
-        "held" | "lost" | "fenced" | "Held" => Color::Red,
-        "stopped" | "joining" | "leaving" | "starting" | "restarting" | "Degraded"
-        | "RolledBack" | "Stopped" => Color::Yellow,
-        _ => return Style::new(),
-    };
-    Style::new().fg(colour)
+    match tone(word) {
+        Tone::Good => GOOD,
+        Tone::Odd => ODD,
+        Tone::Bad => BAD,
+        Tone::Plain => Style::new(),
+    }
 }
 
 /// Draws everything; on a screen that is too low the events are left out first, then the last
@@ -61,12 +64,12 @@ fn headline(app: &App) -> Line<'_> {
     let mut spans = vec![Span::styled(format!(" {} ", app.machine), HEAD)];
     if let Some(lost) = &app.lost {
         // What is below is as it was.
-        spans.push(Span::styled(format!("no answer, trying again: {lost}"), style_of("lost")));
+        spans.push(Span::styled(format!("no answer, trying again: {lost}"), BAD));
     } else if let Some(status) = &app.status {
         let state = &status.status.machine;
         spans.push(Span::styled(state.clone(), style_of(state).add_modifier(Modifier::BOLD)));
         if let Some(operation) = &status.status.operation {
-            spans.push(Span::styled(format!(" ({operation} …)"), style_of("stopped")));
+            spans.push(Span::styled(format!(" ({operation} …)"), ODD));
         }
         let devices = status.status.devices.len();
         let ready = status.status.devices.iter().filter(|d| d.standing == "ready").count();
@@ -129,8 +132,8 @@ fn row<'a>(app: &App, device: &'a JsonDeviceStatus) -> Row<'a> {
         Cell::from(device.pid.map_or_else(|| "-".to_owned(), |pid| pid.to_string())),
         Cell::from(device.incarnation.to_string()),
         Cell::from(rate.and_then(Rate::now).map_or_else(|| "-".to_owned(), short)),
-        Cell::from(rate.map(spark).unwrap_or_default()).style(style_of("ready")),
-        Cell::from(about).style(if device.lost.is_some() { style_of("lost") } else { FAINT }),
+        Cell::from(rate.map(spark).unwrap_or_default()).style(GOOD),
+        Cell::from(about).style(if device.lost.is_some() { BAD } else { FAINT }),
     ])
 }
 
@@ -180,7 +183,7 @@ fn last_transition(shown: &Shown, area: Rect) -> Paragraph<'_> {
             let bar = bar(phase, *total_ns, width);
             let fill = usize::from(width).saturating_sub(bar.chars().count());
             let last = if phase.all_answered { "last" } else { "missing" };
-            let style = if phase.all_answered { style_of("ready") } else { style_of("lost") };
+            let style = if phase.all_answered { GOOD } else { BAD };
             Line::from(vec![
                 Span::raw(format!(" {name:<17} {took:>9}  ")),
                 Span::styled(format!("{bar}{:fill$}", ""), style),
@@ -189,7 +192,7 @@ fn last_transition(shown: &Shown, area: Rect) -> Paragraph<'_> {
         })
         .collect();
     if let Some(failure) = failure {
-        lines.push(Line::styled(format!(" {failure}"), style_of("lost")));
+        lines.push(Line::styled(format!(" {failure}"), BAD));
     }
     Paragraph::new(lines).block(Block::new().borders(Borders::TOP).title(Line::from(title)))
 }
@@ -207,7 +210,7 @@ fn draw_events(frame: &mut Frame<'_>, app: &App, area: Rect) {
 }
 
 fn note(app: &App) -> Paragraph<'_> {
-    let question = style_of("stopped").add_modifier(Modifier::BOLD);
+    let question = ODD.add_modifier(Modifier::BOLD);
     let line = match &app.note {
         Note::Keys => {
             Line::styled(" q quit   p pause   r resume   s sort   S reverse   ↑↓ scroll", FAINT)
@@ -216,11 +219,11 @@ fn note(app: &App) -> Paragraph<'_> {
             Line::styled(format!(" {} {}? y/n", action.name(), app.machine), question)
         }
         Note::Asked(action) => Line::styled(format!(" {} …", action.name()), question),
-        Note::Done(action) => Line::styled(format!(" {}: done", action.name()), style_of("Done")),
+        Note::Done(action) => Line::styled(format!(" {}: done", action.name()), GOOD),
         Note::Failed(action, why) => {
             // The first line says it; the report has the rest.
             let why = why.lines().next().unwrap_or_default();
-            Line::styled(format!(" {}: {why}", action.name()), style_of("lost"))
+            Line::styled(format!(" {}: {why}", action.name()), BAD)
         }
     };
     Paragraph::new(line).alignment(Alignment::Left)
