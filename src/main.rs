@@ -85,7 +85,26 @@ enum Command {
     Man(shell::ManArgs),
 }
 
+/// `standstill device …` and nothing else. Device processes are started by the dozen: each would build
+/// the whole command line of all the others otherwise, and keep the memory that it took.
+#[derive(Parser, Debug)]
+#[command(name = "standstill", version, max_term_width = 100)]
+struct DeviceCli {
+    #[command(subcommand)]
+    command: DeviceCommand,
+}
+
+#[derive(Subcommand, Debug)]
+enum DeviceCommand {
+    /// Run one device process by itself, for any vfio-user client
+    Device(device::DeviceArgs),
+}
+
 fn main() -> ExitCode {
+    if std::env::args_os().nth(1).is_some_and(|first| first == "device") {
+        let DeviceCommand::Device(args) = DeviceCli::parse().command;
+        return device::run(args);
+    }
     match Cli::parse().command {
         Command::Demo(args) => demo::run(&args),
         Command::Device(args) => device::run(args),

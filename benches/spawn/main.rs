@@ -13,10 +13,11 @@
 
 #[path = "../floor/mod.rs"]
 mod floor;
-#[path = "../barrier/times.rs"]
-mod times;
+#[path = "../harness/mod.rs"]
+mod harness;
 
 use floor::Floor;
+use harness::{Times, option};
 use serde_json::{Value, json};
 use standstill::coordinator::{DeviceSpec, MachineBuilder};
 use standstill::protocol::channel::prefer_short_waits;
@@ -24,7 +25,6 @@ use std::error::Error;
 use std::fs::read_to_string;
 use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
-use times::Times;
 
 type Failure = Box<dyn Error + Send + Sync>;
 
@@ -36,8 +36,8 @@ const FEW: usize = 8;
 
 fn main() -> ExitCode {
     let arguments: Vec<_> = std::env::args().skip(1).collect();
-    let arguments: Vec<_> = arguments.iter().map(String::as_str).collect();
-    let done = match arguments[..] {
+    let words: Vec<_> = arguments.iter().map(String::as_str).collect();
+    let done = match words[..] {
         [floor::CHILD, answer] => answer
             .parse()
             .map_err(Failure::from)
@@ -144,12 +144,9 @@ impl Parents {
     }
 }
 
-fn measure(arguments: &[&str]) -> Result<(), Failure> {
-    let option = |name, default| {
-        let at = arguments.iter().position(|argument| *argument == name);
-        at.and_then(|at| arguments.get(at + 1)).map_or(Ok(default), |value| value.parse())
-    };
-    let (devices, rounds) = (option("--devices", 64_usize)?, option("--rounds", 15)?);
+fn measure(arguments: &[String]) -> Result<(), Failure> {
+    let devices: usize = option(arguments, "--devices").unwrap_or("64").parse()?;
+    let rounds: usize = option(arguments, "--rounds").unwrap_or("15").parse()?;
     let (mut small, mut large, mut few) =
         (Parents::default(), Parents::default(), Parents::default());
     for _ in 0..rounds {
@@ -164,9 +161,9 @@ fn measure(arguments: &[&str]) -> Result<(), Failure> {
         [("small", &small, &small_start), ("2 GiB touched", &large, &large_start)]
     {
         let floor = Times::from(parent.floor.clone());
-        println!("| {name} | {floor} | {start} | {:.2} |", start.over(&floor));
+        println!("| {name} | {floor} | {start} | {:.2} |", start.median() / floor.median());
     }
-    println!("\nLarge ÷ small: {:.2}", large_start.over(&small_start));
+    println!("\nLarge ÷ small: {:.2}", large_start.median() / small_start.median());
     let private = median(small.private);
     let grown = median(small.grown).saturating_sub(median(few.grown)) as f64;
     println!(
