@@ -49,6 +49,7 @@ pub mod steps;
 pub mod system_calls;
 pub mod trace_file;
 mod watchdog;
+mod words;
 
 pub use description::{Deadlines, DeviceSpec, HookSpec, MachineBuilder};
 pub use dirty::{DirtyOptions, DirtyReport, DirtyTracking};

@@ -28,6 +28,8 @@ mod line;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use line::clean;
+
 use line::{Rendered, Splitter};
 use std::collections::VecDeque;
 use std::io;
@@ -168,7 +170,7 @@ struct Forwarder {
 
 impl Forwarder {
     fn new(mut origin: Origin, tail: LogTail) -> Self {
-        origin.device = line::clean(&origin.device);
+        origin.device = clean(&origin.device);
         let summary = LogSummary::default();
         Self { origin, tail, summary, before: summary, second: None }
     }

@@ -8,6 +8,7 @@ use crate::error::{GreetingError, ProtocolError};
 use crate::events::MachineEvent;
 use crate::poll::close_apart;
 use crate::process::Exit;
+use crate::words;
 use rustix::process::Signal;
 use standstill_protocol::channel::{Received, RecvError, close_at_once};
 use standstill_protocol::message::{DeviceEvent, DeviceMessage, Phase};
@@ -91,7 +92,9 @@ impl State {
             device.care.join.as_ref().is_some_and(|join| matches!(join.stage, Stage::Greeted(..)));
         let unexpected = |what, expected| Err(ProtocolError::Unexpected { what, expected });
         match message {
-            DeviceMessage::Hello(hello) if greeting && !greeted => self.hello(id, hello, fds),
+            DeviceMessage::Hello(hello) if greeting && !greeted => {
+                self.hello(id, words::hello(hello), fds);
+            }
             DeviceMessage::Hello(_) => {
                 fds.into_iter().for_each(close_at_once);
                 return unexpected("a second Hello", "an answer");
@@ -126,7 +129,7 @@ impl State {
                 if let Some(active) = &mut self.active
                     && refused.term == self.term
                 {
-                    active.recorder.refused(id, refused);
+                    active.recorder.refused(id, words::refused(refused));
                 }
                 self.feed(event);
             }
@@ -150,7 +153,7 @@ impl State {
                 return self.device_superseded(term);
             }
             DeviceMessage::Event(event) => {
-                let device = device.spec.name.clone();
+                let (device, event) = (device.spec.name.clone(), words::event(event));
                 self.emit(MachineEvent::Device { device, event });
             }
         }

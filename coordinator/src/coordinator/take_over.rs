@@ -267,6 +267,7 @@ async fn greet(path: PathBuf, deadline: Instant) -> Result<Greeting, Unreachable
     if files.iter().any(|file| !file.is_locked().unwrap_or(false)) {
         return Err(broke("it declared a backing file that it has not locked"));
     }
+    let hello = crate::words::hello(hello);
     Ok(Greeting { channel: channel.into_inner(), hello, files, process })
 }
 

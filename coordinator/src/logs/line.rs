@@ -116,7 +116,7 @@ impl fmt::Display for Rendered {
 
 /// The text with escapes in place of characters that move the cursor, change the colour, end the
 /// line or turn the direction of writing; at most [`MAX_LINE`] bytes of it.
-pub(super) fn clean(text: &str) -> String {
+pub(crate) fn clean(text: &str) -> String {
     let mut clean = String::with_capacity(text.len().min(MAX_LINE));
     for character in text.chars() {
         let before = clean.len();

@@ -184,7 +184,7 @@ fn lines_are_the_same_however_the_bytes_come() {
 
 #[test]
 fn escaping_does_not_grow_a_line_beyond_the_limit() {
-    let clean = line::clean(&"\x1b".repeat(MAX_LINE));
+    let clean = clean(&"\x1b".repeat(MAX_LINE));
     assert!(clean.len() <= MAX_LINE && clean.len() > MAX_LINE - 8, "{}", clean.len());
 }
 

@@ -3,7 +3,7 @@
 use crate::fixture::{
     LONG, PHASES, assert_all_in, assert_machine, builder, honest, report_of, start, undone, until,
 };
-use standstill_coordinator::report::CommandAnswer;
+use standstill_coordinator::report::{CommandAnswer, JsonReport};
 use standstill_coordinator::{OnFailure, Outcome};
 use standstill_protocol::message::Phase;
 use standstill_protocol::migration::MigrationState;
@@ -113,4 +113,30 @@ async fn a_refusal_in_the_undo_is_a_fence() {
     assert_eq!(crate::fixture::fenced(report), ["stubborn"], "{report}");
     assert_machine(&machine, MachineState::Running).await;
     assert_all_in(&machine, &trace, &["d0", "d2"], MigrationState::Running).await;
+}
+
+#[tokio::test]
+async fn what_a_device_says_moves_no_cursor_and_makes_no_line_of_its_own() {
+    const HOSTILE: &str = "\u{1b}[2J\u{9b}31mno\nd0 RUNNING\u{202e}";
+    let trace = Trace::new().unwrap();
+    let refuses = Script::honest().on_nth(Phase::Stop, 1, [Step::Refuse(HOSTILE.into())]);
+    let machine =
+        start(builder().device(honest("d0", &trace)).device(refuses.device("d1", &trace).unwrap()))
+            .await;
+    let mut events = machine.events();
+    let error = within(LONG, "pause", machine.pause()).await.unwrap_err();
+    let report = report_of(&error);
+    let json = JsonReport::from(&**report);
+    let told = within(LONG, "an event", events.recv()).await.unwrap();
+    let mut texts = vec![report.to_string(), error.to_string(), told.to_string()];
+    texts.extend(json.failures);
+    while let Some(event) = events.try_recv() {
+        texts.push(event.to_string());
+    }
+    let escaped = HOSTILE.escape_default().to_string();
+    assert!(texts.iter().any(|text| text.contains(&escaped)), "{texts:?}");
+    for text in texts {
+        let odd = |c: char| (c.is_control() && c != '\n') || c == '\u{202e}';
+        assert!(!text.contains(odd) && !text.contains("no\nd0"), "{text:?}");
+    }
 }
