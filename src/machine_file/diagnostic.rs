@@ -4,6 +4,9 @@ use annotate_snippets::{AnnotationKind, Group, Level, Renderer, Snippet};
 use serde::Serialize;
 use std::ops::Range;
 
+/// How many problems are shown. Each costs a look through the whole text, and nobody reads hundreds.
+const SHOWN: usize = 20;
+
 /// One thing that is wrong.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Problem {
@@ -83,13 +86,15 @@ impl Problems {
         self.found.len()
     }
 
-    /// As they are shown to a person, in the order of the text.
+    /// As they are shown to a person, in the order of the text; the first [`SHOWN`] of them.
     pub(crate) fn render(&self, colour: bool) -> String {
         let renderer = if colour { Renderer::styled() } else { Renderer::plain() };
-        let mut found = self.found.clone();
+        let mut found: Vec<_> = self.found.iter().collect();
         found.sort_by_key(|problem| problem.span.start);
+        let more = found.len().saturating_sub(SHOWN);
+        found.truncate(SHOWN);
         let mut text = String::new();
-        for problem in &found {
+        for problem in found {
             let mut snippet = Snippet::source(&self.text).path(&self.name).annotation(
                 AnnotationKind::Primary.span(self.fitting(&problem.span)).label(&problem.label),
             );
@@ -104,6 +109,9 @@ impl Problems {
             }
             text.push_str(&renderer.render(&[group]));
             text.push_str("\n\n");
+        }
+        if more > 0 {
+            text.push_str(&format!("and {more} more problems"));
         }
         text.truncate(text.trim_end().len());
         text
@@ -161,6 +169,19 @@ mod tests {
         assert!(!shown.contains('\x1b'));
         let json = serde_json::to_value(problems.to_json()).unwrap();
         assert_eq!((&json[0]["line"], &json[0]["column"]), (&2.into(), &1.into()));
+    }
+
+    #[test]
+    fn no_more_than_a_few_problems_are_shown_and_the_rest_is_counted() {
+        let text = "k = 1\n".repeat(10_000);
+        let mut problems = Problems::new("vm.toml", text);
+        for line in (0..10_000).rev() {
+            problems.add(Problem::new(format!("line {line} is odd"), line * 6..line * 6 + 1));
+        }
+        let shown = problems.render(false);
+        assert_eq!(shown.matches("error: ").count(), SHOWN);
+        assert!(shown.contains("line 0 is odd") && shown.contains("line 19 is odd"), "{shown}");
+        assert!(shown.ends_with("and 9980 more problems"), "{shown}");
     }
 
     #[test]

@@ -145,3 +145,16 @@ fn wait_for_hangup(stream: &UnixStream) {
     let within = Timespec::try_from(PATIENCE).unwrap();
     assert_eq!(poll(&mut fds, Some(&within)).unwrap(), 1, "it is not dropped");
 }
+
+#[test]
+fn a_device_with_thousands_of_mistakes_gets_a_short_answer() {
+    let place = Place::new();
+    let _running = place.run(&two_engines(""));
+    let mut client = place.connect();
+    let toml: String = (0..6000).map(|number| format!("k{number}=1\n")).collect();
+    client.send(1, "add", &json!({ "toml": toml }));
+    let answer = client.answer(1);
+    assert_eq!(answer["error"]["code"], "bad-device");
+    let message = answer["error"]["message"].as_str().unwrap();
+    assert!(message.len() < 16 * 1024 && message.contains("more problems"), "{message}");
+}
