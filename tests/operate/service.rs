@@ -50,3 +50,22 @@ fn the_unit_of_the_examples_names_commands_that_are_there() {
     }
     assert!(unit.contains("Type=notify"));
 }
+
+#[test]
+fn a_service_manager_that_does_not_read_holds_nothing_up() {
+    let place = Place::new();
+    let file = place.write("vm0.toml", &two_engines(""));
+    let path = place.path("notify");
+    let _notify = UnixDatagram::bind(&path).unwrap();
+    let full = UnixDatagram::unbound().unwrap();
+    full.set_nonblocking(true).unwrap();
+    while full.send_to(b"STATUS=full", &path).is_ok() {}
+    let mut command = place.command(&["run", file.to_str().unwrap()]);
+    command.env("NOTIFY_SOCKET", &path).env("WATCHDOG_USEC", "20000");
+    let mut running = place.spawn(command);
+    running.is_up();
+    place.expect(0, &["pause"]);
+    place.expect(0, &["resume"]);
+    place.expect(0, &["shutdown"]);
+    assert_eq!(running.ends().status.code(), Some(0));
+}
