@@ -5,6 +5,7 @@ use crate::machine_file::hook::Command;
 use standstill::coordinator::{Hook, LocalError};
 use std::collections::VecDeque;
 use std::io::{BufRead, BufReader, Read};
+use std::os::unix::process::CommandExt;
 use std::process::{ChildStderr, Stdio};
 use std::sync::mpsc;
 use std::thread;
@@ -50,7 +51,9 @@ impl CommandHook {
             .env("STANDSTILL_MOMENT", moment)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
-            .stderr(Stdio::piped());
+            .stderr(Stdio::piped())
+            // Ctrl-C is for `standstill run` alone.
+            .process_group(0);
         for name in super::notify::VARIABLES {
             process.env_remove(name);
         }
@@ -129,6 +132,13 @@ mod tests {
             "test $STANDSTILL_MACHINE-$STANDSTILL_HOOK-$STANDSTILL_MOMENT = vm0-vcpus-stop";
         hook(script).stop().unwrap();
         hook("false").start().unwrap();
+    }
+
+    #[test]
+    fn a_signal_of_the_terminal_does_not_end_a_command_in_the_middle_of_its_work() {
+        // Of a process that leads its group, the group has its number.
+        let script = "read -r _ _ _ _ group _ < /proc/$$/stat; test $group = $$";
+        hook(script).stop().unwrap();
     }
 
     #[test]
