@@ -128,6 +128,7 @@ impl MachineDirectory {
             _ => Ok(()),
         };
         make(runtime)?;
+        check_parent(runtime)?;
         let path = runtime.join(machine);
         make(&path)?;
         check_owner(&path)?;
@@ -228,6 +229,19 @@ fn check_owner(path: &Path) -> Result<(), DirectoryError> {
     Ok(())
 }
 
+/// Whether nobody else can put another folder in the place of a machine's: the directory is this
+/// user's or root's, and others cannot write to it, or only with the sticky bit (as in /tmp).
+fn check_parent(path: &Path) -> Result<(), DirectoryError> {
+    let status: Stat = rustix::fs::stat(path).map_err(|errno| system("examine", path, errno))?;
+    let (owner, expected) = (status.st_uid, geteuid().as_raw());
+    let mode = status.st_mode & 0o7777;
+    let foreign = owner != expected && owner != 0;
+    if foreign || (mode & 0o022 != 0 && mode & 0o1000 == 0) {
+        return Err(DirectoryError::Foreign { path: path.to_owned(), owner, expected, mode });
+    }
+    Ok(())
+}
+
 fn lock(folder: &Path, machine: &str, take: bool) -> Result<File, DirectoryError> {
     let path = folder.join(LOCK);
     let failed = |errno: Errno| system("lock", &path, errno);
@@ -311,6 +325,29 @@ mod tests {
         std::fs::set_permissions(&path, PermissionsExt::from_mode(0o777)).unwrap();
         let error = MachineDirectory::claim(folder.path(), "vm0", false).unwrap_err();
         assert!(matches!(error, DirectoryError::Foreign { mode: 0o777, .. }), "{error}");
+    }
+
+    #[test]
+    fn where_others_could_replace_a_machines_folder_there_is_none() {
+        let folder = tempfile::tempdir().unwrap();
+        let runtime = folder.path().join("rt");
+        std::fs::create_dir(&runtime).unwrap();
+        let claim = |mode| {
+            std::fs::set_permissions(&runtime, PermissionsExt::from_mode(mode)).unwrap();
+            MachineDirectory::claim(&runtime, "vm0", false).map(|machine| machine.remove())
+        };
+        for mode in [0o700, 0o755, 0o1777] {
+            claim(mode).unwrap();
+        }
+        for mode in [0o770, 0o777, 0o702] {
+            let error = claim(mode).unwrap_err();
+            assert!(matches!(error, DirectoryError::Foreign { .. }), "{error}");
+        }
+        if geteuid().is_root() {
+            std::os::unix::fs::chown(&runtime, Some(65534), None).unwrap();
+            let error = claim(0o700).unwrap_err();
+            assert!(matches!(error, DirectoryError::Foreign { owner: 65534, .. }), "{error}");
+        }
     }
 
     #[test]
