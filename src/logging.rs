@@ -4,8 +4,8 @@
 //! line for which there is no room is dropped and counted.
 
 use clap::{Args, ValueEnum};
-use std::io::{self, IsTerminal};
-use tracing_appender::non_blocking::{ErrorCounter, NonBlockingBuilder, WorkerGuard};
+use std::io::{self, IsTerminal, Write};
+use tracing_appender::non_blocking::{ErrorCounter, NonBlocking, NonBlockingBuilder, WorkerGuard};
 use tracing_subscriber::EnvFilter;
 
 /// How many lines may wait to be written; none is much longer than 8 KiB.
@@ -33,13 +33,20 @@ pub(crate) enum LogFormat {
 #[must_use = "the log ends when it is dropped"]
 pub(crate) struct Log {
     dropped: ErrorCounter,
-    _writer: WorkerGuard,
+    writer: NonBlocking,
+    _guard: WorkerGuard,
 }
 
 impl Log {
     /// Counts the lines that were dropped, since there was no room for them.
     pub(crate) fn dropped(&self) -> ErrorCounter {
         self.dropped.clone()
+    }
+
+    /// Writes a text for a person after the lines that came before it.
+    pub(crate) fn tell(&self, text: &str) {
+        // Nobody is left to be told if standard error is closed.
+        let _ = self.writer.clone().write_all(format!("{text}\n").as_bytes());
     }
 }
 
@@ -60,7 +67,7 @@ pub(crate) fn start(args: LogArgs, default: &str) -> Log {
     let dropped = writer.error_counter();
     let lines = tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(writer)
+        .with_writer(writer.clone())
         .with_ansi(io::stderr().is_terminal());
     match args.log_format {
         LogFormat::Text => lines.init(),
@@ -69,5 +76,5 @@ pub(crate) fn start(args: LogArgs, default: &str) -> Log {
     if let Some(error) = refused {
         tracing::warn!(%error, default, "RUST_LOG is no filter; the default one is used");
     }
-    Log { dropped, _writer: guard }
+    Log { dropped, writer, _guard: guard }
 }

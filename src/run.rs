@@ -6,6 +6,7 @@
 //! - [`hook`]: commands that run when the machine stops and starts;
 //! - [`notify`]: what systemd gets to know;
 //! - [`observers`]: a trace file, a metrics endpoint;
+//! - [`output`]: what is said to whoever started it;
 //! - [`stay`]: from the start to the end.
 //!
 //! Whoever wants to watch the machine gets its handle and a reader of its events: see [`stay`].
@@ -16,17 +17,18 @@ mod error;
 pub(crate) mod hook;
 pub(crate) mod notify;
 mod observers;
+mod output;
 mod stay;
 
 use crate::exit::Exit;
 use crate::explain::explain;
-use crate::logging::LogArgs;
+use crate::logging::{Log, LogArgs};
 use crate::machine_file::{Beginning, MachineFile, Places, Problems, folder_of};
 use clap::{Args, ValueEnum};
 use directory::runtime_directory;
 use error::RunError;
 use observers::ObserverArgs;
-use std::io::Write;
+use output::Output;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -104,13 +106,14 @@ pub(crate) fn load(path: &Path, runtime: Option<&Path>) -> Result<Loaded, RunErr
 /// Runs the machine; returns when it is over.
 pub(crate) fn run(args: &RunArgs) -> ExitCode {
     let log = crate::logging::start(args.log, DEFAULT_FILTER);
+    let output = Output::start();
     crate::raise_file_limit();
     let ended = load(&args.file, args.runtime_dir.as_deref()).and_then(|loaded| {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
             .map_err(|source| RunError::System { what: "start the tokio runtime", source })?;
-        let ended = runtime.block_on(stay::stay(loaded, args, log.dropped()));
+        let ended = runtime.block_on(stay::stay(loaded, args, log.dropped(), &output));
         // A hook that hangs holds nobody up.
         runtime.shutdown_background();
         ended
@@ -118,22 +121,20 @@ pub(crate) fn run(args: &RunArgs) -> ExitCode {
     match ended {
         Ok(exit) => exit.into(),
         Err(error) => {
-            tell(&error);
+            tell(&log, &error);
             error.exit().into()
         }
     }
 }
 
 /// Tells a person why the machine does not run.
-fn tell(error: &RunError) {
-    let mut stderr = anstream::stderr().lock();
-    // Nobody is left to be told if standard error is closed.
-    let _ = match error {
-        RunError::File(problems) => writeln!(stderr, "{}", crate::commands::check::shown(problems)),
-        error => writeln!(stderr, "standstill: {}", explain(error)),
-    };
+fn tell(log: &Log, error: &RunError) {
+    log.tell(&match error {
+        RunError::File(problems) => crate::commands::check::shown(problems),
+        error => format!("standstill: {}", explain(error)),
+    });
     if let Some(advice) = error.advice() {
-        let _ = writeln!(stderr, "  {advice}");
+        log.tell(&format!("  {advice}"));
     }
 }
 

@@ -1,7 +1,7 @@
 //! Who watches the machine beside its operators: a trace file, a metrics endpoint.
 
 use super::RunError;
-use super::stay::say;
+use super::output::Output;
 use crate::metrics::{Bound, Endpoint, MetricsArgs};
 use crate::trace::{Opened, Trace, TraceArgs};
 use clap::Args;
@@ -48,6 +48,7 @@ impl Prepared {
         self,
         machine: &Machine,
         readers: Readers,
+        output: &Output,
     ) -> Result<Observers, RunError> {
         let system = |what| move |source| RunError::System { what, source };
         let Readers(for_trace, for_metrics) = readers;
@@ -61,7 +62,7 @@ impl Prepared {
         };
         let endpoint = match self.metrics {
             Some(bound) => {
-                say(&format!("metrics: {}", bound.url()));
+                output.say(&format!("metrics: {}", bound.url()));
                 let served = bound.serve(machine.clone(), for_metrics, self.log);
                 Some(served.map_err(system("serve metrics"))?)
             }

@@ -3,6 +3,7 @@
 use super::attach::{self, Plan};
 use super::directory::MachineDirectory;
 use super::observers::{Observers, Prepared, Readers};
+use super::output::Output;
 use super::{Attach, Loaded, RunArgs, RunError, checked, exit_of, notify};
 use crate::exit::Exit;
 use crate::machine_file::checks::open_ram;
@@ -13,7 +14,7 @@ use crate::operator::message::{DeviceEnd, ShutdownReply};
 use crate::operator::server::{ADVICE_HELD, Ending, Operator, Server, problem};
 use standstill::coordinator::{Machine, MachineError, MachineEvent, TakenOver};
 use standstill::protocol::transition::MachineState;
-use std::io::{self, Write};
+use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -64,6 +65,7 @@ pub(super) async fn stay(
     mut loaded: Loaded,
     args: &RunArgs,
     log: ErrorCounter,
+    output: &Output,
 ) -> Result<Exit, RunError> {
     let attach = args.attach;
     let system = |what| move |source| RunError::System { what, source };
@@ -93,7 +95,7 @@ pub(super) async fn stay(
     };
     let directory = Arc::new(directory);
     let beginning = plan.beginning();
-    let started = start(&loaded, plan, &directory, &mut signals, observers).await;
+    let started = start(&loaded, plan, &directory, &mut signals, observers, output).await;
     let (machine, history, observers) = match started {
         Ok(started) => started,
         Err(error) => {
@@ -124,9 +126,9 @@ pub(super) async fn stay(
             return Err(RunError::System { what: "make the operator socket", source: error });
         }
     };
-    announce(&operator).await;
+    announce(&operator, output).await;
     let ended = until_the_end(&operator, &mut signals, &mut asked).await;
-    let ended = end(&operator, ended, &mut signals, &mut asked).await;
+    let ended = end(&operator, ended, &mut signals, &mut asked, output).await;
     // The last events of a machine that has ended are there by then.
     let _ = tokio::time::timeout(LAST_EVENTS, history.ended()).await;
     history.end();
@@ -157,6 +159,7 @@ async fn start(
     directory: &MachineDirectory,
     signals: &mut Signals,
     observers: Prepared,
+    output: &Output,
 ) -> Result<(Machine, History, Observers), RunError> {
     let Loaded { file, .. } = loaded;
     let beginning = plan.beginning();
@@ -198,11 +201,11 @@ async fn start(
             let taken = builder.take_over().await;
             let TakenOver { machine, report } =
                 taken.map_err(|error| RunError::TakeOver(Box::new(error)))?;
-            say(&history.report(&report).text);
+            output.say(&history.report(&report).text);
             (machine, readers)
         }
     };
-    let observers = match observers.watch(&machine, readers).await {
+    let observers = match observers.watch(&machine, readers, output).await {
         Ok(observers) => observers,
         Err(error) => {
             let _ = machine.shutdown().await;
@@ -230,24 +233,17 @@ async fn start(
 }
 
 /// Tells that the machine is up.
-async fn announce(operator: &Operator) {
+async fn announce(operator: &Operator, output: &Output) {
     let Operator { machine, file, directory, .. } = operator;
     let state = machine.status().await.map(|status| status.machine);
     let held = matches!(state, Ok(MachineState::Held));
     let state = state.map_or_else(|error| error.to_string(), |state| state.to_string());
     let socket = directory.operator_socket();
-    say(&format!("machine {:?} is {state}; operators: {}", file.name, socket.display()));
+    output.say(&format!("machine {:?} is {state}; operators: {}", file.name, socket.display()));
     if held {
-        say(ADVICE_HELD);
+        output.say(ADVICE_HELD);
     }
     notify::ready(&state);
-}
-
-/// Writes a line for whoever started this.
-pub(super) fn say(text: &str) {
-    let mut stdout = io::stdout().lock();
-    // A reader that has gone away wants no more.
-    let _ = writeln!(stdout, "{}", text.trim_end()).and_then(|()| stdout.flush());
 }
 
 /// Waits for a reason to end, and tells the service manager how the machine is meanwhile.
@@ -294,6 +290,7 @@ async fn end(
     reason: Reason,
     signals: &mut Signals,
     asked: &mut mpsc::Receiver<Ending>,
+    output: &Output,
 ) -> Result<Over, RunError> {
     let machine = operator.file.name.clone();
     let client = match reason {
@@ -306,7 +303,8 @@ async fn end(
             notify::stopping("devices are left for a later coordinator");
             // The client may be gone.
             let _ = reply.send(Ok(ShutdownReply { kept: true, devices: Vec::new() }));
-            say("the devices are left as they are; `standstill run --attach` takes them over");
+            output
+                .say("the devices are left as they are; `standstill run --attach` takes them over");
             return Ok(Over { exit: Exit::Done, kept: true });
         }
         Reason::Asked(Ending { keep: false, reply }) => {
@@ -344,8 +342,8 @@ async fn end(
     let all_gone = exits.iter().all(|(name, exit)| exit.is_some() || !had_process(name));
     for (name, exit) in &exits {
         match exit {
-            Some(exit) => say(&format!("{name} {exit}")),
-            None if had_process(name) => say(&format!("{name} is not proven to have ended")),
+            Some(exit) => output.say(&format!("{name} {exit}")),
+            None if had_process(name) => output.say(&format!("{name} is not proven to have ended")),
             None => {}
         }
     }

@@ -1,7 +1,9 @@
 //! Signals, and what is left after them: nothing.
 
-use crate::fixture::{Place, gone, send, two_engines};
+use crate::fixture::{PATIENCE, Place, gone, pidfd, send, two_engines};
+use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use rustix::process::Signal;
+use std::io::{self, Write};
 use std::os::unix::process::ExitStatusExt;
 use std::time::{Duration, Instant};
 
@@ -84,4 +86,50 @@ fn a_machine_can_be_run_again_when_its_shutdown_has_returned() {
         place.expect(0, &["shutdown"]);
         assert_eq!(std::fs::read_dir(place.runtime()).unwrap().count(), 0);
     }
+}
+
+/// A pipe that nobody reads, and in which there is no room any more.
+fn full_pipe() -> (io::PipeReader, io::PipeWriter) {
+    let (reader, writer) = io::pipe().unwrap();
+    let flags = fcntl_getfl(&writer).unwrap();
+    fcntl_setfl(&writer, flags | OFlags::NONBLOCK).unwrap();
+    while (&writer).write(&[b'.'; 4096]).is_ok() {}
+    while (&writer).write(b".").is_ok() {}
+    fcntl_setfl(&writer, flags).unwrap();
+    (reader, writer)
+}
+
+#[test]
+fn output_that_nobody_reads_holds_up_neither_the_machine_nor_its_end() {
+    let place = Place::new();
+    let file = place.write("vm0.toml", &two_engines(""));
+    let (_reader, writer) = full_pipe();
+    let mut command = place.command(&["run", file.to_str().unwrap()]);
+    command.stdout(writer.try_clone().unwrap()).stderr(writer);
+    let mut child = command.spawn().unwrap();
+    let deadline = Instant::now() + PATIENCE;
+    while !place.ask(&["status"]).status.success() {
+        assert!(Instant::now() < deadline, "it never answers");
+    }
+    place.expect(0, &["pause"]);
+    let pidfd = pidfd(child.id().into());
+    place.expect(0, &["shutdown"]);
+    let ended = gone(&pidfd, PATIENCE);
+    // Nothing to be done about one that has ended.
+    let _ = child.kill();
+    let status = child.wait().unwrap();
+    assert!(ended && status.success(), "{status}");
+}
+
+#[test]
+fn an_error_that_nobody_reads_does_not_keep_the_process() {
+    let place = Place::new();
+    let file = place.write("vm0.toml", "name = 1");
+    let (_reader, writer) = full_pipe();
+    let mut command = place.command(&["run", file.to_str().unwrap()]);
+    command.stdout(writer.try_clone().unwrap()).stderr(writer);
+    let mut child = command.spawn().unwrap();
+    let ended = gone(&pidfd(child.id().into()), PATIENCE);
+    let _ = child.kill();
+    assert_eq!((ended, child.wait().unwrap().code()), (true, Some(2)));
 }
