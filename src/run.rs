@@ -105,6 +105,9 @@ pub(crate) fn load(path: &Path, runtime: Option<&Path>) -> Result<Loaded, RunErr
 
 /// Runs the machine; returns when it is over.
 pub(crate) fn run(args: &RunArgs) -> ExitCode {
+    // What a launcher has left open is not for devices and hooks: they may outlive it, and a device
+    // may be hostile.
+    close_fds::set_fds_cloexec(3, &[]);
     let log = crate::logging::start(args.log, DEFAULT_FILTER);
     let output = Output::start();
     crate::raise_file_limit();

@@ -156,3 +156,29 @@ fn guest_ram_is_declared_from_the_file_and_later() {
     let said = place.expect(1, &["declare-ram", "/dev/null"]);
     assert!(said.contains("no regular file"), "{said}");
 }
+
+#[test]
+fn what_a_launcher_has_left_open_does_not_reach_devices() {
+    let place = Place::new();
+    let file = place.write("vm0.toml", &two_engines(""));
+    let secret = place.write("secret", "not for devices");
+    let run = place.command(&["run", file.to_str().unwrap()]);
+    let mut launcher = std::process::Command::new("sh");
+    launcher
+        .args(["-c", "exec 9< \"$0\"; exec \"$@\""])
+        .arg(&secret)
+        .arg(run.get_program())
+        .args(run.get_args())
+        .envs(run.get_envs().filter_map(|(name, value)| Some((name, value?))))
+        .current_dir(place.folder.path())
+        .stdin(Stdio::null());
+    let mut running = place.spawn(launcher);
+    running.is_up();
+    let has = |pid: u64| {
+        let fds = std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap();
+        let mut targets = fds.filter_map(|fd| std::fs::read_link(fd.unwrap().path()).ok());
+        targets.any(|target| target == secret)
+    };
+    assert!(has(u64::try_from(running.pid().as_raw_pid()).unwrap()), "the test shows nothing");
+    assert!(!has(place.pid_of("engine0")));
+}
