@@ -23,8 +23,13 @@
 //! A program with an event loop of its own registers [`Events::fd`], and the `fd` of a
 //! [launched phase](PreparingStop::fd), in it.
 //!
-//! Threads do not survive a `fork`: in the child every call fails with [`MachineError::Gone`], and
-//! dropping a handle does nothing to the machine, which is the parent's.
+//! A [hook](crate::Hook) or [local device](crate::LocalDevice) that a transition waits for may ask for
+//! the [status](Machine::status) and [cancel](Machine::cancel); another transition is refused. It must
+//! not add, remove or restart a device: that waits for the end of the transition, and so for itself,
+//! until its deadline, and the machine is held then.
+//!
+//! Threads do not survive a `fork`: in the child every call fails with [`MachineError::Gone`], events
+//! end at once, and dropping a handle does nothing to the machine, which is the parent's.
 
 mod events;
 mod inbox;

@@ -29,6 +29,8 @@ pub(super) struct Inbox<T> {
     /// Made when it is first asked for.
     fd: OnceLock<OwnedFd>,
     room: usize,
+    /// The process whose threads fill it; in a fork of it nobody does.
+    process: u32,
 }
 
 #[derive(Debug)]
@@ -43,7 +45,13 @@ struct Queue<T> {
 impl<T> Inbox<T> {
     pub(super) fn new(room: usize) -> Self {
         let queue = Queue { items: VecDeque::new(), missed: 0, closed: false, raised: false };
-        Self { queue: Mutex::new(queue), changed: Condvar::new(), fd: OnceLock::new(), room }
+        Self {
+            queue: Mutex::new(queue),
+            changed: Condvar::new(),
+            fd: OnceLock::new(),
+            room,
+            process: std::process::id(),
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, Queue<T>> {
@@ -71,8 +79,13 @@ impl<T> Inbox<T> {
         self.changed.notify_all();
     }
 
-    /// Takes the oldest item, waiting for it until then; `None` for ever.
+    /// Takes the oldest item, waiting for it until then; `None` for ever. After a fork there is
+    /// nothing to wait for.
     pub(super) fn take(&self, until: Option<Instant>) -> Taken<T> {
+        // Before the lock: whoever had it at the fork is not here to let go of it.
+        if self.process != std::process::id() {
+            return Taken::Closed;
+        }
         let mut queue = self.lock();
         while !queue.is_ready() {
             let unpoisoned = PoisonError::into_inner;
@@ -174,6 +187,15 @@ mod tests {
         assert_eq!(inbox.take(None), Taken::Item(4));
         assert_eq!(inbox.take(None), Taken::Item(5));
         assert_eq!(inbox.take(Some(Instant::now())), Taken::Late);
+    }
+
+    #[test]
+    fn after_a_fork_nothing_is_waited_for() {
+        let mut inbox = Inbox::new(2);
+        inbox.push(1);
+        inbox.process = std::os::unix::process::parent_id();
+        let _held_at_the_fork = inbox.lock();
+        assert_eq!(inbox.take(None), Taken::Closed);
     }
 
     #[test]
