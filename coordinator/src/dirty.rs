@@ -109,7 +109,8 @@ pub enum DirtyError {
         "another coordinator with the higher term {0} has the machine, writes are not tracked any more"
     )]
     Superseded(Term),
-    /// The machine was shut down, or its tracking was stopped.
+    /// The machine was shut down, its tracking was stopped, or this is a fork of the process that has
+    /// it.
     #[error("writes to RAM are not tracked any more")]
     Ended,
 }
@@ -277,6 +278,8 @@ pub(crate) enum Marks {
 #[derive(Debug)]
 pub(crate) struct Registry {
     pub(crate) options: DirtyOptions,
+    /// The process that it is for. A fork of it would take away marks that are meant for this one.
+    process: u32,
     inner: Mutex<Inner>,
 }
 
@@ -320,7 +323,7 @@ pub(crate) fn identity(file: impl AsFd) -> io::Result<(FileIdentity, u64)> {
 
 impl Registry {
     pub(crate) fn new(options: DirtyOptions) -> Self {
-        Self { options, inner: Mutex::default() }
+        Self { options, process: std::process::id(), inner: Mutex::default() }
     }
 
     fn inner(&self) -> MutexGuard<'_, Inner> {
@@ -348,18 +351,24 @@ impl Registry {
         self.inner().devices.push(device);
     }
 
-    /// A new bitmap of that device for that file.
+    /// The bitmap of that device for that file; a file that is declared again has the same one.
     pub(crate) fn add_bitmap(
         &self,
         id: ParticipantId,
         file: FileIdentity,
     ) -> Result<Arc<DirtyBitmap>, DirtyError> {
         let mut inner = self.inner();
-        let layout = inner.files.iter().find(|known| known.file == file).map(|file| file.layout);
-        let layout = layout.ok_or(DirtyError::Ended)?;
-        let bitmap = Arc::new(DirtyBitmap::create(layout)?);
-        if let Some(device) = inner.devices.iter_mut().find(|device| device.id == id) {
-            // One that it may have had before for the same file keeps the marks that are in it.
+        let Inner { files, devices, .. } = &mut *inner;
+        let mut device = devices.iter_mut().find(|device| device.id == id);
+        let known = device.as_ref().and_then(|device| {
+            device.bitmaps.iter().find(|(of, _)| *of == file).map(|(_, bitmap)| bitmap)
+        });
+        if let Some(bitmap) = known {
+            return Ok(Arc::clone(bitmap));
+        }
+        let layout = files.iter().find(|known| known.file == file).map(|file| file.layout);
+        let bitmap = Arc::new(DirtyBitmap::create(layout.ok_or(DirtyError::Ended)?)?);
+        if let Some(device) = &mut device {
             device.bitmaps.push((file, Arc::clone(&bitmap)));
         }
         Ok(bitmap)
@@ -407,6 +416,9 @@ impl Registry {
     }
 
     fn collect(&self) -> Result<DirtyReport, DirtyError> {
+        if self.process != std::process::id() {
+            return Err(DirtyError::Ended);
+        }
         let mut inner = self.inner();
         match inner.ended {
             Some(Ended::Stopped) => return Err(DirtyError::Ended),

@@ -48,6 +48,28 @@ fn marks_of_all_devices_are_told_once() {
 }
 
 #[test]
+fn a_file_that_is_declared_again_has_the_same_bitmap() {
+    let ram = file(70);
+    let (registry, [disk, nic]) = two(&ram);
+    let (of, _) = identity(&ram).unwrap();
+    let again = [DISK, NIC].map(|id| registry.add_bitmap(id, of).unwrap());
+    assert!(Arc::ptr_eq(&again[0], &disk) && Arc::ptr_eq(&again[1], &nic));
+    disk.mark(3 * PAGE, 1);
+    assert_eq!(pages(&registry.collect().unwrap()), [3]);
+}
+
+#[test]
+fn a_fork_takes_no_marks_away() {
+    let ram = file(70);
+    let (mut registry, [disk, _]) = two(&ram);
+    disk.mark(3 * PAGE, 1);
+    registry.process = std::os::unix::process::parent_id();
+    assert!(matches!(registry.collect(), Err(DirtyError::Ended)));
+    registry.process = std::process::id();
+    assert_eq!(pages(&registry.collect().unwrap()), [3]);
+}
+
+#[test]
 fn a_lost_device_may_have_written_everything_until_its_end_was_told() {
     let ram = file(70);
     let (registry, [disk, nic]) = two(&ram);
