@@ -7,6 +7,7 @@ use super::supervision::Recovery;
 use super::{Message, Reply};
 use crate::dirty::{self, DirtyError, DirtyTracking};
 use crate::error::MachineError;
+use standstill_protocol::channel::SendError;
 use standstill_protocol::message::{
     CoordinatorMessage, MAX_FDS, MAX_FILES, MemoryDeclaration, Revocation,
 };
@@ -102,8 +103,11 @@ impl State {
                 dirty_page_size,
             });
             device.allowance.asked();
-            channel.try_send(&message, &fds).map_err(|error| error.to_string())?;
-            answers += 1;
+            match channel.try_send(&message, &fds) {
+                // Its end is still to be read, and decides for whoever waits.
+                Ok(()) | Err(SendError::Disconnected) => answers += 1,
+                Err(error) => return Err(error.to_string()),
+            }
         }
         Ok(answers)
     }

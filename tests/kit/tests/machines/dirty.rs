@@ -2,8 +2,8 @@
 //! written.
 
 use crate::fixture::{LONG, SHORT, builder, deadlines, honest, start};
-use crate::left_behind::Left;
-use crate::supervised::{events_until, restarted, signal, until_joined};
+use crate::left_behind::{Left, Process};
+use crate::supervised::{device, events_until, restarted, signal, until_joined};
 use rustix::process::Signal;
 use standstill_coordinator::dirty::{DirtyError, DirtyOptions, DirtyTracking, Untracked};
 use standstill_coordinator::error::{MachineError, StartError};
@@ -224,6 +224,24 @@ async fn a_device_that_dies_instead_of_marking_does_not_keep_the_others_from_it(
     let gone = |event: &MachineEvent| matches!(event, MachineEvent::DeviceFenced { .. });
     events_until(&mut events, "the fence", gone).await;
     assert_eq!(presumed(&mut tracking), ["dies"]);
+    assert_eq!(presumed(&mut tracking), NOBODY);
+}
+
+/// Its end is not read yet when it is to be told: on this runtime's one thread, that is not before
+/// this test waits for something.
+#[tokio::test]
+async fn a_device_whose_death_is_not_seen_yet_does_not_keep_the_others_from_it() {
+    let trace = Trace::new().unwrap();
+    let machine = start(builder().devices(["dead", "d1"].map(|name| honest(name, &trace)))).await;
+    declare(&machine, &ram()).await;
+    let process = Process::new(device(&machine, "dead").await.pid.unwrap());
+    process.signal(Signal::KILL);
+    assert!(process.ends_within_blocking(LONG));
+    let mut events = machine.events();
+    let mut tracking = track(&machine, OPTIONS()).await.unwrap();
+    let gone = |event: &MachineEvent| matches!(event, MachineEvent::DeviceFenced { .. });
+    events_until(&mut events, "the fence", gone).await;
+    assert_eq!(presumed(&mut tracking), ["dead"]);
     assert_eq!(presumed(&mut tracking), NOBODY);
 }
 

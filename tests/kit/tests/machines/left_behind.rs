@@ -140,12 +140,14 @@ impl Process {
 
     /// Whether it ends within that time.
     pub(crate) async fn ends_within(&self, time: Duration) -> bool {
-        let pidfd = self.0.try_clone().unwrap();
-        let wait = move || {
-            let time = Timespec::try_from(time).unwrap();
-            poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&time)).unwrap() > 0
-        };
-        tokio::task::spawn_blocking(wait).await.unwrap()
+        let process = Self(self.0.try_clone().unwrap());
+        tokio::task::spawn_blocking(move || process.ends_within_blocking(time)).await.unwrap()
+    }
+
+    /// As [`ends_within`](Self::ends_within), and nothing else happens in this test meanwhile.
+    pub(crate) fn ends_within_blocking(&self, time: Duration) -> bool {
+        let time = Timespec::try_from(time).unwrap();
+        poll(&mut [PollFd::new(&self.0, PollFlags::IN)], Some(&time)).unwrap() > 0
     }
 
     pub(crate) async fn lives(&self) -> bool {
