@@ -2,6 +2,7 @@
 
 use crate::fixture::{LONG, honest, report_of, start};
 use crate::left_behind::{Left, NAMES, owner_goes_on};
+use crate::supervised::events_until;
 use standstill_coordinator::error::MachineError;
 use standstill_coordinator::{MachineBuilder, MachineEvent, Outcome, TakeOverError, TakenOver};
 use standstill_protocol::message::Phase;
@@ -126,6 +127,29 @@ async fn a_pause_that_is_under_way_when_the_machine_is_taken_over_ends_held() {
         other => panic!("{other:?}"),
     }
     drop(gate);
+    owner_goes_on(&machine, false).await;
+    left.end(machine).await;
+}
+
+/// Nobody has reached STOP, and whoever has the gap can launch nothing any more.
+#[tokio::test]
+async fn a_machine_that_is_taken_over_in_the_gap_runs_and_the_late_launch_is_told_so() {
+    let left = Left::honest();
+    let old = within(LONG, "start", left.course.builder().unwrap().start()).await.unwrap();
+    let preparing = old.launch_prepare_stop(LONG).unwrap();
+    let quiet = within(LONG, "the first phase", preparing.join()).await.unwrap();
+    let mut events = old.events();
+    let TakenOver { machine, report } = left.take_over().await;
+    assert_eq!(report.outcome, Outcome::RolledBack, "{report}");
+    let superseded = |event: &MachineEvent| matches!(event, MachineEvent::Superseded { .. });
+    events_until(&mut events, "the old one to know", superseded).await;
+    let error = within(LONG, "the late launch", quiet.launch_stop().join()).await.unwrap_err();
+    match &report_of(&error).outcome {
+        Outcome::Held { reasons, .. } => assert_eq!(reasons[..], [HeldReason::Superseded]),
+        other => panic!("{other:?}"),
+    }
+    left.assert_all(&machine, &NAMES, MigrationState::Running).await;
+    assert!(left.trace.received(Phase::Stop).is_empty(), "{}", left.trace.text());
     owner_goes_on(&machine, false).await;
     left.end(machine).await;
 }
