@@ -37,6 +37,8 @@ pub(crate) struct ConnectionId(u64);
 pub(super) struct Control {
     pub(super) id: ConnectionId,
     outbox: Outbox,
+    /// Something could not be sent, and the actor is told so.
+    broken: bool,
     /// Its thread ends when this is dropped.
     _reader: Reader,
     heartbeat: Option<Heart>,
@@ -96,7 +98,8 @@ impl<D: Device> State<D> {
             // If the actor is gone, so is the process.
             let _ = myself.cast(Message::SendFailed(id, error));
         });
-        self.control = Some(Control { id, outbox, _reader: reader, heartbeat: None });
+        self.control =
+            Some(Control { id, outbox, broken: false, _reader: reader, heartbeat: None });
         self.machine = Some(machine);
         self.orphan = orphan;
         // A command that was still to begin was the old coordinator's.
@@ -184,10 +187,12 @@ impl<D: Device> State<D> {
             Err(OutboxError::Send(SendError::Disconnected)) => {
                 tracing::debug!("nobody is there to be told");
             }
-            Err(error) => {
+            // Told once: the reading thread may be far ahead of the actor.
+            Err(error) if !std::mem::replace(&mut control.broken, true) => {
                 // If the actor is gone, so is the process.
                 let _ = self.myself.cast(Message::SendFailed(control.id, error));
             }
+            Err(_) => {}
         }
     }
 
