@@ -377,6 +377,8 @@ fn cpu_ticks(process: u32) -> u64 {
 #[test]
 fn a_device_without_free_fds_neither_spins_nor_forgets_who_waits() {
     let device = Device::kept("", None);
+    // Who serves clients has all fds that it needs to begin: it was the last to be set up.
+    let _client = Client::connect(&device.socket());
     let pid = Pid::from_raw(i32::try_from(device.process.id()).unwrap()).unwrap();
     let none = Rlimit { current: Some(0), ..getrlimit(Resource::Nofile) };
     let usual = prlimit(Some(pid), Resource::Nofile, none).unwrap();
