@@ -128,9 +128,15 @@ pub(crate) fn finish(result: Result<Exit, CommandError>, json: bool) -> ExitCode
         _ => None,
     };
     // Nobody is left to be told if standard error is closed.
-    let _ = match report {
-        Some(report) => write!(stderr, "{}", report.text),
-        None => writeln!(stderr, "standstill: {}", explain(&error)),
+    let _ = match (report, &error) {
+        (Some(report), _) => write!(stderr, "{}", report.text),
+        // As `check` shows it.
+        (None, CommandError::Client(ClientError::Problem(problem)))
+            if problem.code == Code::BadDevice =>
+        {
+            writeln!(stderr, "{}\n\nstandstill: nothing was added", problem.message)
+        }
+        _ => writeln!(stderr, "standstill: {}", explain(&error)),
     };
     if let Some(advice) = error.advice() {
         let _ = writeln!(stderr, "  {advice}");

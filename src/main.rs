@@ -113,7 +113,7 @@ fn main() -> ExitCode {
         Command::Status(args) => status::run(&args),
         Command::Pause(args) => transition::move_to(&args, Request::Pause {}),
         Command::Resume(args) => transition::move_to(&args, Request::Resume {}),
-        Command::Cancel(args) => transition::tell(&args, Request::Cancel {}, "given up"),
+        Command::Cancel(args) => transition::cancel(&args),
         Command::Shutdown(args) => transition::shutdown(&args),
         Command::Add(args) => membership::add(&args),
         Command::Remove(args) => membership::remove(&args),

@@ -55,8 +55,8 @@ pub(crate) fn run(args: &TopArgs) -> ExitCode {
 fn top(args: &TopArgs) -> Result<Exit, CommandError> {
     let terminal = |source| CommandError::File { what: "use the terminal".to_owned(), source };
     if !io::stdin().is_terminal() || !io::stdout().is_terminal() {
-        let advice = "`standstill status` and `standstill events` need no terminal";
-        return Err(terminal(io::Error::new(io::ErrorKind::Unsupported, advice)));
+        let why = "standard input or output is none; `standstill status` needs no terminal";
+        return Err(terminal(io::Error::new(io::ErrorKind::Unsupported, why)));
     }
     // A machine that is not there is told before the screen changes.
     let client = args.target.connect()?;

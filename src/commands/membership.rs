@@ -91,10 +91,24 @@ impl AddArgs {
 
 pub(crate) fn add(args: &AddArgs) -> ExitCode {
     let added = args.device().and_then(|(toml, directory)| {
+        let done = match name_of(&toml) {
+            Some(name) => format!("{name} is added"),
+            None => "added".to_owned(),
+        };
         let request = Request::Add { toml, directory: Some(directory) };
-        told(&args.target, request, "added")
+        told(&args.target, request, &done)
     });
     finish(added, args.target.json)
+}
+
+/// The name of a device in the text of its keys, with or without the header of its table.
+fn name_of(toml: &str) -> Option<String> {
+    let table: Table = toml.parse().ok()?;
+    let keys = match table.get("device") {
+        Some(devices) => devices.get(0)?.as_table()?,
+        None => &table,
+    };
+    Some(keys.get("name")?.as_str()?.to_owned())
 }
 
 /// What follows `standstill remove` and `standstill restart`.

@@ -96,7 +96,12 @@ impl Table {
         for (number, row) in self.rows.iter().enumerate() {
             let mut line = String::new();
             for (cell, width) in row.iter().zip(&widths) {
-                let style = if number == 0 { HEAD } else { style_of(cell) };
+                let style = match cell.as_str() {
+                    // An escape sequence at the end of a line would keep the blanks before it.
+                    "" => Style::new(),
+                    _ if number == 0 => HEAD,
+                    cell => style_of(cell),
+                };
                 let fill = width.saturating_sub(cell.chars().count());
                 line.push_str(&format!("{style}{cell}{style:#}{:fill$}  ", ""));
             }
@@ -113,9 +118,9 @@ mod tests {
 
     #[test]
     fn columns_are_as_wide_as_their_widest_cell() {
-        let mut table = Table::new(&["device", "state"]);
-        table.row(vec!["a".into(), "RUNNING".into()]);
-        table.row(vec!["längerer".into(), "STOP".into()]);
+        let mut table = Table::new(&["device", "state", ""]);
+        table.row(vec!["a".into(), "RUNNING".into(), String::new()]);
+        table.row(vec!["längerer".into(), "STOP".into(), String::new()]);
         let plain = anstream::adapter::strip_str(&table.render()).to_string();
         assert_eq!(plain, "device    state\na         RUNNING\nlängerer  STOP\n");
     }

@@ -4,7 +4,7 @@ use super::show::{json, line};
 use super::target::Target;
 use super::{CommandError, exit_of_report, finish};
 use crate::exit::Exit;
-use crate::operator::message::{ReportReply, Request, ShutdownReply};
+use crate::operator::message::{ReportReply, Request, ShutdownReply, StatusReply};
 use clap::Args;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde_json::Value;
@@ -60,6 +60,26 @@ pub(super) fn told(target: &Target, request: Request, done: &str) -> Result<Exit
         json(&reply);
     } else {
         line(done);
+    }
+    Ok(Exit::Done)
+}
+
+/// Gives up what is under way.
+pub(crate) fn cancel(args: &PlainArgs) -> ExitCode {
+    finish(cancelled(&args.target), args.target.json)
+}
+
+fn cancelled(target: &Target) -> Result<Exit, CommandError> {
+    let mut client = target.connect()?;
+    let before: StatusReply = client.ask(Request::Status {})?;
+    let reply: Value = client.ask(Request::Cancel {})?;
+    if target.json {
+        json(&reply);
+    } else {
+        line(match before.status.operation {
+            Some(_) => "given up",
+            None => "nothing was under way",
+        });
     }
     Ok(Exit::Done)
 }

@@ -89,8 +89,7 @@ impl Problems {
     /// As they are shown to a person, in the order of the text; the first [`SHOWN`] of them.
     pub(crate) fn render(&self, colour: bool) -> String {
         let renderer = if colour { Renderer::styled() } else { Renderer::plain() };
-        let mut found: Vec<_> = self.found.iter().collect();
-        found.sort_by_key(|problem| problem.span.start);
+        let mut found = self.in_order();
         let more = found.len().saturating_sub(SHOWN);
         found.truncate(SHOWN);
         let mut text = String::new();
@@ -117,9 +116,15 @@ impl Problems {
         text
     }
 
-    /// As a program reads them.
+    fn in_order(&self) -> Vec<&Problem> {
+        let mut found: Vec<_> = self.found.iter().collect();
+        found.sort_by_key(|problem| problem.span.start);
+        found
+    }
+
+    /// As a program reads them, in the order of the text.
     pub(crate) fn to_json(&self) -> Vec<JsonProblem<'_>> {
-        let each = self.found.iter().map(|problem| {
+        let each = self.in_order().into_iter().map(|problem| {
             let (line, column) = self.place(problem.span.start);
             JsonProblem {
                 file: &self.name,
@@ -158,8 +163,9 @@ mod tests {
 
     #[test]
     fn the_words_are_underlined_with_file_line_and_column() {
-        let text = "name = \"vm\"\nonn-loss = \"fail\"\n";
+        let text = "name = \"vm\"\nonn-loss = \"fail\"\nrom = 1\n";
         let mut problems = Problems::new("vm.toml", text);
+        problems.add(Problem::new("unknown key `rom`", 30..33));
         problems
             .add(Problem::new("unknown key `onn-loss`", 12..20).help("did you mean `on-loss`?"));
         let shown = problems.render(false);
@@ -169,6 +175,7 @@ mod tests {
         assert!(!shown.contains('\x1b'));
         let json = serde_json::to_value(problems.to_json()).unwrap();
         assert_eq!((&json[0]["line"], &json[0]["column"]), (&2.into(), &1.into()));
+        assert_eq!(json[1]["line"], 3);
     }
 
     #[test]

@@ -286,6 +286,18 @@ impl Operator {
         let mut problems = Problems::new("device", toml.clone());
         let places = Places { file: directory.clone(), runtime: self.runtime.clone() };
         let device = self.file.read_device(&toml, &places, &mut problems);
+        if let Some(device) = &device {
+            // Said first: its socket would be in the way, too.
+            let name = &device.name.value;
+            let status = self.machine.status().await.map_err(|error| self.problem(&error))?;
+            if problems.is_empty() && status.devices.iter().any(|there| there.name == *name) {
+                let message =
+                    format!("adding device {name:?} is not possible: there is one of that name");
+                let advice = "choose another name, or take that one out (`standstill remove`)";
+                let code = Code::Refused;
+                return Err(Problem { advice: Some(advice.to_owned()), ..problem(code, message) });
+            }
+        }
         let device = device.filter(|device| {
             if problems.is_empty() {
                 device.check(Beginning::Start, self.directory.path(), &mut problems);

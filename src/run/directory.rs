@@ -10,6 +10,7 @@
 //!     └── engine0.sock           data sockets, if the machine file says so
 //! ```
 
+use crate::machine_file::checks::somebody_listens;
 use rustix::fs::{AtFlags, FileType, FlockOperation, Mode, OFlags, Stat};
 use rustix::io::Errno;
 use rustix::process::geteuid;
@@ -17,7 +18,7 @@ use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt};
 use std::path::{Path, PathBuf};
 use thiserror::Error;
 
@@ -195,10 +196,26 @@ impl MachineDirectory {
         self.forget_all();
         // Left if the devices could not be proven gone.
         let _ = std::fs::remove_dir(self.control());
+        self.remove_dead_sockets();
         let _ = std::fs::remove_file(self.path.join(LOCK));
-        // Left if a data socket is.
+        // Left if somebody still serves a socket there, or something else was put there.
         if let Err(error) = std::fs::remove_dir(&self.path) {
             tracing::debug!(machine = self.machine, %error, "the machine's folder is left");
+        }
+    }
+
+    /// Removes the sockets that nobody serves: a device that is killed leaves its own.
+    fn remove_dead_sockets(&self) {
+        let Ok(entries) = std::fs::read_dir(&self.path) else { return };
+        for entry in entries.filter_map(Result::ok) {
+            let path = entry.path();
+            let is_socket = entry.file_type().is_ok_and(|kind| kind.is_socket());
+            if is_socket
+                && matches!(somebody_listens(&path), Ok(false))
+                && let Err(error) = std::fs::remove_file(&path)
+            {
+                tracing::debug!(path = %path.display(), %error, "a socket is left");
+            }
         }
     }
 }
@@ -295,6 +312,7 @@ fn same_file(file: &File, path: &Path) -> bool {
 mod tests {
     use super::*;
     use std::os::unix::fs::PermissionsExt;
+    use std::os::unix::net::UnixListener;
 
     #[test]
     fn one_process_has_a_machine_until_another_one_takes_it_away() {
@@ -348,6 +366,24 @@ mod tests {
             let error = claim(0o700).unwrap_err();
             assert!(matches!(error, DirectoryError::Foreign { owner: 65534, .. }), "{error}");
         }
+    }
+
+    #[test]
+    fn sockets_that_nobody_serves_go_with_the_machine() {
+        let folder = tempfile::tempdir().unwrap();
+        let machine = MachineDirectory::claim(folder.path(), "vm0", false).unwrap();
+        let [dead, alive, file] =
+            ["dead.sock", "alive.sock", "notes"].map(|name| machine.path().join(name));
+        drop(UnixListener::bind(&dead).unwrap());
+        let served = UnixListener::bind(&alive).unwrap();
+        std::fs::write(&file, "mine").unwrap();
+        machine.remove();
+        assert!(!dead.exists() && alive.exists() && file.exists());
+        drop(served);
+        std::fs::remove_file(&file).unwrap();
+        let machine = MachineDirectory::claim(folder.path(), "vm0", false).unwrap();
+        machine.remove();
+        assert!(!folder.path().join("vm0").exists());
     }
 
     #[test]

@@ -6,6 +6,7 @@ use crate::machine_file::Problems;
 use crate::metrics::MetricsError;
 use crate::trace::TraceError;
 use standstill::coordinator::control_directory::ControlDirectoryError;
+use standstill::coordinator::error::GreetingError;
 use standstill::coordinator::{MachineError, StartError, TakeOverError};
 use std::io;
 use std::path::PathBuf;
@@ -133,6 +134,10 @@ impl RunError {
             ),
             Self::Trace(_) => Some("choose another --trace FILE"),
             Self::Metrics(_) => Some("choose another --metrics ADDR"),
+            Self::Start(error) if is_mute(error) => Some(
+                "a device's program says Hello on its standard input, by `serve` of the device \
+                 runtime: README.md, \"Write a device\"",
+            ),
             Self::NothingLeft { .. } => Some("start it without --attach"),
             Self::Undescribed { .. } => Some("put it into the machine file as it was started"),
             Self::TakeOver(_) => {
@@ -141,4 +146,14 @@ impl RunError {
             _ => None,
         }
     }
+}
+
+/// Whether a device's program has neither greeted nor said why: it may be none of a device.
+fn is_mute(error: &StartError) -> bool {
+    use GreetingError::{Disconnected, Exited, Silent};
+    let StartError::Greeting { source: Silent(_) | Exited(_) | Disconnected, stderr, .. } = error
+    else {
+        return false;
+    };
+    stderr.is_empty()
 }

@@ -134,6 +134,17 @@ fn a_program_that_ends_at_once_is_told_with_its_last_words() {
 }
 
 #[test]
+fn a_program_that_is_no_device_is_told_and_nothing_of_the_others_is_left() {
+    let place = Place::new();
+    let text = two_engines("") + "[[device]]\nname = \"nic0\"\nprogram = \"true\"\n";
+    let file = place.write("vm0.toml", &text);
+    let said = place.expect(1, &["run", file.to_str().unwrap()]);
+    assert!(said.contains("exited with status 0") && said.contains("Write a device"), "{said}");
+    // The engines were killed, and their sockets went with them.
+    assert_eq!(std::fs::read_dir(place.runtime()).unwrap().count(), 0);
+}
+
+#[test]
 fn guest_ram_that_is_not_there_is_told() {
     let place = Place::new();
     let said = refused(&place, &two_engines("ram = [{ path = \"/nowhere/ram\" }]"));

@@ -9,7 +9,7 @@ fn a_device_is_added_from_a_file_or_by_options_and_removed() {
     let place = Place::new();
     let _running = place.run(&two_engines(""));
     place.write("more.toml", "name = \"more\"\nkind = \"copy-engine\"\nsocket = \"more.sock\"\n");
-    place.expect(0, &["add", "more.toml"]);
+    assert!(place.expect(0, &["add", "more.toml"]).contains("more is added"));
     let program = env!("CARGO_BIN_EXE_standstill");
     let add = [
         "add",
@@ -50,14 +50,17 @@ fn a_device_that_does_not_fit_is_refused_with_the_place() {
     let _running = place.run(&two_engines(""));
     place.write("bad.toml", "name = \"bad\"\nkind = \"copy-engin\"\nsocket = \"bad.sock\"\n");
     let said = place.expect(2, &["add", "bad.toml"]);
+    assert!(said.starts_with("error: ") && said.contains("nothing was added"), "{said}");
     assert!(said.contains(":2:8") && said.contains("did you mean \"copy-engine\"?"), "{said}");
     let said = place.expect(2, &["add", "--name", "a", "--program", "/nowhere/nic"]);
     assert!(said.contains("/nowhere/nic cannot be executed"), "{said}");
     let said = place.expect(2, &["add", "nowhere.toml"]);
     assert!(said.contains("cannot read nowhere.toml"), "{said}");
-    let twice = ["add", "--name", "engine0", "--kind", "copy-engine", "--data-socket", "x.sock"];
-    let said = place.expect(1, &twice);
-    assert!(said.contains("engine0"), "{said}");
+    for socket in ["x.sock", "engine0.sock"] {
+        let twice = ["add", "--name", "engine0", "--kind", "copy-engine", "--data-socket", socket];
+        let said = place.expect(1, &twice);
+        assert!(said.contains("there is one of that name"), "{said}");
+    }
     let said = place.expect(1, &["add", "--name", "a", "--program", "false"]);
     assert!(said.contains("exited with status 1"), "{said}");
     assert_eq!(place.json(&["status"])["devices"].as_array().unwrap().len(), 2);

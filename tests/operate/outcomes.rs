@@ -43,6 +43,7 @@ fn a_pause_that_is_given_up_is_undone() {
     assert_eq!(paused["error"]["report"]["report"]["outcome"], "RolledBack", "{paused}");
     assert!(paused["error"]["message"].as_str().unwrap().contains("the owner gave it up"));
     assert_eq!(place.json(&["status"])["machine"], "running");
+    assert!(place.expect(0, &["cancel"]).contains("nothing was under way"));
 }
 
 #[test]
