@@ -188,6 +188,16 @@ impl MachineDirectory {
         same_file(&self.lock, &self.path.join(LOCK))
     }
 
+    /// Locks the folder again for whoever has the machine now: of several processes that take one
+    /// over, the one that comes last to the devices has it, and another one may have come last to the
+    /// lock.
+    pub(crate) fn keep(&mut self) -> Result<(), DirectoryError> {
+        if !self.is_ours() {
+            self.lock = lock(&self.path, &self.machine, true)?;
+        }
+        Ok(())
+    }
+
     /// Removes what is left of a machine that has ended.
     pub(crate) fn remove(&self) {
         if !self.is_ours() {
@@ -317,7 +327,7 @@ mod tests {
     #[test]
     fn one_process_has_a_machine_until_another_one_takes_it_away() {
         let folder = tempfile::tempdir().unwrap();
-        let first = MachineDirectory::claim(folder.path(), "vm0", false).unwrap();
+        let mut first = MachineDirectory::claim(folder.path(), "vm0", false).unwrap();
         assert_eq!(first.path().metadata().unwrap().permissions().mode() & 0o777, 0o700);
         let error = MachineDirectory::claim(folder.path(), "vm0", false).unwrap_err();
         let us = std::process::id();
@@ -330,7 +340,12 @@ mod tests {
         // Who has lost it removes nothing.
         first.remove();
         assert!(second.path().exists());
-        second.remove();
+        // Unless it has the machine all the same.
+        first.keep().unwrap();
+        assert!(first.is_ours() && !second.is_ours());
+        let error = MachineDirectory::claim(folder.path(), "vm0", false).unwrap_err();
+        assert!(matches!(error, DirectoryError::Running { .. }), "{error}");
+        first.remove();
         assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
         MachineDirectory::claim(folder.path(), "vm0", false).unwrap();
     }

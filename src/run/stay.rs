@@ -72,7 +72,7 @@ pub(super) async fn stay(
     let mut signals = Signals::listen().map_err(system("listen to signals"))?;
     checked_text(&loaded)?;
     let name = loaded.file.name.clone();
-    let (plan, directory, observers) = if attach == Some(Attach::Always) {
+    let (plan, mut directory, observers) = if attach == Some(Attach::Always) {
         // Nothing is taken from whoever has the machine before it is clear that it can be had.
         let plan = attach::plan(&loaded.file, &loaded.runtime, attach)?;
         checked(&mut loaded, Beginning::TakeOver)?;
@@ -93,7 +93,6 @@ pub(super) async fn stay(
             }
         }
     };
-    let directory = Arc::new(directory);
     let beginning = plan.beginning();
     let started = start(&loaded, plan, &directory, &mut signals, observers, output).await;
     let (machine, history, observers) = match started {
@@ -105,6 +104,10 @@ pub(super) async fn stay(
             return Err(error);
         }
     };
+    if beginning == Beginning::TakeOver {
+        directory.keep()?;
+    }
+    let directory = Arc::new(directory);
 
     let (endings, mut asked) = mpsc::channel(1);
     let operator = Arc::new(Operator {
