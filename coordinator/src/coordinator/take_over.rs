@@ -33,8 +33,12 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout_at};
+
+/// How often one that waits for greetings looks whether another one has a higher term.
+const LOOK: Duration = Duration::from_millis(100);
 
 /// How far a device may be ahead of the record, which may be a copy of an earlier one. Who claims
 /// more would use the terms up.
@@ -90,7 +94,7 @@ pub(crate) async fn take_over(builder: MachineBuilder) -> Result<TakenOver, Take
     let (directory, record) = blocking(move || claim(&path, &name, &specs, policies)).await?;
 
     let deadline = Instant::now() + builder.deadlines.hello;
-    let greetings = greet_all(&directory, &builder.devices, deadline).await?;
+    let greetings = greet_all(&directory, &record, &builder.devices, deadline).await?;
     let uuid = record.uuid;
     let hellos = builder.devices.iter().zip(&greetings);
     let hellos =
@@ -197,8 +201,12 @@ fn claim(
 }
 
 /// Connects to every device and waits for its Hello, all at the same time.
+///
+/// A device greets one at a time: of two that take the machine over at once, each may have the device
+/// that the other one waits for. So the one with the lower term goes as soon as it learns of the other.
 async fn greet_all(
     directory: &ControlDirectory,
+    record: &MachineRecord,
     specs: &[DeviceSpec],
     deadline: Instant,
 ) -> Result<Vec<Result<Greeting, Unreachable>>, TakeOverError> {
@@ -211,7 +219,21 @@ async fn greet_all(
         let path = directory.socket_path(&spec.name).map_err(ControlDirectoryError::from)?;
         tasks.spawn(async move { (at, greet(path, deadline).await) });
     }
-    while let Some(done) = tasks.join_next().await {
+    let mut looks = tokio::time::interval(LOOK);
+    loop {
+        let done = tokio::select! {
+            done = tasks.join_next() => done,
+            _ = looks.tick() => {
+                match directory.check_term(record.uuid, record.term()) {
+                    Err(ControlDirectoryError::Superseded { found, .. }) => {
+                        return Err(TakeOverError::Superseded { term: found });
+                    }
+                    Err(error) => return Err(error.into()),
+                    Ok(()) => continue,
+                }
+            }
+        };
+        let Some(done) = done else { break };
         let (at, greeting) = done.map_err(|error| system("wait for the greetings", error))?;
         greetings[at] = greeting;
     }

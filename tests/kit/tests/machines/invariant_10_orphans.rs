@@ -549,3 +549,24 @@ async fn another_process_with_the_number_of_a_lost_device_is_not_harmed() {
     drop(other.stdin.take());
     other.wait().unwrap();
 }
+
+/// Of two that take a machine over at once, each may have the device that the other one waits for.
+#[tokio::test]
+async fn who_waits_for_a_device_goes_when_another_one_has_a_higher_term() {
+    let mut left = left_with(Script::honest().on_nth(Trigger::Hello, 2, [])).await;
+    left.course.other = LONG * 10;
+    let process = left.process("d1");
+    let builder = left.course.builder().unwrap();
+    let first = tokio::spawn(builder.take_over());
+    let record = || std::fs::read(left.directory().join("machine.json")).unwrap();
+    let claimed = async {
+        while MachineRecord::parse(&record()).unwrap().term < 2 {
+            tokio::task::yield_now().await;
+        }
+    };
+    within(LONG, "its claim", claimed).await;
+    edit(&left.directory(), |record| record.term = 3);
+    let error = within(LONG, "its end", first).await.unwrap().unwrap_err();
+    assert!(matches!(error, TakeOverError::Superseded { term } if term.0 == 3), "{error}");
+    assert!(!process.ends_within(Duration::ZERO).await, "it was harmed");
+}
