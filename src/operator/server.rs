@@ -73,11 +73,10 @@ pub(crate) struct Server {
 impl Server {
     /// Listens at `path` in the place of whatever is there: whoever calls this has the machine.
     pub(crate) fn start(path: PathBuf, operator: Arc<Operator>) -> io::Result<Self> {
-        let listener = listen(&path)?;
-        let status = rustix::fs::statat(CWD, &path, AtFlags::SYMLINK_NOFOLLOW)?;
+        let (listener, identity) = listen(&path)?;
         let (closing, closed) = watch::channel(false);
         let task = tokio::spawn(accept(listener, operator, closed));
-        Ok(Self { path, identity: (status.st_dev, status.st_ino), closing, task })
+        Ok(Self { path, identity, closing, task })
     }
 
     /// Takes nobody any more and waits, not for long, until everybody has their answers.
@@ -101,9 +100,10 @@ impl Drop for Server {
 }
 
 /// Binds beside the place and moves the socket there: no moment has none, and none has another mode
-/// than 0600.
-fn listen(path: &Path) -> io::Result<UnixListener> {
-    let new = path.with_extension("new");
+/// than 0600. Tells which file it is: what is at the place a moment later may be another one's.
+fn listen(path: &Path) -> io::Result<(UnixListener, (u64, u64))> {
+    // Of this process alone: several may take the machine over at once. No longer than the place.
+    let new = path.with_file_name(format!("new.{}", std::process::id()));
     match std::fs::remove_file(&new) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         _ => {}
@@ -114,8 +114,9 @@ fn listen(path: &Path) -> io::Result<UnixListener> {
     fchmod(&fd, Mode::RUSR | Mode::WUSR)?;
     rustix::net::bind(&fd, &SocketAddrUnix::new(&new)?)?;
     rustix::net::listen(&fd, BACKLOG)?;
+    let status = rustix::fs::statat(CWD, &new, AtFlags::SYMLINK_NOFOLLOW)?;
     std::fs::rename(&new, path)?;
-    UnixListener::from_std(fd.into())
+    Ok((UnixListener::from_std(fd.into())?, (status.st_dev, status.st_ino)))
 }
 
 async fn accept(
