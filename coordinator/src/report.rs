@@ -73,6 +73,30 @@ impl Names {
     pub fn hook(&self, id: HookId) -> String {
         self.hooks.get(&id).cloned().unwrap_or_else(|| format!("hook {}", id.0))
     }
+
+    /// Why a machine is held, for a person.
+    #[must_use]
+    pub fn held(&self, reason: HeldReason) -> String {
+        match reason {
+            HeldReason::FenceUnproven(id) => {
+                format!("nothing proves that device {:?} is gone", self.participant(id))
+            }
+            HeldReason::LocalHung(id) => {
+                let name = self.participant(id);
+                format!("{name:?} hangs and cannot be fenced, it lives in the VMM")
+            }
+            HeldReason::HookHung(id) => format!("hook {:?} has not returned", self.hook(id)),
+            HeldReason::HookFailed(id) => {
+                format!("hook {:?} failed where there was no way back", self.hook(id))
+            }
+            HeldReason::UndoExpired => "the undo did not end within its budget".to_owned(),
+            HeldReason::TakenOverStopped => {
+                "a device had reached STOP when the machine was taken over; it may run elsewhere"
+                    .to_owned()
+            }
+            HeldReason::Superseded => "another coordinator has the machine".to_owned(),
+        }
+    }
 }
 
 /// What one participant did in a transition.
@@ -259,7 +283,8 @@ impl TransitionReport {
     pub fn failure_lines(&self) -> Vec<String> {
         let mut lines: Vec<_> = self.failures.iter().map(|f| self.failure_line(f)).collect();
         if let Outcome::Held { reasons, .. } = &self.outcome {
-            lines.extend(reasons.iter().map(|reason| self.held_line(*reason)));
+            lines
+                .extend(reasons.iter().map(|&reason| format!("held: {}", self.names.held(reason))));
         }
         lines
     }
@@ -312,31 +337,6 @@ impl TransitionReport {
             }
             Subject::Hook(id) => self.hooks.iter().rev().find(|hook| hook.id == id)?.error.clone(),
             Subject::Owner => None,
-        }
-    }
-
-    fn held_line(&self, reason: HeldReason) -> String {
-        match reason {
-            HeldReason::FenceUnproven(id) => {
-                format!("held: nothing proves that device {:?} is gone", self.names.participant(id))
-            }
-            HeldReason::LocalHung(id) => format!(
-                "held: {:?} hangs and cannot be fenced, it lives in the VMM",
-                self.names.participant(id)
-            ),
-            HeldReason::HookHung(id) => {
-                format!("held: hook {:?} has not returned", self.names.hook(id))
-            }
-            HeldReason::HookFailed(id) => {
-                format!("held: hook {:?} failed where there was no way back", self.names.hook(id))
-            }
-            HeldReason::UndoExpired => "held: the undo did not end within its budget".to_owned(),
-            HeldReason::TakenOverStopped => {
-                "held: a device had reached STOP when the machine was taken over; it may run \
-                 elsewhere"
-                    .to_owned()
-            }
-            HeldReason::Superseded => "held: another coordinator has the machine".to_owned(),
         }
     }
 }

@@ -16,6 +16,8 @@ pub struct Status {
     pub machine: MachineState,
     /// What is under way, if anything is.
     pub operation: Option<Operation>,
+    /// Why it is held, for a person: what is still to be proven. Empty if it is not.
+    pub held: Vec<String>,
     /// Every device, in the order of the description.
     pub devices: Vec<DeviceStatus>,
 }

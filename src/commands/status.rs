@@ -39,6 +39,9 @@ fn shown(reply: &StatusReply) -> String {
     if let Some(operation) = &status.operation {
         text.push_str(&format!(", a {operation} is under way"));
     }
+    for reason in &status.held {
+        text.push_str(&format!("\n  held: {reason}"));
+    }
     let kept = if orphan == "keep" { "devices outlive it" } else { "devices end with it" };
     text.push_str(&format!("\n  run by process {pid} for {}, {kept}\n", ago(since)));
     if let Some(last) = last {

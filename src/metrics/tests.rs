@@ -37,6 +37,7 @@ fn status() -> Status {
         name: "vm".into(),
         machine: MachineState::Stopped,
         operation: None,
+        held: Vec::new(),
         devices: vec![
             device("nic0", DeviceStanding::Ready),
             device(QUOTED, DeviceStanding::Restarting),

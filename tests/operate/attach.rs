@@ -41,6 +41,8 @@ fn a_machine_that_stood_is_held_until_its_owner_decides() {
     running.kill();
     let (_running, said) = attach(&place);
     assert!(said.contains("take-over: Held") && said.contains("\"vm0\" is held"), "{said}");
+    let said = place.expect(0, &["status"]);
+    assert!(said.contains("held: a device had reached STOP"), "{said}");
     let said = place.expect(1, &["resume"]);
     assert!(said.contains("the machine is held") && said.contains("accept-hold"), "{said}");
     assert!(place.expect(0, &["accept-hold"]).contains("accepted"));

@@ -112,10 +112,14 @@ fn a_hook_that_hangs_holds_the_machine_until_it_returns() {
     let _running = place.run(&two_engines(&hook));
     let said = place.expect(5, &["pause"]);
     assert!(said.contains("pause: Held") && said.contains("has not returned"), "{said}");
-    assert_eq!(place.json(&["status"])["machine"], "held");
+    let status = place.json(&["status"]);
+    assert_eq!(status["machine"], "held");
+    assert_eq!(status["held"][0], "hook \"vcpus\" has not returned");
     // The command ends when somebody has written.
     std::fs::File::options().write(true).open(&fifo).unwrap().write_all(b"go").unwrap();
-    place.status_until("stopped", |status| status["machine"] == "stopped");
+    place.status_until("stopped", |status| {
+        status["machine"] == "stopped" && status["held"].as_array().is_some_and(Vec::is_empty)
+    });
 }
 
 #[test]

@@ -452,6 +452,7 @@ impl State {
             name: self.name.clone(),
             machine: self.machine,
             operation: self.active.as_ref().map(|active| active.operation),
+            held: self.held.iter().map(|&reason| self.names.held(reason)).collect(),
             devices: devices.chain(locals).collect(),
         }
     }

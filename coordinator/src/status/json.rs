@@ -12,6 +12,9 @@ pub struct JsonStatus {
     pub machine: String,
     /// What is under way: `pause`, `resume`, …; absent if nothing is.
     pub operation: Option<String>,
+    /// Why it is held, for a person: what is still to be proven. Empty if it is not.
+    #[serde(default)]
+    pub held: Vec<String>,
     /// Every device, in the order of the description.
     pub devices: Vec<JsonDeviceStatus>,
 }
@@ -45,6 +48,7 @@ impl From<&Status> for JsonStatus {
             name: status.name.clone(),
             machine: status.machine.to_string(),
             operation: status.operation.map(|operation| operation.to_string()),
+            held: status.held.clone(),
             devices: status.devices.iter().map(JsonDeviceStatus::from).collect(),
         }
     }

@@ -141,6 +141,7 @@ fn a_mark_is_on_the_track_of_the_process_if_that_is_known() {
         name: "vm".into(),
         machine: MachineState::Running,
         operation: None,
+        held: Vec::new(),
         devices: vec![device],
     };
     trace.know(&status).unwrap();

@@ -167,10 +167,8 @@ pub(super) fn exchange(
         OrphanPolicy::Exit => check_parent(&channel)?,
     }
     log::knows(welcome.term, welcome.epoch);
-    tracing::info!(
-        name = %welcome.name, machine = %welcome.machine, incarnation = welcome.incarnation,
-        term = welcome.term.0, "welcomed"
-    );
+    // Who this is, and in which term, the coordinator's log and the line itself say.
+    tracing::info!(machine = %welcome.machine, "welcomed");
     Ok(Newcomer { channel, welcome, fds: received.fds })
 }
 
