@@ -37,8 +37,8 @@ The machine is found in the runtime directory: $XDG_RUNTIME_DIR/standstill, or /
 root. There is its operator socket, for `standstill status`, `pause`, `resume` and the others.
 
 SIGTERM and SIGINT (Ctrl-C) end the machine: every device process is asked to end, and killed after
-2 s; a second signal kills at once. If this process is killed itself, the devices stay as they are
-(orphan = \"keep\"), and `standstill run --attach` takes them over.
+2 s; a second signal kills at once. If this process is killed itself, also by SIGHUP, the devices stay
+as they are (orphan = \"keep\"), and `standstill run --attach` takes them over.
 
 Under systemd (Type=notify) it tells when the machine is ready, how it is, and that it still works.
 

@@ -15,11 +15,13 @@ use rustix::fs::{AtFlags, FileType, FlockOperation, Mode, OFlags, Stat};
 use rustix::io::Errno;
 use rustix::process::geteuid;
 use serde::{Deserialize, Serialize};
+use standstill::coordinator::control_directory::left_behind;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 use thiserror::Error;
 
 /// The operator socket's name in a machine's folder.
@@ -28,6 +30,10 @@ pub(crate) const OPERATOR_SOCKET: &str = "operator.sock";
 pub(crate) const CONTROL: &str = "control";
 /// The lock of whoever runs the machine.
 const LOCK: &str = "run.lock";
+/// How long another process may take to take its places: a few system calls.
+const TURN: Duration = Duration::from_secs(2);
+/// How soon it is looked again.
+const TURN_RETRY: Duration = Duration::from_millis(5);
 /// The folder of devices that were added.
 const ADDED: &str = "added";
 /// The largest text of an added device that is read back, in bytes.
@@ -188,14 +194,39 @@ impl MachineDirectory {
         same_file(&self.lock, &self.path.join(LOCK))
     }
 
-    /// Locks the folder again for whoever has the machine now: of several processes that take one
-    /// over, the one that comes last to the devices has it, and another one may have come last to the
-    /// lock.
-    pub(crate) fn keep(&mut self) -> Result<(), DirectoryError> {
+    /// Waits, not for long, until nobody else takes a place in the folder. The turn ends when what is
+    /// returned is dropped.
+    pub(crate) async fn turn(&self) -> Result<OwnedFd, DirectoryError> {
+        let failed = |errno: Errno| system("lock", &self.path, errno);
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let folder = rustix::fs::open(&self.path, flags, Mode::empty()).map_err(failed)?;
+        let deadline = Instant::now() + TURN;
+        loop {
+            match rustix::fs::flock(&folder, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => return Ok(folder),
+                Err(Errno::WOULDBLOCK) if Instant::now() < deadline => {
+                    tokio::time::sleep(TURN_RETRY).await;
+                }
+                Err(errno) => return Err(failed(errno)),
+            }
+        }
+    }
+
+    /// Locks the folder again for whoever has the machine now. Of several processes that take one over,
+    /// the one that comes last to the record has it, and another one may have come last to the lock.
+    /// False if another coordinator has it. To be called in one's [`turn`](Self::turn), in which the
+    /// places of whoever has the machine are taken: so nobody takes one who has lost it meanwhile.
+    pub(crate) fn keep(&mut self) -> Result<bool, DirectoryError> {
+        // A machine whose devices end with their coordinator has no record, and no rivals.
+        if let Ok(Some(left)) = left_behind(&self.control())
+            && left.record.coordinator.pid != std::process::id()
+        {
+            return Ok(false);
+        }
         if !self.is_ours() {
             self.lock = lock(&self.path, &self.machine, true)?;
         }
-        Ok(())
+        Ok(true)
     }
 
     /// Removes what is left of a machine that has ended.
@@ -341,7 +372,7 @@ mod tests {
         first.remove();
         assert!(second.path().exists());
         // Unless it has the machine all the same.
-        first.keep().unwrap();
+        assert!(first.keep().unwrap());
         assert!(first.is_ours() && !second.is_ours());
         let error = MachineDirectory::claim(folder.path(), "vm0", false).unwrap_err();
         assert!(matches!(error, DirectoryError::Running { .. }), "{error}");

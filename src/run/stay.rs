@@ -12,7 +12,7 @@ use crate::operator::history::History;
 use crate::operator::message::Code;
 use crate::operator::message::{DeviceEnd, ShutdownReply};
 use crate::operator::server::{ADVICE_HELD, Ending, Operator, Server, problem};
-use standstill::coordinator::{Machine, MachineError, MachineEvent, TakenOver};
+use standstill::coordinator::{Events, Machine, MachineError, MachineEvent, TakenOver};
 use standstill::protocol::transition::MachineState;
 use std::io;
 use std::sync::Arc;
@@ -58,6 +58,15 @@ enum Reason {
     Lost,
 }
 
+/// A machine that is up, and what watches it.
+struct Up {
+    machine: Machine,
+    history: History,
+    observers: Observers,
+    /// From the beginning on: the machine can be taken over before anything else is done with it.
+    events: Events,
+}
+
 /// Runs the machine until its end.
 ///
 /// `log` counts the dropped lines of this command's log.
@@ -95,8 +104,8 @@ pub(super) async fn stay(
     };
     let beginning = plan.beginning();
     let started = start(&loaded, plan, &directory, &mut signals, observers, output).await;
-    let (machine, history, observers) = match started {
-        Ok(started) => started,
+    let Up { machine, history, observers, events } = match started {
+        Ok(up) => up,
         Err(error) => {
             if beginning == Beginning::Start {
                 directory.remove();
@@ -104,8 +113,10 @@ pub(super) async fn stay(
             return Err(error);
         }
     };
-    if beginning == Beginning::TakeOver {
-        directory.keep()?;
+    let turn = directory.turn().await?;
+    if !directory.keep()? {
+        // What there is of the machine in the folder is the other one's.
+        return Err(RunError::Superseded { machine: loaded.file.name });
     }
     let directory = Arc::new(directory);
 
@@ -129,8 +140,9 @@ pub(super) async fn stay(
             return Err(RunError::System { what: "make the operator socket", source: error });
         }
     };
+    drop(turn);
     announce(&operator, output).await;
-    let ended = until_the_end(&operator, &mut signals, &mut asked).await;
+    let ended = until_the_end(&operator, events, &mut signals, &mut asked).await;
     let ended = end(&operator, ended, &mut signals, &mut asked, output).await;
     // The last events of a machine that has ended are there by then.
     let _ = tokio::time::timeout(LAST_EVENTS, history.ended()).await;
@@ -163,18 +175,18 @@ async fn start(
     signals: &mut Signals,
     observers: Prepared,
     output: &Output,
-) -> Result<(Machine, History, Observers), RunError> {
+) -> Result<Up, RunError> {
     let Loaded { file, .. } = loaded;
     let beginning = plan.beginning();
     let system = |source| RunError::System { what: "find this program", source };
     let history = History::new();
     let builder = |devices: &[DeviceEntry]| file.builder(devices, &directory.control());
-    let (machine, readers) = match plan {
+    let (machine, readers, events) = match plan {
         Plan::Start => {
             directory.forget_all();
             let builder = builder(&file.devices).map_err(system)?;
             tokio::spawn(history.clone().follow(builder.events()));
-            let readers = Readers::of(&builder);
+            let (readers, events) = (Readers::of(&builder), builder.events());
             let starting = builder.start();
             tokio::pin!(starting);
             let mut signalled = false;
@@ -186,7 +198,7 @@ async fn start(
                             let _ = machine.shutdown().await;
                             return Err(RunError::Interrupted);
                         }
-                        break (machine, readers);
+                        break (machine, readers, events);
                     }
                     name = signals.recv() => {
                         tracing::warn!("{name} during the start: the machine ends when it has started");
@@ -200,12 +212,12 @@ async fn start(
         Plan::TakeOver(devices) => {
             let builder = builder(&devices).map_err(system)?;
             tokio::spawn(history.clone().follow(builder.events()));
-            let readers = Readers::of(&builder);
+            let (readers, events) = (Readers::of(&builder), builder.events());
             let taken = builder.take_over().await;
             let TakenOver { machine, report } =
                 taken.map_err(|error| RunError::TakeOver(Box::new(error)))?;
             output.say(&history.report(&report).text);
-            (machine, readers)
+            (machine, readers, events)
         }
     };
     let observers = match observers.watch(&machine, readers, output).await {
@@ -232,7 +244,7 @@ async fn start(
             }
         }
     }
-    Ok((machine, history, observers))
+    Ok(Up { machine, history, observers, events })
 }
 
 /// Tells that the machine is up.
@@ -252,10 +264,10 @@ async fn announce(operator: &Operator, output: &Output) {
 /// Waits for a reason to end, and tells the service manager how the machine is meanwhile.
 async fn until_the_end(
     operator: &Operator,
+    mut events: Events,
     signals: &mut Signals,
     asked: &mut mpsc::Receiver<Ending>,
 ) -> Reason {
-    let mut events = operator.machine.events();
     let interval = notify::watchdog().map_or(STATUS_INTERVAL, |wanted| wanted.min(STATUS_INTERVAL));
     let mut ticks = tokio::time::interval(interval);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);

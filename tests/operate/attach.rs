@@ -1,6 +1,6 @@
 //! Machines that outlive their `standstill run`.
 
-use crate::fixture::{Place, gone, send, two_engines};
+use crate::fixture::{Place, gone, last_of, send, two_engines};
 use rustix::process::Signal;
 use std::time::Duration;
 
@@ -30,6 +30,33 @@ fn devices_outlive_a_run_that_is_killed_and_are_taken_over() {
     place.expect(0, &["resume"]);
     place.expect(0, &["shutdown"]);
     assert_eq!(running.ends().status.code(), Some(0));
+    assert_eq!(std::fs::read_dir(place.runtime()).unwrap().count(), 0);
+}
+
+#[test]
+fn of_several_that_take_a_machine_over_at_once_one_has_it_whole() {
+    let place = Place::new();
+    let running = place.run(&two_engines(""));
+    let pids = [place.pid_of("engine0"), place.pid_of("engine1")];
+    running.kill();
+    let file = place.path("vm0.toml");
+    let mut rivals: Vec<_> =
+        (0..4).map(|_| place.begin(&["--attach", file.to_str().unwrap()])).collect();
+    // A test that fails kills what they have left by the last one.
+    rivals.iter_mut().skip(1).for_each(crate::fixture::Running::gives_up_its_devices);
+    let winner = last_of(&rivals);
+    let mut winner = rivals.swap_remove(winner);
+    winner.is_up();
+    for rival in rivals {
+        let ended = rival.ends();
+        assert!(matches!(ended.status.code(), Some(1 | 7)), "{}: {}", ended.status, ended.stderr);
+    }
+    assert_eq!(pids, [place.pid_of("engine0"), place.pid_of("engine1")], "nobody was harmed");
+    let said = place.expect(1, &["run", file.to_str().unwrap()]);
+    assert!(said.contains("is run by another process"), "{said}");
+    place.expect(0, &["pause"]);
+    place.expect(0, &["shutdown"]);
+    assert_eq!(winner.ends().status.code(), Some(0));
     assert_eq!(std::fs::read_dir(place.runtime()).unwrap().count(), 0);
 }
 

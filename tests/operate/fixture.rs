@@ -263,6 +263,23 @@ pub(crate) fn send(pidfd: &OwnedFd, signal: Signal) {
     pidfd_send_signal(pidfd, signal).unwrap();
 }
 
+/// Waits until at most one of these has not ended, and returns that one's place.
+#[track_caller]
+pub(crate) fn last_of(runs: &[Running]) -> usize {
+    let pidfd = |run: &Running| pidfd_open(run.pid(), PidfdFlags::empty()).unwrap();
+    let mut left: Vec<_> = runs.iter().map(pidfd).enumerate().collect();
+    let deadline = Instant::now() + PATIENCE;
+    while left.len() > 1 {
+        let within = Timespec::try_from(deadline.saturating_duration_since(Instant::now()));
+        let mut fds: Vec<_> = left.iter().map(|(_, fd)| PollFd::new(fd, PollFlags::IN)).collect();
+        assert!(poll(&mut fds, Some(&within.unwrap())).unwrap() > 0, "{} go on", left.len());
+        let ended: Vec<_> = fds.iter().map(|fd| !fd.revents().is_empty()).collect();
+        let mut ended = ended.into_iter();
+        left.retain(|_| !ended.next().unwrap_or_default());
+    }
+    left.first().expect("none goes on").0
+}
+
 /// Whether a process ends within that time.
 pub(crate) fn gone(pidfd: &OwnedFd, within: Duration) -> bool {
     let within = Timespec::try_from(within).unwrap();
