@@ -9,6 +9,7 @@
 //! The children are bare, as the floor's are.
 
 use crate::floor::packets;
+use crate::program::Failure;
 use rustix::buffer::spare_capacity;
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::io::{read, write};
@@ -19,7 +20,6 @@ use rustix::net::{
 use rustix::process::{Signal, set_parent_process_death_signal};
 use standstill::device_proc::memory::SharedMemory;
 use standstill::protocol::codec::MAX_PACKET;
-use std::error::Error;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
@@ -31,8 +31,6 @@ use std::time::{Duration, Instant};
 pub(crate) const CHILD: &str = "lane-child";
 
 const PAGE: u64 = 4096;
-
-type Failure = Box<dyn Error + Send + Sync>;
 
 /// Answers until its parent ends it. Standard input is a socket, output the page, and error what
 /// wakes the parent.

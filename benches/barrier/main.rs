@@ -26,17 +26,19 @@ mod floor;
 #[path = "../harness/mod.rs"]
 mod harness;
 mod lane;
+#[path = "../program/mod.rs"]
+mod program;
 mod switches;
 
 use calls::Tracing;
 use floor::Floor;
-use harness::{Times, option};
+use harness::Times;
 use lane::Lane;
+use program::{Failure, end, option};
 use rustix::process::{Resource, getrlimit, setrlimit};
 use serde_json::json;
 use standstill::coordinator::{DeviceSpec, Machine, MachineBuilder};
 use standstill::protocol::channel::prefer_short_waits;
-use std::error::Error;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 use switches::{Tally, own, processes};
@@ -45,8 +47,6 @@ use tempfile::TempDir;
 /// How many rounds are traced, and of how many devices at most.
 const TRACED: usize = 10;
 const MOST_TRACED: usize = 64;
-
-type Failure = Box<dyn Error + Send + Sync>;
 
 fn main() -> ExitCode {
     let arguments: Vec<_> = std::env::args().skip(1).collect();
@@ -60,13 +60,7 @@ fn main() -> ExitCode {
         }
         _ => measure(&arguments),
     };
-    match done {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            println!("failed: {error}");
-            ExitCode::FAILURE
-        }
-    }
+    end(done)
 }
 
 fn measure(arguments: &[String]) -> Result<(), Failure> {

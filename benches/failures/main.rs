@@ -13,8 +13,11 @@
 
 #[path = "../floor/mod.rs"]
 mod floor;
+#[path = "../program/mod.rs"]
+mod program;
 
 use floor::Floor;
+use program::{Failure, end, option};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
 use standstill::coordinator::{
@@ -22,7 +25,6 @@ use standstill::coordinator::{
     RestartPolicy, Status,
 };
 use standstill::protocol::channel::prefer_short_waits;
-use std::error::Error;
 use std::os::unix::net::UnixStream;
 use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
@@ -33,8 +35,6 @@ const SLOW: Duration = Duration::from_millis(60);
 /// When it is killed in that time.
 const KILL_AFTER: Duration = Duration::from_millis(30);
 
-type Failure = Box<dyn Error + Send + Sync>;
-
 fn main() -> ExitCode {
     let arguments: Vec<_> = std::env::args().skip(1).collect();
     let done = match arguments.split_first() {
@@ -44,19 +44,7 @@ fn main() -> ExitCode {
         }
         _ => measure(&arguments),
     };
-    match done {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            println!("failed: {error}");
-            ExitCode::FAILURE
-        }
-    }
-}
-
-/// What follows an option, if it is there. (`cargo bench` passes `--bench`, which is none of ours.)
-fn option<'a>(arguments: &'a [String], name: &str) -> Option<&'a str> {
-    let at = arguments.iter().position(|argument| argument == name)?;
-    arguments.get(at + 1).map(String::as_str)
+    end(done)
 }
 
 fn measure(arguments: &[String]) -> Result<(), Failure> {

@@ -10,20 +10,21 @@
 
 #![expect(clippy::print_stdout, reason = "a benchmark prints what it has measured")]
 
+#[path = "../program/mod.rs"]
+mod program;
+
+use program::{Failure, end, option};
 use standstill::device_proc::gate::{Gate, InFlight};
 use standstill::device_proc::memory::{
     Dma, DmaError, MemoryMap, SharedMemory, Span, Tracked, WindowSpec,
 };
 use standstill::protocol::dirty::{DirtyBitmap, Layout};
-use std::error::Error;
 use std::hint::black_box;
 use std::os::fd::AsFd;
 use std::process::ExitCode;
 use std::sync::{Arc, Barrier};
 use std::time::{Duration, Instant};
 use vm_memory::{FileOffset, MmapRegion, VolatileMemory};
-
-type Failure = Box<dyn Error + Send + Sync>;
 
 /// Two of them: what is copied, and where to.
 const MEMORY: u64 = 16 << 20;
@@ -35,13 +36,7 @@ const SLICE: Duration = Duration::from_millis(4);
 
 fn main() -> ExitCode {
     let arguments: Vec<_> = std::env::args().skip(1).collect();
-    match measure(&arguments) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            println!("failed: {error}");
-            ExitCode::FAILURE
-        }
-    }
+    end(measure(&arguments))
 }
 
 /// A device's memory: both are RAM.
@@ -162,9 +157,7 @@ impl Figures {
 }
 
 fn measure(arguments: &[String]) -> Result<(), Failure> {
-    let at = arguments.iter().position(|argument| argument == "--rounds");
-    let rounds = at.and_then(|at| arguments.get(at + 1));
-    let rounds: usize = rounds.map_or(Ok(60), |rounds| rounds.parse())?;
+    let rounds: usize = option(arguments, "--rounds").unwrap_or("60").parse()?;
     let mut bench = Bench::new()?;
     let gate = InFlight::new();
 

@@ -1,13 +1,7 @@
-//! What the benchmarks with a harness of their own have in common: options, and durations.
+//! Durations of the same thing, as the benchmarks tell them.
 
 use serde_json::{Value, json};
 use std::time::Duration;
-
-/// What follows an option, if it is there. (`cargo bench` passes `--bench`, which is none of ours.)
-pub(crate) fn option<'a>(arguments: &'a [String], name: &str) -> Option<&'a str> {
-    let at = arguments.iter().position(|argument| argument == name)?;
-    arguments.get(at + 1).map(String::as_str)
-}
 
 /// Some durations of the same thing, in order of length.
 pub(crate) struct Times(Vec<Duration>);

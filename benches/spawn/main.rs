@@ -15,18 +15,18 @@
 mod floor;
 #[path = "../harness/mod.rs"]
 mod harness;
+#[path = "../program/mod.rs"]
+mod program;
 
 use floor::Floor;
-use harness::{Times, option};
+use harness::Times;
+use program::{Failure, end, option};
 use serde_json::{Value, json};
 use standstill::coordinator::{DeviceSpec, MachineBuilder};
 use standstill::protocol::channel::prefer_short_waits;
-use std::error::Error;
 use std::fs::read_to_string;
 use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
-
-type Failure = Box<dyn Error + Send + Sync>;
 
 /// The argument that makes this program a parent; how many devices and MiB of memory follow.
 const PARENT: &str = "parent";
@@ -45,13 +45,7 @@ fn main() -> ExitCode {
         [PARENT, devices, memory] => parent(devices, memory),
         _ => measure(&arguments),
     };
-    match done {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            println!("failed: {error}");
-            ExitCode::FAILURE
-        }
-    }
+    end(done)
 }
 
 /// Starts a machine, and says what that took and costs.

@@ -14,28 +14,22 @@
 
 #[path = "../harness/mod.rs"]
 mod harness;
+#[path = "../program/mod.rs"]
+mod program;
 
-use harness::{Times, option};
+use harness::Times;
+use program::{Failure, end, option};
 use serde_json::{Value, json};
 use standstill::coordinator::report::{CommandAnswer, TransitionReport};
 use standstill::coordinator::{DeviceSpec, Machine, MachineBuilder};
 use standstill::protocol::channel::prefer_short_waits;
-use std::error::Error;
 use std::path::Path;
 use std::process::{Command, ExitCode};
 use std::time::{Duration, Instant};
 
-type Failure = Box<dyn Error + Send + Sync>;
-
 fn main() -> ExitCode {
     let arguments: Vec<_> = std::env::args().skip(1).collect();
-    match measure(&arguments) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            println!("failed: {error}");
-            ExitCode::FAILURE
-        }
-    }
+    end(measure(&arguments))
 }
 
 fn measure(arguments: &[String]) -> Result<(), Failure> {
