@@ -4,6 +4,7 @@
 //! - [`message`]: commands, answers, events, capabilities;
 //! - [`codec`]: bytes to messages and back, with limits;
 //! - [`channel`]: one `SOCK_SEQPACKET` connection that carries messages and file descriptors;
+//! - [`fault`]: what a device process built for tests can be told to do wrong;
 //! - [`dirty`]: which pages of guest RAM a device has written to, in memory that both map;
 //! - [`sealed`]: such memory;
 //! - [`transition`]: the coordinator's side of the barrier, a state machine without I/O;
@@ -15,6 +16,7 @@
 pub mod channel;
 pub mod codec;
 pub mod dirty;
+pub mod fault;
 pub mod lifecycle;
 pub mod message;
 pub mod migration;

@@ -19,6 +19,7 @@
 //! # }
 //! ```
 //!
+//! - [`plan`]: which faults hit which device of a machine, and when;
 //! - [`script`]: what a device process does at which message; the program is `rogue-device`, built
 //!   with this package. Where nothing else was said it keeps to the protocol;
 //! - [`trace`]: who was told and answered what, when, in one order over all processes and threads;
@@ -36,6 +37,7 @@ pub mod deadline;
 pub mod gate;
 pub mod participant;
 pub mod pilot;
+pub mod plan;
 pub mod process;
 pub mod script;
 pub mod trace;
