@@ -29,9 +29,14 @@ pub struct Fault {
     /// Where.
     pub point: Point,
     /// The how-manieth time that the process gets there after it was armed, from 1; every time if 0.
+    #[serde(default = "first")]
     pub nth: u32,
     /// What it does there.
     pub action: Action,
+}
+
+const fn first() -> u32 {
+    1
 }
 
 impl Fault {

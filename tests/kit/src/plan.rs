@@ -16,9 +16,14 @@
 //! # Ok::<_, Box<dyn std::error::Error>>(())
 //! ```
 
+mod read;
+#[cfg(test)]
+mod tests;
+
 use serde::{Deserialize, Serialize};
 use standstill_protocol::fault::Fault;
 use standstill_protocol::message::Phase;
+use std::fmt;
 use thiserror::Error;
 
 /// What is to happen to one machine.
@@ -61,21 +66,18 @@ pub enum Policy {
 
 /// One fault, whom it hits and when.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+#[serde(try_from = "read::Written", into = "read::Written")]
 pub struct Injection {
     /// Which device, from 0.
     pub device: u16,
     /// From which round on, from 1.
-    #[serde(default = "once")]
     pub round: u32,
     /// What.
-    #[serde(flatten)]
     pub cause: Cause,
 }
 
 /// Where a fault comes from.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Cause {
     /// The device process does it itself; its program must have the feature `fault-injection`.
     Inside(Fault),
@@ -132,15 +134,60 @@ pub enum OutsideAction {
     Cut,
 }
 
-/// A text is no plan.
+/// A text is no plan, or a plan cannot be.
 #[derive(Debug, Error)]
 pub enum PlanError {
     /// It is no TOML, or says what a plan has no word for.
-    #[error("no plan: {0}")]
-    Text(#[from] toml::de::Error),
+    #[error("no plan: {source}{}", meant.as_ref().map(|word| format!("did you mean `{word}`?\n")).unwrap_or_default())]
+    Text {
+        /// What is wrong, with the line.
+        source: toml::de::Error,
+        /// The word that was meant, if one is like it.
+        meant: Option<String>,
+    },
     /// It cannot be written down.
     #[error("the plan cannot be written as TOML: {0}")]
     Write(#[from] toml::ser::Error),
+    /// A machine without devices.
+    #[error("a machine has at least one device")]
+    NoDevices,
+    /// No round.
+    #[error("a plan has at least one round")]
+    NoRounds,
+    /// A fault of a device that is not there.
+    #[error("fault {fault} ({what}) is for device {device}, and the machine has {devices}, from 0")]
+    Device {
+        /// Which fault, from 1.
+        fault: usize,
+        /// What it is.
+        what: String,
+        /// Whom it should hit.
+        device: u16,
+        /// How many devices there are.
+        devices: u16,
+    },
+    /// A fault in a round that does not come.
+    #[error("fault {fault} ({what}) is for round {round}, and there are {rounds}, from 1")]
+    Round {
+        /// Which fault, from 1.
+        fault: usize,
+        /// What it is.
+        what: String,
+        /// When it should come.
+        round: u32,
+        /// How many rounds there are.
+        rounds: u32,
+    },
+    /// Something that cannot be done there.
+    #[error("fault {fault} ({what}) cannot be: {why}")]
+    Impossible {
+        /// Which fault, from 1.
+        fault: usize,
+        /// What it is.
+        what: String,
+        /// Why not.
+        why: &'static str,
+    },
 }
 
 impl Plan {
@@ -184,49 +231,140 @@ impl Plan {
         self
     }
 
-    /// Reads a plan.
+    /// Reads a plan and [checks](Self::check) it.
     ///
     /// # Errors
     ///
-    /// [`PlanError::Text`] says what is wrong and where.
+    /// [`PlanError::Text`] says what is wrong, in which line, and what may have been meant.
     pub fn from_toml(text: &str) -> Result<Self, PlanError> {
-        Ok(toml::from_str(text)?)
+        let plan: Self = toml::from_str(text).map_err(read::explained)?;
+        plan.check()?;
+        Ok(plan)
     }
 
     /// Writes it down so that [`from_toml`](Self::from_toml) reads the same plan.
     ///
     /// # Errors
     ///
-    /// [`PlanError::Write`], if a number is too large for TOML.
+    /// [`PlanError::Write`], which does not happen with any plan that passes [`check`](Self::check).
     pub fn to_toml(&self) -> Result<String, PlanError> {
-        Ok(toml::to_string_pretty(self)?)
+        Ok(toml::to_string(self)?)
+    }
+
+    /// Whether all of it can be done.
+    ///
+    /// # Errors
+    ///
+    /// The first fault that cannot, and why.
+    pub fn check(&self) -> Result<(), PlanError> {
+        if self.devices == 0 {
+            return Err(PlanError::NoDevices);
+        }
+        if self.rounds == 0 {
+            return Err(PlanError::NoRounds);
+        }
+        for (fault, injection) in (1..).zip(&self.faults) {
+            let what = || injection.cause.to_string();
+            if injection.device >= self.devices {
+                let (device, devices) = (injection.device, self.devices);
+                return Err(PlanError::Device { fault, what: what(), device, devices });
+            }
+            if injection.round == 0 || injection.round > self.rounds {
+                let (round, rounds) = (injection.round, self.rounds);
+                return Err(PlanError::Round { fault, what: what(), round, rounds });
+            }
+            if let Some(why) = injection.cause.impossible() {
+                return Err(PlanError::Impossible { fault, what: what(), why });
+            }
+        }
+        Ok(())
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use standstill_protocol::fault::{Action, Forgery, Point};
-
-    #[test]
-    fn a_plan_is_read_as_it_was_written() {
-        let forged = Action::Forge(Forgery::LowerTerm);
-        let plan = Plan::new(3)
-            .rounds(2)
-            .policy(Policy::ContinueWithout)
-            .fault(1, Fault::new(Point::BeforeAck(Phase::Stop), forged).nth(2))
-            .fault(2, Fault::new(Point::Dma, Action::Spin))
-            .outside(0, Moment::Command(Phase::PrepareStart), OutsideAction::StopMs(0))
-            .outside(0, Moment::Running, OutsideAction::Kill);
-        let text = plan.to_toml().unwrap();
-        assert_eq!(Plan::from_toml(&text).unwrap(), plan, "{text}");
-        println!("{text}");
+impl Cause {
+    /// Why it cannot be done, if it cannot.
+    fn impossible(&self) -> Option<&'static str> {
+        match self {
+            Self::Inside(fault) if !fault.is_possible() => {
+                Some("a device process cannot do that there")
+            }
+            Self::Outside(Outside { moment: Moment::Running | Moment::Stopped, action })
+                if action.needs_a_packet() =>
+            {
+                Some("no packet is under way at that moment")
+            }
+            Self::Inside(_) | Self::Outside(_) => None,
+        }
     }
+}
 
-    #[test]
-    fn a_word_that_no_plan_has_is_named() {
-        let text = "devices = 3\n[[fault]]\ndevice = 1\ninside = { point = \"dma\", nth = 1, action = \"explode\" }\n";
-        let error = Plan::from_toml(text).unwrap_err().to_string();
-        assert!(error.contains("explode"), "{error}");
+impl OutsideAction {
+    /// Whether it is done to a packet, and not to a process.
+    #[must_use]
+    pub const fn needs_a_packet(self) -> bool {
+        match self {
+            Self::Kill | Self::StopMs(_) | Self::Cut => false,
+            Self::DelayMs(_)
+            | Self::Drop
+            | Self::Duplicate
+            | Self::Corrupt
+            | Self::Split
+            | Self::Merge => true,
+        }
+    }
+}
+
+impl fmt::Display for Policy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Rollback => "rollback",
+            Self::StayStopped => "stay-stopped",
+            Self::ContinueWithout => "continue-without",
+            Self::Restart => "restart",
+        })
+    }
+}
+
+impl fmt::Display for Injection {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} of device {}", self.cause, self.device)?;
+        if self.round > 1 { write!(f, ", from round {}", self.round) } else { Ok(()) }
+    }
+}
+
+impl fmt::Display for Cause {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Inside(fault) => fault.fmt(f),
+            Self::Outside(Outside { moment, action }) => write!(f, "{action} {moment}"),
+        }
+    }
+}
+
+impl fmt::Display for Moment {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Running => f.write_str("while the machine runs"),
+            Self::Stopped => f.write_str("while the machine stands still"),
+            Self::Command(phase) => write!(f, "with {phase} on its way"),
+            Self::Answer(phase) => write!(f, "with the answer to {phase} on its way"),
+        }
+    }
+}
+
+impl fmt::Display for OutsideAction {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Kill => f.write_str("SIGKILL"),
+            Self::StopMs(0) => f.write_str("SIGSTOP"),
+            Self::StopMs(ms) => write!(f, "SIGSTOP for {ms} ms"),
+            Self::DelayMs(ms) => write!(f, "packet {ms} ms late"),
+            Self::Drop => f.write_str("packet lost"),
+            Self::Duplicate => f.write_str("packet twice"),
+            Self::Corrupt => f.write_str("packet corrupted"),
+            Self::Split => f.write_str("packet in two"),
+            Self::Merge => f.write_str("packet in one with the next"),
+            Self::Cut => f.write_str("control channel cut"),
+        }
     }
 }
