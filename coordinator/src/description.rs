@@ -116,6 +116,29 @@ impl DeviceSpec {
         self
     }
 
+    /// Its program, with arguments and environment.
+    #[must_use]
+    pub fn process(&self) -> &ProcessSpec {
+        &self.process
+    }
+
+    /// The same device by another program: such as one that sets a limit, or stands between the
+    /// coordinator and the device, and starts the [program](Self::process) that was here before.
+    ///
+    /// What it starts must end with it: the process that the coordinator knows is the one that it
+    /// fences.
+    #[must_use]
+    pub fn launched_by(mut self, launcher: impl FnOnce(ProcessSpec) -> ProcessSpec) -> Self {
+        self.process = launcher(self.process);
+        self
+    }
+
+    /// The name of the device in its machine.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
     /// Lets the device take part although it has no P2P states and is not alone. Its DMA can then
     /// reach a peer that is stopped already.
     #[must_use]

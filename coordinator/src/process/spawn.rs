@@ -81,6 +81,18 @@ impl ProcessSpec {
         self
     }
 
+    /// Another program with other arguments, in the same environment.
+    #[must_use]
+    pub fn replaced<A: Into<OsString>>(
+        mut self,
+        program: impl Into<PathBuf>,
+        args: impl IntoIterator<Item = A>,
+    ) -> Self {
+        self.program = program.into();
+        self.args = args.into_iter().map(Into::into).collect();
+        self
+    }
+
     /// The program.
     #[must_use]
     pub fn program(&self) -> &Path {

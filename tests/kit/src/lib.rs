@@ -20,6 +20,8 @@
 //! ```
 //!
 //! - [`plan`]: which faults hit which device of a machine, and when;
+//! - [`outside`]: faults that befall a device process, whatever its program is;
+//! - [`mod@programs`]: the programs of this kit, in a test of another package too;
 //! - [`script`]: what a device process does at which message; the program is `rogue-device`, built
 //!   with this package. Where nothing else was said it keeps to the protocol;
 //! - [`trace`]: who was told and answered what, when, in one order over all processes and threads;
@@ -35,10 +37,12 @@
 
 pub mod deadline;
 pub mod gate;
+pub mod outside;
 pub mod participant;
 pub mod pilot;
 pub mod plan;
 pub mod process;
+pub mod programs;
 pub mod script;
 pub mod trace;
 

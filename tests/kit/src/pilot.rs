@@ -173,7 +173,7 @@ impl Pilot {
                 Ok(text) => text,
                 Err(error) => panic!("{stat} cannot be read: {error}"),
             };
-            if text.rsplit(')').next().is_some_and(|rest| rest.trim_start().starts_with('T')) {
+            if crate::process::stands(&text) {
                 return;
             }
             // Nothing tells whoever is not its tracer.

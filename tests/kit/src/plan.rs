@@ -20,6 +20,7 @@ mod read;
 #[cfg(test)]
 mod tests;
 
+use crate::trace::Call;
 use serde::{Deserialize, Serialize};
 use standstill_protocol::fault::Fault;
 use standstill_protocol::message::Phase;
@@ -38,9 +39,12 @@ pub struct Plan {
     /// What the machine does about a failure.
     #[serde(default)]
     pub policy: Policy,
-    /// What goes wrong.
+    /// What goes wrong with devices.
     #[serde(default, rename = "fault")]
     pub faults: Vec<Injection>,
+    /// What goes wrong with hooks.
+    #[serde(default, rename = "hook", skip_serializing_if = "Vec::is_empty")]
+    pub hooks: Vec<HookFault>,
 }
 
 fn once() -> u32 {
@@ -108,6 +112,36 @@ pub enum Moment {
     /// When an answer to a command of that phase is on its way from the device, and is held back
     /// until it is done.
     Answer(Phase),
+    /// When another packet of that kind is on its way, and is held back until it is done.
+    Packet(PacketKind),
+}
+
+/// What a packet is that is neither a command nor the answer to one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PacketKind {
+    /// A device's Hello.
+    Hello,
+    /// The coordinator's Welcome.
+    Welcome,
+    /// A memory declaration.
+    Memory,
+    /// A device's answer to it, or to a revocation.
+    MemoryAccepted,
+    /// That windows lead nowhere any more.
+    Revoke,
+    /// The coordinator asks a device where it is.
+    Query,
+    /// A device's answer to that.
+    Status,
+    /// A transition is given up.
+    Abort,
+    /// A sign of life.
+    Heartbeat,
+    /// A device tells that something has happened.
+    Event,
+    /// A device is told to end.
+    Shutdown,
 }
 
 /// What is done from outside.
@@ -124,14 +158,90 @@ pub enum OutsideAction {
     Drop,
     /// It is delivered twice.
     Duplicate,
-    /// A byte of it is changed.
+    /// A byte of it is changed, such that it is no message any more.
     Corrupt,
+    /// All bits of its byte at that offset are inverted, or of its last byte if it is shorter.
+    CorruptAt(u16),
     /// It is delivered as two packets.
     Split,
-    /// It is delivered in one packet with the next one.
+    /// It is delivered in one packet with the next one that goes the same way.
     Merge,
-    /// The control channel is cut.
+    /// It is delivered after the next one that goes the same way.
+    Swap,
+    /// The control channel is cut; the packet is not delivered.
     Cut,
+    /// The device process may have no more than that of a resource.
+    Limit(Limit),
+    /// SIGKILL for the coordinator. Only where that is a process of its own, not the test.
+    KillCoordinator,
+    /// SIGSTOP for the coordinator, for that many milliseconds (then SIGCONT); for ever if 0. Only
+    /// where that is a process of its own, not the test.
+    StopCoordinatorMs(u32),
+}
+
+/// The most that a process may have of a resource.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct Limit {
+    /// Of which.
+    pub resource: Resource,
+    /// How much, in the resource's unit.
+    pub value: u64,
+}
+
+/// What the kernel limits; `setrlimit(2)` has the details.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Resource {
+    /// Address space, in bytes (`RLIMIT_AS`).
+    AddressSpace,
+    /// Private writable memory, in bytes (`RLIMIT_DATA`).
+    Data,
+    /// Open files: the highest fd number and one (`RLIMIT_NOFILE`).
+    Files,
+    /// Processes and threads of its user (`RLIMIT_NPROC`). Means nothing to root.
+    Processes,
+    /// The longest file that it can write, in bytes (`RLIMIT_FSIZE`).
+    FileSize,
+    /// Locked memory, in bytes (`RLIMIT_MEMLOCK`).
+    LockedMemory,
+}
+
+/// Something that is done to the hook of a machine, which does nothing but that.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct HookFault {
+    /// In which round, from 1.
+    #[serde(default = "once")]
+    pub round: u32,
+    /// Where the hook is in a stop; in a start it is in the mirrored place.
+    pub place: Place,
+    /// In which of its calls.
+    pub call: Call,
+    /// What.
+    pub action: HookAction,
+}
+
+/// Where a hook is called.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Place {
+    /// Before the first phase.
+    Before,
+    /// Between the phases.
+    Between,
+    /// After the second phase.
+    After,
+}
+
+/// What happens in a hook.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum HookAction {
+    /// It fails.
+    Fail,
+    /// It returns that many milliseconds later; not before the machine has ended if 0.
+    StickMs(u32),
 }
 
 /// A text is no plan, or a plan cannot be.
@@ -194,7 +304,7 @@ impl Plan {
     /// A machine of that many devices that is paused and resumed once, without any fault.
     #[must_use]
     pub fn new(devices: u16) -> Self {
-        Self { devices, rounds: 1, policy: Policy::Rollback, faults: Vec::new() }
+        Self { devices, rounds: 1, policy: Policy::Rollback, faults: Vec::new(), hooks: Vec::new() }
     }
 
     /// Pauses and resumes it that often, from 1.
@@ -224,7 +334,14 @@ impl Plan {
         self.inject(Injection { device, round: 1, cause })
     }
 
-    /// Adds anything.
+    /// Adds a fault of a hook, in the first round.
+    #[must_use]
+    pub fn hook(mut self, place: Place, call: Call, action: HookAction) -> Self {
+        self.hooks.push(HookFault { round: 1, place, call, action });
+        self
+    }
+
+    /// Adds any fault of a device.
     #[must_use]
     pub fn inject(mut self, injection: Injection) -> Self {
         self.faults.push(injection);
@@ -277,6 +394,12 @@ impl Plan {
                 return Err(PlanError::Impossible { fault, what: what(), why });
             }
         }
+        for (fault, hook) in (1..).zip(&self.hooks) {
+            if hook.round == 0 || hook.round > self.rounds {
+                let (what, round, rounds) = (hook.to_string(), hook.round, self.rounds);
+                return Err(PlanError::Round { fault, what, round, rounds });
+            }
+        }
         Ok(())
     }
 }
@@ -303,13 +426,20 @@ impl OutsideAction {
     #[must_use]
     pub const fn needs_a_packet(self) -> bool {
         match self {
-            Self::Kill | Self::StopMs(_) | Self::Cut => false,
+            Self::Kill
+            | Self::StopMs(_)
+            | Self::Cut
+            | Self::Limit(_)
+            | Self::KillCoordinator
+            | Self::StopCoordinatorMs(_) => false,
             Self::DelayMs(_)
             | Self::Drop
             | Self::Duplicate
             | Self::Corrupt
+            | Self::CorruptAt(_)
             | Self::Split
-            | Self::Merge => true,
+            | Self::Merge
+            | Self::Swap => true,
         }
     }
 }
@@ -341,6 +471,18 @@ impl fmt::Display for Cause {
     }
 }
 
+impl fmt::Display for HookFault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { place, call, action, .. } = self;
+        match action {
+            HookAction::Fail => f.write_str("failure")?,
+            HookAction::StickMs(0) => f.write_str("endless call")?,
+            HookAction::StickMs(ms) => write!(f, "call of {ms} ms")?,
+        }
+        write!(f, " of the hook {place:?} the phases, in its {call:?}")
+    }
+}
+
 impl fmt::Display for Moment {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -348,6 +490,7 @@ impl fmt::Display for Moment {
             Self::Stopped => f.write_str("while the machine stands still"),
             Self::Command(phase) => write!(f, "with {phase} on its way"),
             Self::Answer(phase) => write!(f, "with the answer to {phase} on its way"),
+            Self::Packet(kind) => write!(f, "with {kind:?} on its way"),
         }
     }
 }
@@ -365,6 +508,12 @@ impl fmt::Display for OutsideAction {
             Self::Split => f.write_str("packet in two"),
             Self::Merge => f.write_str("packet in one with the next"),
             Self::Cut => f.write_str("control channel cut"),
+            Self::CorruptAt(offset) => write!(f, "packet corrupted at byte {offset}"),
+            Self::Swap => f.write_str("packet after the next"),
+            Self::Limit(Limit { resource, value }) => write!(f, "limit of {resource:?} to {value}"),
+            Self::KillCoordinator => f.write_str("SIGKILL for the coordinator"),
+            Self::StopCoordinatorMs(0) => f.write_str("SIGSTOP for the coordinator"),
+            Self::StopCoordinatorMs(ms) => write!(f, "SIGSTOP for the coordinator for {ms} ms"),
         }
     }
 }

@@ -3,6 +3,7 @@
 #![expect(clippy::panic, reason = "a check fails by a panic")]
 
 use crate::trace::{Trace, What};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, WaitId, WaitIdOptions, pidfd_open, waitid};
 use standstill_coordinator::Status;
@@ -12,7 +13,7 @@ use std::time::{Duration, Instant};
 /// How often a process is looked at that is to be reaped, which no fd tells.
 const INTERVAL: Duration = Duration::from_millis(2);
 
-/// Child processes of this one, held by pidfds, so that a pid that is used again deceives nobody.
+/// Processes, most of them children of this one, held by pidfds, so that a pid that is used again deceives nobody.
 #[derive(Debug)]
 pub struct Processes(Vec<Process>);
 
@@ -116,8 +117,20 @@ impl Process {
         };
         // Looks without taking: a child, living or a zombie, can be waited for.
         let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
-        matches!(waitid(WaitId::PidFd(pidfd.as_fd()), options), Err(Errno::CHILD))
+        // One that is no child (any more) was reaped, or is reaped by another one: it has ended then.
+        matches!(waitid(WaitId::PidFd(pidfd.as_fd()), options), Err(Errno::CHILD)) && ended(pidfd)
     }
+}
+
+/// Whether a process has ended, also one that is no child.
+fn ended(pidfd: &OwnedFd) -> bool {
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    matches!(poll(&mut [PollFd::new(pidfd, PollFlags::IN)], Some(&now)), Ok(1))
+}
+
+/// Whether a process stands by a signal, by its `/proc/<pid>/stat`.
+pub(crate) fn stands(stat: &str) -> bool {
+    stat.rsplit(')').next().is_some_and(|rest| rest.trim_start().starts_with('T'))
 }
 
 #[cfg(test)]
@@ -139,6 +152,13 @@ mod tests {
         assert_eq!(processes.left(), ["cat"], "nobody has reaped it");
         child.wait().unwrap();
         assert!(processes.left().is_empty());
+    }
+
+    #[test]
+    fn a_process_of_somebody_else_is_left_while_it_lives() {
+        let parent = std::os::unix::process::parent_id();
+        let processes = Processes::new([("parent".to_owned(), parent)].into_iter());
+        assert_eq!(processes.left(), ["parent"]);
     }
 
     #[tokio::test]

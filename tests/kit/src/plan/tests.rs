@@ -53,18 +53,50 @@ fn inside() -> impl Strategy<Value = Cause> {
 }
 
 fn outside() -> impl Strategy<Value = Cause> {
-    use OutsideAction::{Corrupt, Cut, DelayMs, Drop, Duplicate, Kill, Merge, Split, StopMs};
+    use OutsideAction::{
+        Corrupt, CorruptAt, Cut, DelayMs, Drop, Duplicate, Kill, KillCoordinator, Limit, Merge,
+        Split, StopCoordinatorMs, StopMs, Swap,
+    };
+    let limit = super::Limit { resource: Resource::Data, value: 1 << 20 };
     let moment = prop_oneof![
         Just(Moment::Running),
         Just(Moment::Stopped),
         phase().prop_map(Moment::Command),
         phase().prop_map(Moment::Answer),
+        Just(Moment::Packet(PacketKind::MemoryAccepted)),
     ];
-    let actions =
-        vec![Kill, StopMs(0), StopMs(7), DelayMs(9), Drop, Duplicate, Corrupt, Split, Merge, Cut];
+    let actions = vec![
+        Kill,
+        StopMs(0),
+        StopMs(7),
+        DelayMs(9),
+        Drop,
+        Duplicate,
+        Corrupt,
+        CorruptAt(3),
+        Split,
+        Merge,
+        Swap,
+        Cut,
+        Limit(limit),
+        KillCoordinator,
+        StopCoordinatorMs(5),
+    ];
     (moment, prop::sample::select(actions))
         .prop_map(|(moment, action)| Cause::Outside(Outside { moment, action }))
         .prop_filter("possible", |cause| cause.impossible().is_none())
+}
+
+fn hook(rounds: u32) -> impl Strategy<Value = HookFault> {
+    let places = prop::sample::select(vec![Place::Before, Place::Between, Place::After]);
+    let calls = prop::sample::select(vec![Call::Stop, Call::Start]);
+    let actions = prop::sample::select(vec![HookAction::Fail, HookAction::StickMs(3)]);
+    (1..=rounds, places, calls, actions).prop_map(|(round, place, call, action)| HookFault {
+        round,
+        place,
+        call,
+        action,
+    })
 }
 
 fn plan() -> impl Strategy<Value = Plan> {
@@ -74,11 +106,13 @@ fn plan() -> impl Strategy<Value = Plan> {
         let cause = prop_oneof![inside(), outside()];
         let fault = (0..devices, 1..=rounds, cause);
         let fault = fault.prop_map(|(device, round, cause)| Injection { device, round, cause });
-        prop::collection::vec(fault, 0..6).prop_map(move |faults| Plan {
+        let faults = prop::collection::vec(fault, 0..6);
+        (faults, prop::collection::vec(hook(rounds), 0..3)).prop_map(move |(faults, hooks)| Plan {
             devices,
             rounds,
             policy,
             faults,
+            hooks,
         })
     })
 }

@@ -1,0 +1,112 @@
+//! One way through the relay: packets that wait to be delivered, in order.
+
+use super::Error;
+use super::packet::{Packet, Sent};
+use std::collections::VecDeque;
+use std::os::fd::BorrowedFd;
+use std::time::{Duration, Instant};
+
+/// How many packets may wait; then no more are read, so that senders are held up as without a relay.
+const LONGEST_QUEUE: usize = 64;
+
+/// What becomes of a packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Fate {
+    Deliver,
+    Drop,
+    Twice,
+    CorruptAt(usize),
+    Split,
+    Merge,
+    Swap,
+}
+
+/// Packets that go one way.
+#[derive(Default)]
+pub(super) struct Lane {
+    /// Each with the time before which it is not delivered.
+    queue: VecDeque<(Instant, Packet)>,
+    /// Waits for the next one.
+    held: Option<(Fate, Packet)>,
+    /// No more will come.
+    pub(super) ended: bool,
+}
+
+impl Lane {
+    /// Takes a packet in, which is delivered after that time at the earliest, as all that follow.
+    pub(super) fn push(
+        &mut self,
+        mut packet: Packet,
+        fate: Fate,
+        delay: Duration,
+    ) -> Result<(), Error> {
+        let mut after = None;
+        match self.held.take() {
+            Some((Fate::Merge, first)) => packet = first.merged(packet),
+            Some((_, first)) => after = Some(first),
+            None => {}
+        }
+        let due = Instant::now() + delay;
+        let mut deliver = |packet| self.queue.push_back((due, packet));
+        match fate {
+            Fate::Deliver => deliver(packet),
+            Fate::Drop => {}
+            Fate::Twice => {
+                deliver(packet.try_clone()?);
+                deliver(packet);
+            }
+            Fate::CorruptAt(offset) => {
+                packet.corrupt(offset);
+                deliver(packet);
+            }
+            Fate::Split => packet.split().into_iter().for_each(deliver),
+            Fate::Merge | Fate::Swap => self.held = Some((fate, packet)),
+        }
+        if let Some(after) = after {
+            self.queue.push_back((due, after));
+        }
+        Ok(())
+    }
+
+    /// True if there is room for more.
+    pub(super) fn has_room(&self) -> bool {
+        !self.ended && self.queue.len() < LONGEST_QUEUE
+    }
+
+    /// True if nothing waits to be delivered, and nothing will.
+    pub(super) fn is_done(&self) -> bool {
+        self.ended && self.queue.is_empty()
+    }
+
+    /// When the next one is due, if one waits.
+    pub(super) fn due(&self) -> Option<Instant> {
+        self.queue.front().map(|(due, _)| *due)
+    }
+
+    /// Delivers what is due. False if there is no receiver any more.
+    pub(super) fn deliver(&mut self, to: BorrowedFd<'_>) -> Result<bool, Error> {
+        while let Some((due, packet)) = self.queue.front() {
+            if Instant::now() < *due {
+                break;
+            }
+            match packet.send(to)? {
+                Sent::Whole => drop(self.queue.pop_front()),
+                Sent::Later => break,
+                Sent::Gone => return Ok(false),
+            }
+        }
+        Ok(true)
+    }
+
+    /// What waits has no receiver any more; nor will have what still comes.
+    pub(super) fn discard(&mut self) {
+        self.queue.clear();
+        self.held = None;
+    }
+
+    /// Nobody will receive anything any more, and nobody sends.
+    pub(super) fn give_up(&mut self) {
+        self.discard();
+        self.ended = true;
+    }
+}

@@ -1,0 +1,112 @@
+//! What is armed, and what has fired.
+
+use super::Error;
+use crate::outside::relay::{JOURNAL, ORDERS, Order};
+use crate::plan::{Moment, OutsideAction};
+use rustix::fs::inotify;
+use rustix::time::{ClockId, clock_gettime};
+use standstill_protocol::fault::JournalLine;
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::io::{ErrorKind, Write};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+/// The orders of a relay, read again whenever they have changed: what a test arms before it makes
+/// something be sent is in force for that packet.
+pub(super) struct Orders {
+    path: PathBuf,
+    /// Which file was read last; each change is a new one.
+    read: Option<(u64, i64, i64)>,
+    orders: Vec<Order>,
+    /// How often each one's moment has come.
+    counts: Vec<u32>,
+    /// Those that are done for good, also by earlier incarnations.
+    done: BTreeSet<usize>,
+    journal: File,
+    /// Readable when the orders have changed.
+    watch: OwnedFd,
+}
+
+impl Orders {
+    pub(super) fn open(folder: &Path) -> Result<Self, Error> {
+        let watch = inotify::init(inotify::CreateFlags::CLOEXEC | inotify::CreateFlags::NONBLOCK)?;
+        inotify::add_watch(&watch, folder, inotify::WatchFlags::MOVED_TO)?;
+        let journal = folder.join(JOURNAL);
+        let fired = |line| match JournalLine::parse(line) {
+            Some(JournalLine::Fired { index, .. }) => usize::try_from(index).ok(),
+            _ => None,
+        };
+        let done = std::fs::read_to_string(&journal)?.lines().filter_map(fired).collect();
+        Ok(Self {
+            path: folder.join(ORDERS),
+            read: None,
+            orders: Vec::new(),
+            counts: Vec::new(),
+            done,
+            journal: File::options().append(true).open(journal)?,
+            watch,
+        })
+    }
+
+    /// Readable when there may be something to do at once.
+    pub(super) fn watch(&self) -> BorrowedFd<'_> {
+        self.watch.as_fd()
+    }
+
+    /// What is to be done without a packet, in order.
+    pub(super) fn due_at_once(&mut self) -> Result<Vec<OutsideAction>, Error> {
+        // What has changed is seen in the file itself.
+        while matches!(rustix::io::read(&self.watch, &mut [0; 4096]), Ok(1..)) {}
+        self.take(|moment| matches!(moment, Moment::Running | Moment::Stopped))
+    }
+
+    /// What is to be done at this moment, in order. It is written down before it is done.
+    pub(super) fn due(&mut self, moment: Moment) -> Result<Vec<OutsideAction>, Error> {
+        self.take(|armed| armed == moment)
+    }
+
+    fn take(&mut self, is_now: impl Fn(Moment) -> bool) -> Result<Vec<OutsideAction>, Error> {
+        self.refresh()?;
+        let mut due = Vec::new();
+        for index in 0..self.orders.len() {
+            let order = self.orders[index];
+            if !is_now(order.moment) {
+                continue;
+            }
+            self.counts[index] += 1;
+            let occurrence = self.counts[index];
+            let each_time = order.nth == 0;
+            if each_time || (order.nth == occurrence && !self.done.contains(&index)) {
+                let now = clock_gettime(ClockId::Monotonic);
+                let at_ns = u64::try_from(now.tv_sec * 1_000_000_000 + now.tv_nsec)?;
+                let index = u32::try_from(index)?;
+                self.write(&JournalLine::Fired { index, occurrence, at_ns }.to_string())?;
+                due.push(order.action);
+            }
+        }
+        Ok(due)
+    }
+
+    /// Adds a line to the journal.
+    pub(super) fn write(&self, line: &str) -> Result<(), Error> {
+        Ok((&self.journal).write_all(format!("{line}\n").as_bytes())?)
+    }
+
+    fn refresh(&mut self) -> Result<(), Error> {
+        let file = match std::fs::metadata(&self.path) {
+            Ok(file) => file,
+            // Nothing was armed yet.
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+            Err(error) => return Err(error.into()),
+        };
+        let read = Some((file.ino(), file.mtime(), file.mtime_nsec()));
+        if self.read != read {
+            self.orders = serde_json::from_slice(&std::fs::read(&self.path)?)?;
+            self.counts.resize(self.orders.len(), 0);
+            self.read = read;
+        }
+        Ok(())
+    }
+}

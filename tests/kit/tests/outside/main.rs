@@ -1,0 +1,10 @@
+//! Faults from outside, on real processes.
+
+#![expect(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a panic is how a test fails, in the functions that tests share too"
+)]
+
+mod fixture;
+mod relays;
