@@ -13,6 +13,8 @@ mod memory;
 mod owner;
 mod removal;
 mod roster;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod script;
 mod shutdown;
 mod start;
 mod state;
@@ -28,6 +30,7 @@ use crate::device::ProcessEvent;
 use crate::dirty::{DirtyOptions, DirtyTracking, Registry};
 use crate::error::{MachineError, StartError};
 use crate::events::MachineEvent;
+use crate::mailbox::Mailbox;
 use crate::participant::LocalAnswer;
 use crate::process::Exit;
 use crate::status::Status;
@@ -125,7 +128,7 @@ impl Actor for CoordinatorActor {
         myself: ActorRef<Message>,
         prepared: start::Prepared,
     ) -> Result<State, ActorProcessingErr> {
-        Ok(prepared.into_state(myself).await?)
+        Ok(prepared.into_state(Mailbox::Actor(myself)).await?)
     }
 
     async fn handle(
@@ -134,29 +137,7 @@ impl Actor for CoordinatorActor {
         message: Message,
         state: &mut State,
     ) -> Result<(), ActorProcessingErr> {
-        if message.is_deadline_of_an_answer() {
-            // What has come by now counts: a device does not pay for a coordinator that was busy or
-            // asleep. What comes later does not.
-            state.read_ready();
-        }
-        match message {
-            Message::Readable => state.readable(),
-            Message::Request(request) => state.request(request),
-            Message::Step(ticket, step) => state.step(ticket, step),
-            Message::Process(id, event) => state.process_event(id, event),
-            Message::Local(answer) => state.local_answer(answer),
-            Message::Expired(transition, timer) => state.timer_expired(transition, timer),
-            Message::HelloExpired => state.hello_expired(),
-            Message::MemoryExpired(sequence) => state.memory_expired(sequence),
-            Message::ShutdownExpired => state.shutdown_expired(),
-            Message::Spawned(id, next, spawned) => state.spawned(id, next, spawned).await,
-            Message::Discarded => state.discarded(),
-            Message::RestartDue(id) => state.restart_due(id),
-            Message::JoinExpired(id) => state.join_expired(id),
-            Message::FenceExpired(id) => state.fence_expired(id),
-            Message::Tick => state.tick(),
-        }
-        state.settle();
+        state.handle(message).await;
         Ok(())
     }
 
@@ -187,6 +168,33 @@ impl Message {
 }
 
 impl State {
+    /// Does all that one message is for.
+    async fn handle(&mut self, message: Message) {
+        if message.is_deadline_of_an_answer() {
+            // What has come by now counts: a device does not pay for a coordinator that was busy or
+            // asleep. What comes later does not.
+            self.read_ready();
+        }
+        match message {
+            Message::Readable => self.readable(),
+            Message::Request(request) => self.request(request),
+            Message::Step(ticket, step) => self.step(ticket, step),
+            Message::Process(id, event) => self.process_event(id, event),
+            Message::Local(answer) => self.local_answer(answer),
+            Message::Expired(transition, timer) => self.timer_expired(transition, timer),
+            Message::HelloExpired => self.hello_expired(),
+            Message::MemoryExpired(sequence) => self.memory_expired(sequence),
+            Message::ShutdownExpired => self.shutdown_expired(),
+            Message::Spawned(id, next, spawned) => self.spawned(id, next, spawned).await,
+            Message::Discarded => self.discarded(),
+            Message::RestartDue(id) => self.restart_due(id),
+            Message::JoinExpired(id) => self.join_expired(id),
+            Message::FenceExpired(id) => self.fence_expired(id),
+            Message::Tick => self.tick(),
+        }
+        self.settle();
+    }
+
     fn request(&mut self, request: Request) {
         let Some(request) = self.refuse_if_superseded(request) else { return };
         let Some(request) = self.in_turn(request) else { return };

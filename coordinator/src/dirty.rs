@@ -30,7 +30,7 @@
 
 use crate::coordinator::{Message, Request};
 use crate::error::MachineError;
-use ractor::ActorRef;
+use crate::mailbox::Mailbox;
 use rustix::fs::fstat;
 use standstill_protocol::dirty::{DirtyBitmap, DirtyBitmapError, Layout, LayoutError};
 use standstill_protocol::message::{FileIdentity, Term};
@@ -208,13 +208,13 @@ impl DirtyFile {
 #[derive(Debug)]
 #[must_use = "tracking ends when it is dropped"]
 pub struct DirtyTracking {
-    actor: ActorRef<Message>,
+    actor: Mailbox,
     registry: Arc<Registry>,
     stopped: bool,
 }
 
 impl DirtyTracking {
-    pub(crate) fn new(actor: ActorRef<Message>, registry: Arc<Registry>) -> Self {
+    pub(crate) fn new(actor: Mailbox, registry: Arc<Registry>) -> Self {
         Self { actor, registry, stopped: false }
     }
 

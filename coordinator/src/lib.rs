@@ -24,6 +24,7 @@
 #![forbid(unsafe_code)]
 
 pub mod blocking;
+mod clock;
 pub mod control_directory;
 mod coordinator;
 mod custody;
@@ -34,6 +35,7 @@ pub mod error;
 pub mod events;
 pub mod logs;
 pub mod machine;
+mod mailbox;
 pub mod participant;
 pub mod policy;
 mod poll;
@@ -51,6 +53,9 @@ pub mod trace_file;
 mod watchdog;
 mod words;
 
+#[cfg(fuzzing)]
+#[doc(hidden)]
+pub use coordinator::script::packets;
 pub use description::{Deadlines, DeviceSpec, HookSpec, MachineBuilder};
 pub use dirty::{DirtyOptions, DirtyReport, DirtyTracking};
 pub use error::{MachineError, StartError, TakeOverError};

@@ -21,11 +21,11 @@ use crate::description::DeviceSpec;
 use crate::dirty::{DirtyOptions, DirtyTracking};
 use crate::error::MachineError;
 use crate::events::{Events, MachineEvent};
+use crate::mailbox::Mailbox;
 use crate::process::Exit;
 use crate::report::TransitionReport;
 use crate::status::Status;
 use crate::steps::{PreparingStart, PreparingStop, Steps};
-use ractor::ActorRef;
 use standstill_protocol::transition::{MachineState, Operation, Outcome};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
@@ -46,7 +46,7 @@ pub struct Machine {
 
 #[derive(Debug)]
 struct Inner {
-    actor: ActorRef<coordinator::Message>,
+    actor: Mailbox,
     /// Weak: the actor has the sender, so that readers learn when it ends.
     events: broadcast::WeakSender<MachineEvent>,
 }
@@ -71,10 +71,7 @@ pub struct TakenOver {
 }
 
 impl Machine {
-    pub(crate) fn new(
-        actor: ActorRef<coordinator::Message>,
-        events: &broadcast::Sender<MachineEvent>,
-    ) -> Self {
+    pub(crate) fn new(actor: Mailbox, events: &broadcast::Sender<MachineEvent>) -> Self {
         Self { inner: Arc::new(Inner { actor, events: events.downgrade() }) }
     }
 

@@ -6,7 +6,7 @@
 //! cannot be filled from outside.
 
 use crate::coordinator::Message;
-use ractor::ActorRef;
+use crate::mailbox::Mailbox;
 use rustix::buffer::spare_capacity;
 use rustix::event::epoll;
 use standstill_protocol::channel::{CoordinatorEnd, Readiness};
@@ -25,14 +25,19 @@ const BATCH: usize = 128;
 pub(crate) struct Poll {
     epoll: Arc<OwnedFd>,
     drained: Arc<Notify>,
-    watch: JoinHandle<()>,
+    /// `None` if a test does.
+    watch: Option<JoinHandle<()>>,
 }
 
 impl Poll {
-    /// Begins to watch; the actor gets [`Message::Readable`].
-    pub(crate) fn new(actor: ActorRef<Message>) -> io::Result<Self> {
+    /// Begins to watch; the actor gets [`Message::Readable`]. A test watches itself.
+    pub(crate) fn new(actor: Mailbox) -> io::Result<Self> {
         let epoll = Arc::new(epoll::create(epoll::CreateFlags::CLOEXEC)?);
         let drained = Arc::new(Notify::new());
+        #[cfg(any(test, fuzzing))]
+        if matches!(actor, Mailbox::Script(_)) {
+            return Ok(Self { epoll, drained, watch: None });
+        }
         let readiness = Readiness::new(Arc::clone(&epoll))?;
         let actor_drained = Arc::clone(&drained);
         let watch = tokio::spawn(async move {
@@ -44,7 +49,7 @@ impl Poll {
                 guard.clear();
             }
         });
-        Ok(Self { epoll, drained, watch })
+        Ok(Self { epoll, drained, watch: Some(watch) })
     }
 
     /// Adds a participant's socket.
@@ -76,11 +81,27 @@ impl Poll {
     pub(crate) fn drained(&self) {
         self.drained.notify_one();
     }
+
+    /// True once for each [`drained`](Self::drained): a test may watch on.
+    #[cfg(any(test, fuzzing))]
+    pub(crate) fn was_drained(&self) -> bool {
+        let mut drained = std::pin::pin!(self.drained.notified());
+        let mut context = std::task::Context::from_waker(std::task::Waker::noop());
+        drained.as_mut().poll(&mut context).is_ready()
+    }
+
+    /// Closes a socket on a thread of its own: in what nobody has read there may be fds, and the
+    /// kernel waits for those that linger on the thread that closes the socket.
+    ///
+    /// Where a test watches, it is closed here and now.
+    pub(crate) fn close_apart(&self, socket: CoordinatorEnd) {
+        if self.watch.is_some() {
+            close_apart(socket);
+        }
+    }
 }
 
-/// Closes a socket on a thread of its own: in what nobody has read there may be fds, and the kernel
-/// waits for those that linger on the thread that closes the socket.
-pub(crate) fn close_apart(socket: CoordinatorEnd) {
+fn close_apart(socket: CoordinatorEnd) {
     let thread = std::thread::Builder::new().name("standstill-close".into());
     // Without a thread it is closed here and now.
     let _ = thread.spawn(move || drop(socket));
@@ -88,7 +109,7 @@ pub(crate) fn close_apart(socket: CoordinatorEnd) {
 
 impl Drop for Poll {
     fn drop(&mut self) {
-        self.watch.abort();
+        self.watch.iter().for_each(JoinHandle::abort);
     }
 }
 

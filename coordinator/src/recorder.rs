@@ -1,5 +1,6 @@
 //! Keeps what happens in a transition, and when, until it becomes a report.
 
+use crate::clock;
 use crate::report::{
     CommandAnswer, CommandReport, FenceReport, HookReport, Names, ParticipantReport,
     TransitionReport, nanos,
@@ -37,7 +38,7 @@ impl Recorder {
         names: Names,
     ) -> Self {
         let index = participants.iter().enumerate().map(|(at, p)| (p.id, at)).collect();
-        let began_at = SystemTime::now().checked_sub(began.elapsed()).unwrap_or(UNIX_EPOCH);
+        let began_at = SystemTime::now().checked_sub(clock::since(began)).unwrap_or(UNIX_EPOCH);
         let hooks = Vec::new();
         Self { operation, term, first_epoch, began, began_at, participants, index, hooks, names }
     }
@@ -47,7 +48,7 @@ impl Recorder {
     }
 
     fn now(&self) -> u64 {
-        nanos(self.began.elapsed())
+        nanos(clock::since(self.began))
     }
 
     fn participant(&mut self, id: ParticipantId) -> Option<&mut ParticipantReport> {

@@ -1,23 +1,167 @@
 //! One incarnation of a device: its process, its control channel and its actor.
 
 use super::Message;
-use super::state::{Allowance, Device, Process, Standing};
+#[cfg(any(test, fuzzing))]
+use super::script::{Script, ScriptedProcess};
+use super::state::{Allowance, Device, Standing};
 use super::supervision::Care;
 use crate::custody::Custody;
 use crate::description::DeviceSpec;
-use crate::device::{Arguments, DeviceActor};
+use crate::device::{Arguments, DeviceActor, Message as DeviceMessage};
 use crate::error::StartError;
 use crate::logs::{LogTail, Origin};
-use crate::process::{DeviceProcess, Spawner};
-use ractor::{Actor, ActorRef};
+use crate::mailbox::Mailbox;
+use crate::process::{DeviceProcess, Spawner, identity_behind};
+use crate::record::ProcessIdentity;
+use ractor::{Actor, ActorId, ActorRef};
+use rustix::process::Signal;
 use standstill_protocol::channel::CoordinatorEnd;
 use standstill_protocol::migration::MigrationState;
 use standstill_protocol::transition::ParticipantId;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 /// A process that was started, and our end of its control channel.
-pub(super) type Spawned = (CoordinatorEnd, DeviceProcess);
+pub(crate) type Spawned = (CoordinatorEnd, Child);
+
+/// A process that has no actor yet. It ends when this is dropped.
+#[derive(Debug)]
+pub(crate) enum Child {
+    Process(DeviceProcess),
+    /// A test plays it.
+    #[cfg(any(test, fuzzing))]
+    Scripted(ScriptedProcess),
+}
+
+impl Child {
+    pub(super) fn pid(&self) -> u32 {
+        match self {
+            Self::Process(process) => process.pid(),
+            #[cfg(any(test, fuzzing))]
+            Self::Scripted(_) => std::process::id(),
+        }
+    }
+
+    /// It is to outlive this program, as long as it is this program's.
+    pub(super) fn place_under(&mut self, custody: Arc<Custody>) {
+        match self {
+            Self::Process(process) => process.place_under(custody),
+            #[cfg(any(test, fuzzing))]
+            Self::Scripted(_) => drop(custody),
+        }
+    }
+}
+
+/// The process of a device, whose actor owns it.
+pub(super) enum Process {
+    Running {
+        pid: u32,
+        /// Of its own, so that all can be killed at once.
+        pidfd: OwnedFd,
+        actor: ActorRef<DeviceMessage>,
+    },
+    /// A test plays both.
+    #[cfg(any(test, fuzzing))]
+    Scripted(ScriptedProcess),
+}
+
+impl Process {
+    pub(super) fn pid(&self) -> u32 {
+        match self {
+            Self::Running { pid, .. } => *pid,
+            #[cfg(any(test, fuzzing))]
+            Self::Scripted(_) => std::process::id(),
+        }
+    }
+
+    /// Tells its actor something. One that is gone has killed the process.
+    pub(super) fn tell(&self, message: DeviceMessage) {
+        match self {
+            Self::Running { actor, .. } => drop(actor.cast(message)),
+            #[cfg(any(test, fuzzing))]
+            Self::Scripted(process) => process.tell(message),
+        }
+    }
+
+    /// Sends SIGKILL, past its actor.
+    pub(super) fn kill(&self) {
+        match self {
+            // Fails only if it is gone.
+            Self::Running { pidfd, .. } => {
+                let _ = rustix::process::pidfd_send_signal(pidfd, Signal::KILL);
+            }
+            #[cfg(any(test, fuzzing))]
+            Self::Scripted(process) => process.kill(),
+        }
+    }
+
+    /// Whether that is its actor.
+    pub(super) fn is_of(&self, id: ActorId) -> bool {
+        match self {
+            Self::Running { actor, .. } => actor.get_id() == id,
+            #[cfg(any(test, fuzzing))]
+            Self::Scripted(_) => false,
+        }
+    }
+
+    /// By which it can be found again.
+    pub(super) fn identity(&self) -> io::Result<ProcessIdentity> {
+        match self {
+            Self::Running { pid, pidfd, .. } => {
+                let ended = || io::Error::other("the process has ended");
+                identity_behind(pidfd, *pid)?.ok_or_else(ended)
+            }
+            #[cfg(any(test, fuzzing))]
+            Self::Scripted(_) => crate::control_directory::identity(std::process::id()),
+        }
+    }
+}
+
+/// Starts the processes of later incarnations, where that may block.
+pub(super) enum Starter {
+    Spawner(Spawner),
+    /// A test does, when it wants to.
+    #[cfg(any(test, fuzzing))]
+    Script(Script),
+}
+
+impl Starter {
+    /// Starts the process of the incarnation `next` in the place of `id`; [`Message::Spawned`] is
+    /// the answer.
+    pub(super) fn start(
+        &self,
+        myself: &Mailbox,
+        (id, next): (ParticipantId, ParticipantId),
+        spec: DeviceSpec,
+    ) {
+        match self {
+            Self::Spawner(spawner) => {
+                let (spawner, myself) = (spawner.clone(), myself.clone());
+                tokio::task::spawn_blocking(move || {
+                    // Not to outlive this coordinator before it is somebody's.
+                    let spawned = spawn(&spawner, &spec, None).map_err(Box::new);
+                    // With a coordinator that is gone the process is dropped, and so ends.
+                    let _ = myself.cast(Message::Spawned(id, next, spawned));
+                });
+            }
+            #[cfg(any(test, fuzzing))]
+            Self::Script(script) => script.start_asked(id, next, spec.name),
+        }
+    }
+}
+
+/// Ends a process that nobody wants any more, which may take a moment; [`Message::Discarded`] is
+/// the answer.
+pub(super) fn discard(myself: &Mailbox, spawned: Spawned) {
+    let scripted = !matches!(spawned.1, Child::Process(_));
+    let myself = myself.clone();
+    let end = move || {
+        drop(spawned);
+        let _ = myself.cast(Message::Discarded);
+    };
+    if scripted { end() } else { drop(tokio::task::spawn_blocking(end)) }
+}
 
 /// Starts a device process. Blocks for as long as that takes.
 ///
@@ -35,12 +179,12 @@ pub(super) fn spawn(
     if let Some(custody) = custody {
         process.place_under(Arc::clone(custody));
     }
-    Ok((channel, process))
+    Ok((channel, Child::Process(process)))
 }
 
 /// What the coordinator keeps of a process that was started; its actor lives from now on.
 pub(super) async fn device(
-    myself: &ActorRef<Message>,
+    myself: &Mailbox,
     id: ParticipantId,
     spec: DeviceSpec,
     incarnation: u64,
@@ -54,26 +198,26 @@ pub(super) async fn device(
 /// What the coordinator keeps of a process with which it cannot talk (yet); its actor lives from
 /// now on.
 pub(super) async fn without_channel(
-    myself: &ActorRef<Message>,
+    myself: &Mailbox,
     id: ParticipantId,
     spec: DeviceSpec,
     incarnation: u64,
-    process: DeviceProcess,
+    child: Child,
 ) -> io::Result<Device> {
     let tail = LogTail::default();
-    let pid = process.pid();
-    let pidfd = process.pidfd().try_clone_to_owned()?;
-    let origin = Origin { device: spec.name.clone(), incarnation };
-    let arguments =
-        Arguments { id, origin, process, tail: tail.clone(), coordinator: myself.clone() };
-    let (actor, _) = Actor::spawn_linked(None, DeviceActor, arguments, myself.get_cell())
-        .await
-        .map_err(io::Error::other)?;
+    let process = match child {
+        Child::Process(process) => {
+            let origin = Origin { device: spec.name.clone(), incarnation };
+            own(myself, id, origin, process, tail.clone()).await?
+        }
+        #[cfg(any(test, fuzzing))]
+        Child::Scripted(process) => Process::Scripted(process.of(id)),
+    };
     Ok(Device {
         id,
         spec,
         incarnation,
-        process: Some(Process { pid, pidfd, actor }),
+        process: Some(process),
         channel: None,
         tail,
         standing: Standing::Greeting,
@@ -87,4 +231,22 @@ pub(super) async fn without_channel(
         allowance: Allowance::new(),
         care: Care::default(),
     })
+}
+
+/// Gives a process an actor.
+async fn own(
+    myself: &Mailbox,
+    id: ParticipantId,
+    origin: Origin,
+    process: DeviceProcess,
+    tail: LogTail,
+) -> io::Result<Process> {
+    let pid = process.pid();
+    let pidfd = process.pidfd().try_clone_to_owned()?;
+    let coordinator = myself.actor()?.clone();
+    let supervisor = coordinator.get_cell();
+    let arguments = Arguments { id, origin, process, tail, coordinator };
+    let spawned = Actor::spawn_linked(None, DeviceActor, arguments, supervisor).await;
+    let (actor, _) = spawned.map_err(io::Error::other)?;
+    Ok(Process::Running { pid, pidfd, actor })
 }

@@ -6,10 +6,8 @@ use super::supervision::Recovery;
 use crate::device::{Message as DeviceActorMessage, ProcessEvent};
 use crate::error::{GreetingError, ProtocolError};
 use crate::events::MachineEvent;
-use crate::poll::close_apart;
 use crate::process::Exit;
 use crate::words;
-use rustix::process::Signal;
 use standstill_protocol::channel::{Received, RecvError, close_at_once};
 use standstill_protocol::message::{DeviceEvent, DeviceMessage, Phase};
 use standstill_protocol::transition::{
@@ -194,7 +192,7 @@ impl State {
         let Some(channel) = device.channel.take() else { return };
         self.poll.remove(&channel);
         if takes_fds {
-            close_apart(channel);
+            self.poll.close_apart(channel);
         }
     }
 
@@ -215,7 +213,7 @@ impl State {
         {
             // Before it can see the end of its channel: its exit is to tell of the fence that
             // follows, not of an orphan that has ended by itself.
-            let _ = rustix::process::pidfd_send_signal(&process.pidfd, Signal::KILL);
+            process.kill();
         }
         self.close(id);
         let Some(device) = self.device(id) else { return };

@@ -11,18 +11,19 @@
 
 use super::Reply;
 use super::state::{Declared, Device, Purpose, Standing, State, Waiting};
+use crate::clock;
 use crate::control_directory::ControlDirectoryError;
 use crate::description::DeviceSpec;
 use crate::dirty::Untracked;
 use crate::error::{GreetingError, MachineError, StartError};
 use crate::events::MachineEvent;
+use crate::mailbox::Alarm;
 use crate::process::BackingFile;
 use standstill_protocol::message::Hello;
 use standstill_protocol::transition::{
     Loss, MachineState, Operation, Outcome, ParticipantId, PlanError,
 };
 use std::time::Instant;
-use tokio::task::AbortHandle;
 
 /// A new incarnation on its way in.
 #[derive(Debug)]
@@ -36,7 +37,7 @@ pub(super) struct Join {
 #[derive(Debug)]
 pub(super) enum Stage {
     /// Its Hello is waited for.
-    Greeting(AbortHandle),
+    Greeting(Alarm),
     /// It waits for its Welcome: a transition is under way.
     Greeted(Box<Hello>, Vec<BackingFile>),
     /// It is brought to STOP.
@@ -302,7 +303,7 @@ impl State {
         device.care.added = false;
         device.care.pulse.reset();
         let (name, incarnation) = (device.spec.name.clone(), device.incarnation);
-        let (state, took, pid) = (device.state, join.began.elapsed(), device.pid());
+        let (state, took, pid) = (device.state, clock::since(join.began), device.pid());
         if let Some(owner) = device.care.owner.take() {
             let _ = owner.send(Ok(()));
         }

@@ -1,11 +1,11 @@
 //! What a later coordinator will need, written down while this one has the machine.
 
 use super::start::Start;
-use super::state::{Device, Process, Standing, State};
+use super::state::{Device, Standing, State};
 use crate::control_directory::{ControlDirectory, ControlDirectoryError, boot_id, identity};
 use crate::custody::Custody;
 use crate::description::DeviceSpec;
-use crate::process::{BackingFile, identity_behind};
+use crate::process::BackingFile;
 use crate::record::{DeviceRecord, MachineRecord, RECORD_VERSION};
 use standstill_protocol::message::{CoordinatorMessage, Query, Term};
 use standstill_protocol::transition::ParticipantId;
@@ -139,10 +139,8 @@ impl State {
         let Some(kept) = &mut self.kept else { return Ok(None) };
         let Some(device) = self.devices.get(id) else { return Ok(None) };
         let (name, incarnation) = (device.spec.name.clone(), device.incarnation);
-        let Some(Process { pid, pidfd, .. }) = &device.process else { return Ok(None) };
-        let ended = || io::Error::other("the process has ended");
-        let identity = identity_behind(pidfd, *pid).and_then(|found| found.ok_or_else(ended));
-        let process = examined(format!("/proc/{pid}"), identity)?;
+        let Some(process) = &device.process else { return Ok(None) };
+        let process = examined(format!("/proc/{}", process.pid()), process.identity())?;
         let backing_files = files.iter().map(BackingFile::record).collect();
         kept.put(DeviceRecord { name: name.clone(), incarnation, process, backing_files })?;
         kept.custody.directory().bind(&name).map(Some)

@@ -7,6 +7,7 @@ use super::supervision::Recovery;
 use super::{Message, Reply};
 use crate::dirty::{self, DirtyError, DirtyTracking};
 use crate::error::MachineError;
+use crate::mailbox::Alarm;
 use standstill_protocol::channel::SendError;
 use standstill_protocol::message::{
     CoordinatorMessage, MAX_FDS, MAX_FILES, MemoryDeclaration, Revocation,
@@ -273,7 +274,7 @@ impl State {
     }
 
     /// Arms the deadline of a declaration.
-    fn memory_deadline(&self, sequence: u64) -> tokio::task::AbortHandle {
+    fn memory_deadline(&self, sequence: u64) -> Alarm {
         self.after(self.deadlines.memory, move || Message::MemoryExpired(sequence))
     }
 }

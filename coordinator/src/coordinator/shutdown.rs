@@ -101,7 +101,7 @@ impl State {
             }
             EndingReply::Planner(reply, error) => drop(reply.send(Err(error))),
         }
-        self.myself.stop(None);
+        self.myself.stop();
     }
 
     /// By now it is known how the process ended and what it wrote last.

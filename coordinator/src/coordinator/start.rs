@@ -1,35 +1,36 @@
 //! From a description to a running machine.
 
-use super::incarnation::{self, Spawned};
+use super::incarnation::{self, Spawned, Starter};
 use super::keep::Kept;
 use super::roster::{Ids, Roster};
-use super::state::{Device, EndingReply, HookEntry, Local, Standing, Starting, State, cast_after};
+use super::state::{Device, EndingReply, HookEntry, Local, Standing, Starting, State};
 use super::take_over::Found;
 use super::{CoordinatorActor, Message};
+use crate::clock;
 use crate::description::{Deadlines, HookSpec, MachineBuilder};
 use crate::error::StartError;
 use crate::events::{self, MachineEvent};
 use crate::machine::Machine;
+use crate::mailbox::Mailbox;
 use crate::participant::{self, LocalAnswer};
 use crate::policy::{Policies, Presence};
 use crate::poll::Poll;
 use crate::process::Spawner;
 use crate::report::{Names, nanos};
 use crate::watchdog::{Limits, Ticks};
-use ractor::{Actor, ActorRef};
+use ractor::Actor;
 use standstill_protocol::message::{Epoch, MAX_NAME, Term};
 use standstill_protocol::migration::MigrationState;
 use standstill_protocol::transition::{Hook, HookId, MachineState, Operation};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io;
-use std::time::Instant;
 use tokio::sync::{broadcast, oneshot};
 use uuid::Uuid;
 
 /// A machine whose processes run.
 pub(crate) struct Prepared {
     pub(super) builder: MachineBuilder,
-    pub(super) spawner: Spawner,
+    pub(super) starter: Starter,
     pub(super) kept: Option<Kept>,
     pub(super) events: broadcast::Sender<MachineEvent>,
     pub(super) beginning: Beginning,
@@ -51,7 +52,8 @@ pub(crate) async fn start(builder: MachineBuilder) -> Result<Machine, StartError
     let events = builder.events.clone();
     let (reply, answer) = oneshot::channel();
     let beginning = Beginning::Started(processes, reply);
-    let prepared = Prepared { builder, spawner, kept, events, beginning };
+    let starter = Starter::Spawner(spawner);
+    let prepared = Prepared { builder, starter, kept, events, beginning };
     let actor = Actor::spawn(None, CoordinatorActor, prepared).await;
     actor.map_err(|error| system("start the coordinator actor", io::Error::other(error)))?;
     answer.await.unwrap_or_else(|_| {
@@ -136,8 +138,8 @@ async fn spawn_processes(
 }
 
 impl Prepared {
-    pub(super) async fn into_state(self, myself: ActorRef<Message>) -> io::Result<State> {
-        let Self { builder, spawner, kept, events: listeners, beginning } = self;
+    pub(super) async fn into_state(self, myself: Mailbox) -> io::Result<State> {
+        let Self { builder, starter, kept, events: listeners, beginning } = self;
         let poll = Poll::new(myself.clone())?;
         let (uuid, term) = match &kept {
             Some(kept) => (kept.record.uuid, kept.record.term()),
@@ -147,12 +149,12 @@ impl Prepared {
         let mut ids = Ids::default();
         let mut fresh = || ids.next().ok_or_else(|| io::Error::other("too many participants"));
         let mut devices = Roster::default();
-        let mut starter = None;
+        let mut waits = None;
         let mut all_found = Vec::new();
         let specs = builder.devices.into_iter();
         match beginning {
             Beginning::Started(processes, reply) => {
-                starter = Some(reply);
+                waits = Some(reply);
                 for (spec, process) in specs.zip(processes) {
                     let id = fresh()?;
                     names.participants.insert(id, spec.name.clone());
@@ -208,9 +210,9 @@ impl Prepared {
         let policies = Policies { on_loss: builder.on_loss, presence: builder.presence };
         let Deadlines { hello, stall, silence, .. } = builder.deadlines;
         let limits = Limits::new(stall, silence, builder.heartbeat);
-        let ticks = limits.interval().map(|interval| Ticks::new(interval, Instant::now()));
-        let starting = starter.map(|reply| {
-            let deadline = cast_after(&myself, hello, || Message::HelloExpired);
+        let ticks = limits.interval().map(|interval| Ticks::new(interval, clock::now()));
+        let starting = waits.map(|reply| {
+            let deadline = myself.cast_after(hello, || Message::HelloExpired);
             Starting { reply, deadline, settling: None }
         });
         // Of a machine that is taken over nobody knows yet.
@@ -231,7 +233,7 @@ impl Prepared {
             heartbeat_ns: nanos(builder.heartbeat),
             phases: builder.phases,
             poll,
-            spawner,
+            starter,
             devices,
             locals,
             ids,
@@ -270,7 +272,7 @@ impl Prepared {
     }
 }
 
-fn answer(myself: &ActorRef<Message>) -> impl Fn(LocalAnswer) + Send + 'static {
+fn answer(myself: &Mailbox) -> impl Fn(LocalAnswer) + Send + 'static {
     let myself = myself.clone();
     move |answer| {
         // A coordinator that is gone waits for nobody.

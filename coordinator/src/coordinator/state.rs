@@ -1,9 +1,11 @@
 //! What the coordinator actor knows about its machine.
 
+use super::incarnation::{Process, Starter};
 use super::keep::Kept;
 use super::roster::{Ids, Roster};
 use super::supervision::Care;
 use super::{Exits, Message, Owner, Reply, Request};
+use crate::clock;
 use crate::description::{Deadlines, DeviceSpec};
 use crate::device::Message as DeviceMessage;
 use crate::dirty::{DirtyTracking, Registry};
@@ -11,17 +13,17 @@ use crate::error::{GreetingError, StartError};
 use crate::events::{self, MachineEvent};
 use crate::logs::LogTail;
 use crate::machine::Machine;
+use crate::mailbox::{Alarm, Mailbox};
 use crate::participant::LocalThread;
 use crate::policy::Policies;
-use crate::poll::{Poll, close_apart};
-use crate::process::{Exit, Spawner};
+use crate::poll::Poll;
+use crate::process::Exit;
 use crate::recorder::Recorder;
 use crate::report::Names;
 use crate::spans::Spans;
 use crate::status::{DeviceStanding, DeviceStatus, DroppedLogs, Status};
 use crate::watchdog::{Limits, Ticks};
-use ractor::{ActorId, ActorRef};
-use rustix::process::Signal;
+use ractor::ActorId;
 use standstill_protocol::channel::CoordinatorEnd;
 use standstill_protocol::message::{
     Command, Epoch, FileIdentity, Hello, OrphanPolicy, PeerDma, Term,
@@ -36,12 +38,11 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::{broadcast, oneshot};
-use tokio::task::AbortHandle;
 use uuid::Uuid;
 
 /// The machine, as the coordinator actor knows it.
 pub(crate) struct State {
-    pub(super) myself: ActorRef<Message>,
+    pub(super) myself: Mailbox,
     pub(super) name: String,
     pub(super) uuid: Uuid,
     pub(super) term: Term,
@@ -60,7 +61,7 @@ pub(crate) struct State {
     pub(super) phases: Phases,
     pub(super) poll: Poll,
     /// Starts the processes of later incarnations.
-    pub(super) spawner: Spawner,
+    pub(super) starter: Starter,
     pub(super) devices: Roster,
     /// By participant number.
     pub(super) locals: Vec<Local>,
@@ -119,14 +120,6 @@ pub(super) struct Device {
     pub(super) care: Care,
 }
 
-/// The process of a device.
-pub(super) struct Process {
-    pub(super) pid: u32,
-    /// Of its own, so that all can be killed at once.
-    pub(super) pidfd: OwnedFd,
-    pub(super) actor: ActorRef<DeviceMessage>,
-}
-
 impl Device {
     /// A device whose process could not be started, or is still to be.
     pub(super) fn without_process(id: ParticipantId, spec: DeviceSpec, why: String) -> Self {
@@ -153,7 +146,7 @@ impl Device {
     /// Tells the actor of the process something. One that is gone has killed its process.
     pub(super) fn tell(&self, message: DeviceMessage) {
         if let Some(process) = &self.process {
-            let _ = process.actor.cast(message);
+            process.tell(message);
         }
     }
 
@@ -163,7 +156,7 @@ impl Device {
     }
 
     pub(super) fn pid(&self) -> Option<u32> {
-        self.process.as_ref().map(|process| process.pid)
+        self.process.as_ref().map(Process::pid)
     }
 }
 
@@ -196,7 +189,7 @@ impl Allowance {
     pub(super) const LIMIT: u32 = 1000;
 
     pub(super) fn new() -> Self {
-        Self { left: Self::LIMIT, since: Instant::now() }
+        Self { left: Self::LIMIT, since: clock::now() }
     }
 
     /// Something was asked: its answer is welcome.
@@ -207,7 +200,7 @@ impl Allowance {
     /// A message came; false if it is one too many.
     pub(super) fn came(&mut self) -> bool {
         if self.left == 0 {
-            if self.since.elapsed().as_secs() == 0 {
+            if clock::since(self.since).as_secs() == 0 {
                 return false;
             }
             *self = Self::new();
@@ -273,10 +266,10 @@ impl Purpose {
 
 /// Deadlines that run; they are forgotten with the transition.
 #[derive(Debug, Default)]
-pub(super) struct Timers(Vec<(Timer, AbortHandle)>);
+pub(super) struct Timers(Vec<(Timer, Alarm)>);
 
 impl Timers {
-    pub(super) fn arm(&mut self, timer: Timer, handle: AbortHandle) {
+    pub(super) fn arm(&mut self, timer: Timer, handle: Alarm) {
         self.0.push((timer, handle));
     }
 
@@ -299,7 +292,7 @@ impl Drop for Timers {
 /// The greeting of a new machine.
 pub(super) struct Starting {
     pub(super) reply: oneshot::Sender<Result<Machine, StartError>>,
-    pub(super) deadline: AbortHandle,
+    pub(super) deadline: Alarm,
     /// Who has been welcomed and has not shown yet that it can outlive this coordinator; `None`
     /// while some have still to be welcomed.
     pub(super) settling: Option<BTreeSet<ParticipantId>>,
@@ -308,7 +301,7 @@ pub(super) struct Starting {
 /// The end of a machine.
 pub(super) struct Ending {
     pub(super) reply: EndingReply,
-    pub(super) deadline: AbortHandle,
+    pub(super) deadline: Alarm,
 }
 
 /// Who waits for the end.
@@ -328,7 +321,7 @@ pub(super) type Waiting = BTreeMap<ParticipantId, usize>;
 pub(super) struct Declaration {
     pub(super) waiting: Waiting,
     pub(super) purpose: Declared,
-    pub(super) deadline: AbortHandle,
+    pub(super) deadline: Alarm,
 }
 
 /// What about memory is declared.
@@ -343,21 +336,6 @@ pub(super) enum Declared {
     Gone(ParticipantId),
 }
 
-/// Casts a message to the coordinator actor after a time.
-pub(super) fn cast_after(
-    actor: &ActorRef<Message>,
-    time: Duration,
-    message: impl FnOnce() -> Message + Send + 'static,
-) -> AbortHandle {
-    let actor = actor.clone();
-    tokio::spawn(async move {
-        tokio::time::sleep(time).await;
-        // An actor that is gone has no deadlines.
-        let _ = actor.cast(message());
-    })
-    .abort_handle()
-}
-
 impl State {
     /// The device of that incarnation; `None` for an earlier one, which nobody listens to.
     pub(super) fn device(&mut self, id: ParticipantId) -> Option<&mut Device> {
@@ -370,7 +348,7 @@ impl State {
     }
 
     pub(super) fn device_of_actor(&self, actor: ActorId) -> Option<&str> {
-        let is_of = |process: &Process| process.actor.get_id() == actor;
+        let is_of = |process: &Process| process.is_of(actor);
         let mut devices = self.devices.iter();
         let device = devices.find(|device| device.process.as_ref().is_some_and(is_of))?;
         Some(&device.spec.name)
@@ -381,8 +359,8 @@ impl State {
         &self,
         time: Duration,
         message: impl FnOnce() -> Message + Send + 'static,
-    ) -> AbortHandle {
-        cast_after(&self.myself, time, message)
+    ) -> Alarm {
+        self.myself.cast_after(time, message)
     }
 
     /// Tells the log and whoever listens.
@@ -462,7 +440,7 @@ impl Drop for State {
     fn drop(&mut self) {
         self.tracking.iter().for_each(|tracking| tracking.end());
         for device in self.devices.iter_mut().filter(|d| d.standing == Standing::Greeting) {
-            device.channel.take().into_iter().for_each(close_apart);
+            device.channel.take().into_iter().for_each(|channel| self.poll.close_apart(channel));
         }
         let spares = self.kept.as_ref().is_some_and(|kept| kept.custody.spares());
         // A newcomer that was not welcomed could not be found by anybody.
@@ -472,10 +450,7 @@ impl Drop for State {
         // All are killed before the first is waited for, which their actors' ends do.
         let alive = self.devices.iter().filter(|device| device.exit.is_none());
         for device in alive.filter(ends) {
-            if let Some(process) = &device.process {
-                // Fails only if it is gone.
-                let _ = rustix::process::pidfd_send_signal(&process.pidfd, Signal::KILL);
-            }
+            device.process.iter().for_each(Process::kill);
         }
     }
 }

@@ -91,7 +91,7 @@ impl State {
             return Some(request);
         }
         if matches!(request, Request::Shutdown(..)) {
-            self.myself.stop(None);
+            self.myself.stop();
         }
         request.refuse(MachineError::Superseded { term });
         None

@@ -9,17 +9,17 @@ use super::join::{Failure, Join, Stage};
 use super::removal::{LeaveStage, Leaving};
 use super::state::{Device, Standing, State};
 use super::{Message, Reply, Request};
+use crate::clock;
 use crate::device::Message as DeviceActorMessage;
 use crate::error::{MachineError, StartError};
 use crate::events::MachineEvent;
+use crate::mailbox::Alarm;
 use crate::policy::LossPolicy;
 use crate::restarts::{Attempt, Restarts};
 use crate::watchdog::Pulse;
 use standstill_protocol::transition::{Loss, ParticipantId};
 use std::io;
 use std::sync::Arc;
-use std::time::Instant;
-use tokio::task::AbortHandle;
 
 /// How many requests may wait for their turn.
 const QUEUE: usize = 64;
@@ -51,7 +51,7 @@ pub(super) enum Recovery {
     #[default]
     Undecided,
     /// Its backoff runs.
-    Waiting(AbortHandle),
+    Waiting(Alarm),
     /// It is due.
     Due,
     /// Peers' windows onto the dead incarnation's memory are being revoked.
@@ -205,7 +205,7 @@ impl State {
         let attempt = if std::mem::take(&mut care.uncharged) {
             Some(Attempt { number: care.restarts.count().max(1), after: policy.first_backoff })
         } else {
-            care.restarts.charge(&policy, Instant::now())
+            care.restarts.charge(&policy, clock::now())
         };
         let Some(Attempt { number, after }) = attempt else {
             care.recovery = Recovery::GivenUp;
@@ -237,15 +237,9 @@ impl State {
             return;
         };
         device.care.recovery = Recovery::Spawning(next);
-        let (spawner, spec) = (self.spawner.clone(), device.spec.clone());
-        let myself = self.myself.clone();
+        let spec = device.spec.clone();
         self.spawning += 1;
-        tokio::task::spawn_blocking(move || {
-            // Not to outlive this coordinator before it is somebody's.
-            let spawned = incarnation::spawn(&spawner, &spec, None).map_err(Box::new);
-            // With a coordinator that is gone the process is dropped, and so ends.
-            let _ = myself.cast(Message::Spawned(id, next, spawned));
-        });
+        self.starter.start(&self.myself, (id, next), spec);
     }
 
     /// The process of the next incarnation was started, or could not be.
@@ -276,7 +270,7 @@ impl State {
             Err(error) => {
                 if let Some(device) = self.device(id) {
                     device.care.failure = Some(Failure::Start(error));
-                    device.care.join = Some(Join { stage: Stage::Failed, began: Instant::now() });
+                    device.care.join = Some(Join { stage: Stage::Failed, began: clock::now() });
                 }
             }
         }
@@ -306,7 +300,7 @@ impl State {
         let stage = Stage::Greeting(deadline);
         let Some(last) = self.devices.get_mut(id) else { return };
         device.care = std::mem::take(&mut last.care);
-        device.care.join = Some(Join { stage, began: Instant::now() });
+        device.care.join = Some(Join { stage, began: clock::now() });
         device.care.failure = None;
         device.care.pulse.reset();
         // What waited for the last one's end may still look at how that was.
@@ -320,11 +314,7 @@ impl State {
     fn discard(&mut self, spawned: Result<Spawned, Box<StartError>>) {
         let Ok(spawned) = spawned else { return self.maybe_ended() };
         self.spawning += 1;
-        let myself = self.myself.clone();
-        tokio::task::spawn_blocking(move || {
-            drop(spawned);
-            let _ = myself.cast(Message::Discarded);
-        });
+        incarnation::discard(&self.myself, spawned);
     }
 
     pub(super) fn discarded(&mut self) {

@@ -8,6 +8,7 @@
 //! 4. [`Operation::TakeOver`] asks all where they are, fences who is lost, and decides.
 
 use super::CoordinatorActor;
+use super::incarnation::{Child, Starter};
 use super::keep::{Kept, examined};
 use super::start::{Beginning, Prepared, check, policies};
 use super::state::{Standing, State};
@@ -17,6 +18,7 @@ use crate::description::{DeviceSpec, MachineBuilder};
 use crate::device::Message as DeviceMessage;
 use crate::error::{MachineError, TakeOverError};
 use crate::machine::{Machine, TakenOver};
+use crate::mailbox::Mailbox;
 use crate::policy::{Policies, Presence};
 use crate::process::{BackingFile, DeviceProcess, Spawner, identity_behind, open_recorded};
 use crate::record::{DeviceRecord, FileRecord, MachineRecord, ProcessIdentity};
@@ -46,7 +48,7 @@ const MAX_TERMS_AHEAD: u64 = 1 << 32;
 
 /// A device process of the earlier coordinator.
 pub(super) struct Found {
-    pub(super) process: DeviceProcess,
+    pub(super) process: Child,
     pub(super) incarnation: u64,
     /// How to talk to it, or why that is not possible.
     pub(super) contact: Result<Contact, Unreachable>,
@@ -120,12 +122,13 @@ pub(crate) async fn take_over(builder: MachineBuilder) -> Result<TakenOver, Take
 
     let events = builder.events.clone();
     let beginning = Beginning::TakenOver(found);
+    let starter = Starter::Spawner(spawner);
     let prepared =
-        Prepared { builder, spawner, kept: Some(kept), events: events.clone(), beginning };
+        Prepared { builder, starter, kept: Some(kept), events: events.clone(), beginning };
     let (actor, _) = Actor::spawn(None, CoordinatorActor, prepared)
         .await
         .map_err(|error| system("start the coordinator actor", error))?;
-    let machine = Machine::new(actor, &events);
+    let machine = Machine::new(Mailbox::Actor(actor), &events);
     // From here on the actor has the only one, so that readers learn when it ends.
     drop(events);
     let report = machine.finish_take_over().await.map_err(|error| match error {
@@ -410,6 +413,7 @@ fn find(
                         DeviceProcess::adopt(program, process.pid, pidfd, Some(log_end), custody())
                             .map_err(|error| system("take charge of a device process", error))?;
                     let version = VERSIONS.negotiate(hello.versions).unwrap_or(VERSIONS.min);
+                    let process = Child::Process(process);
                     let contact = Ok(Contact { channel, hello, version, log });
                     let unprovable = None;
                     return Ok(Some(Found { process, incarnation, contact, files, unprovable }));
@@ -433,6 +437,7 @@ fn find(
             Err(error) => unprovable = Some(error.to_string()),
         }
     }
+    let process = Child::Process(process);
     Ok(Some(Found { process, incarnation, contact: Err(why), files, unprovable }))
 }
 

@@ -4,6 +4,7 @@
 use super::owner::{GAP, GAP_NAME};
 use super::state::{Active, Device, Local, Purpose, Standing, State, Timers};
 use super::{Message, Owner};
+use crate::clock;
 use crate::device::Message as DeviceActorMessage;
 use crate::error::MachineError;
 use crate::events::MachineEvent;
@@ -20,7 +21,7 @@ use standstill_protocol::transition::{
 };
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 impl State {
     /// What an operation would be for this machine as it is.
@@ -127,7 +128,7 @@ impl State {
     }
 
     fn carry_on(&mut self, operation: Operation, transition: Transition, purpose: Purpose) {
-        let began = Instant::now();
+        let began = clock::now();
         self.transitions += 1;
         let devices = self.devices.iter().map(|device| {
             let process = (device.incarnation, device.pid());
@@ -611,7 +612,7 @@ impl State {
         match (active.operation, self.machine) {
             (_, MachineState::Running) => {
                 let paused_at = self.paused_at.take()?;
-                (active.operation == Operation::Resume).then(|| nanos(paused_at.elapsed()))
+                (active.operation == Operation::Resume).then(|| nanos(clock::since(paused_at)))
             }
             _ => {
                 self.paused_at.get_or_insert(active.recorder.began());

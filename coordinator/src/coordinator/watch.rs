@@ -2,10 +2,10 @@
 
 use super::Message;
 use super::state::{Standing, State};
+use crate::clock;
 use crate::events::MachineEvent;
 use standstill_protocol::migration::Activity;
 use standstill_protocol::transition::Loss;
-use std::time::Instant;
 
 impl State {
     /// Arms the next look, if there is anything to look for.
@@ -17,7 +17,7 @@ impl State {
 
     pub(super) fn tick(&mut self) {
         let Some(ticks) = &mut self.ticks else { return };
-        let passed = ticks.tick(Instant::now());
+        let passed = ticks.tick(clock::now());
         // What they have said by now counts.
         let heard = self.read_ready();
         if self.superseded.is_some() {
