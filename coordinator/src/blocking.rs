@@ -287,6 +287,23 @@ impl Machine {
         Events::of(&self.thread, events)
     }
 
+    /// Tells a device process what to do wrong from now on; see
+    /// [the async `arm`](asynchronous::Machine::arm). The journal is read with
+    /// [`next_within`](crate::fault::Journal::next_within).
+    ///
+    /// # Errors
+    ///
+    /// As [the async `arm`](asynchronous::Machine::arm).
+    #[cfg(feature = "fault-injection")]
+    pub fn arm(
+        &self,
+        device: &str,
+        faults: &[standstill_protocol::fault::Fault],
+    ) -> Result<crate::fault::Journal, crate::fault::ArmError> {
+        let (device, faults) = (device.to_owned(), faults.to_vec());
+        self.ask(|machine| async move { Ok(machine.arm(&device, &faults).await) })?
+    }
+
     /// Ends every device process: asks it to, and kills it after a grace of 2 s. Returns how each
     /// ended, by name.
     ///

@@ -4,6 +4,8 @@
 //! are messages, and each is handled at once. The decisions are those of the pure
 //! [`Transition`]; here is the I/O around it.
 
+#[cfg(feature = "fault-injection")]
+mod arm;
 mod greeting;
 mod incarnation;
 mod incoming;
@@ -78,6 +80,9 @@ pub(crate) enum Request {
     AcceptHold(Reply<()>),
     /// End every process.
     Shutdown(Duration, Reply<Exits>),
+    /// Tell a device what to do wrong.
+    #[cfg(feature = "fault-injection")]
+    Arm(crate::fault::ArmRequest),
 }
 
 /// What the actor handles.
@@ -219,6 +224,8 @@ impl State {
             }
             Request::AcceptHold(reply) => drop(reply.send(self.accept_hold())),
             Request::Shutdown(grace, reply) => self.shutdown(grace, reply),
+            #[cfg(feature = "fault-injection")]
+            Request::Arm(request) => self.arm(request),
         }
     }
 

@@ -33,6 +33,8 @@ mod device;
 pub mod dirty;
 pub mod error;
 pub mod events;
+#[cfg(feature = "fault-injection")]
+pub mod fault;
 pub mod logs;
 pub mod machine;
 mod mailbox;

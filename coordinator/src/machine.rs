@@ -312,6 +312,40 @@ impl Machine {
         events.map_or_else(Events::none, |events| Events::of(events.subscribe()))
     }
 
+    /// Tells a device process what to do wrong from now on, at any time, also in the middle of a
+    /// transition. Commands that are sent after this returns find it armed. The journal says what it
+    /// has done; its first line, that it was armed. A later incarnation of the device is not.
+    ///
+    /// ```no_run
+    /// # async fn example(machine: standstill_coordinator::Machine) -> Result<(), Box<dyn std::error::Error>> {
+    /// use standstill_protocol::fault::{Action, Fault, JournalLine, Point};
+    /// use standstill_protocol::message::Phase;
+    ///
+    /// let dies = Fault::new(Point::BeforeAck(Phase::Stop), Action::Abort);
+    /// let mut journal = machine.arm("nic0", &[dies]).await?;
+    /// assert!(machine.pause().await.is_err(), "nic0 is gone");
+    /// assert_eq!(journal.next().await?, JournalLine::Armed(1));
+    /// assert!(matches!(journal.next().await?, JournalLine::Fired { index: 0, .. }));
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`ArmError`](crate::fault::ArmError); nothing is armed then.
+    #[cfg(feature = "fault-injection")]
+    pub async fn arm(
+        &self,
+        device: &str,
+        faults: &[standstill_protocol::fault::Fault],
+    ) -> Result<crate::fault::Journal, crate::fault::ArmError> {
+        let (reader, journal) = crate::fault::journal(faults)?;
+        let (device, faults) = (device.to_owned(), faults.to_vec());
+        self.ask(|reply| Request::Arm(crate::fault::ArmRequest { device, faults, journal, reply }))
+            .await??;
+        Ok(reader)
+    }
+
     /// Ends every device process: asks it to, and kills it after the grace. Returns how each
     /// ended, by name. Of a machine that keeps its processes, the record and the sockets are removed
     /// once all have ended.

@@ -27,6 +27,8 @@ pub(crate) mod parts;
 mod arc;
 mod budget;
 mod carry;
+#[cfg(feature = "fault-injection")]
+mod faults;
 mod job;
 mod outbox;
 mod reader;
@@ -51,6 +53,7 @@ use job::{Arrival, Job};
 use parts::Parts;
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 use standstill_protocol::channel::{Received, RecvError};
+use standstill_protocol::codec::Message as _;
 use standstill_protocol::lifecycle::{ClientRequest, Effect, Event, ExitReason, Lifecycle};
 use standstill_protocol::message::{
     CoordinatorMessage, DeviceEvent, DeviceMessage, Epoch, OrphanPolicy, Refusal, RefusalKind,
@@ -323,6 +326,10 @@ impl<D: Device> State<D> {
         let Received { message, fds } = received;
         match message {
             CoordinatorMessage::Command(command) => {
+                #[cfg(feature = "fault-injection")]
+                if self.at_receipt(&command) == faults::Taken::Not {
+                    return;
+                }
                 let arrival = Arrival { command, at: Instant::now(), fd: fds.into_iter().next() };
                 let mut effects = std::mem::take(&mut self.effects);
                 self.lifecycle.step_into(Event::Command(command), &mut effects);
@@ -342,7 +349,13 @@ impl<D: Device> State<D> {
             // Taken before this is called.
             CoordinatorMessage::Command(_) => {}
             CoordinatorMessage::Abort(abort) => self.feed(Event::Abort(abort)),
-            CoordinatorMessage::Query(query) => self.feed(Event::Query(query)),
+            CoordinatorMessage::Query(query) => {
+                #[cfg(feature = "fault-injection")]
+                if self.at_query(query) == faults::Taken::Not {
+                    return;
+                }
+                self.feed(Event::Query(query));
+            }
             CoordinatorMessage::Memory(declaration) => self.declare(id, declaration, fds),
             CoordinatorMessage::Revoke(revocation) => self.revoke(id, revocation),
             CoordinatorMessage::Untrack(untrack) if untrack.term == self.lifecycle.term() => {
@@ -352,15 +365,17 @@ impl<D: Device> State<D> {
                 tracing::debug!(term = untrack.term.0, "end of tracking of another term");
             }
             CoordinatorMessage::Shutdown(shutdown) => {
+                #[cfg(feature = "fault-injection")]
+                if self.at_shutdown(&shutdown) == faults::Taken::Not {
+                    return;
+                }
                 self.shutdown_grace = Duration::from_nanos(shutdown.grace_ns);
                 self.feed(Event::Shutdown(shutdown.term));
             }
-            CoordinatorMessage::Welcome(_) => {
-                self.lose(ActorError::UnexpectedMessage("Welcome"));
-            }
-            CoordinatorMessage::Reject(_) => {
-                self.lose(ActorError::UnexpectedMessage("Reject"));
-            }
+            #[cfg(feature = "fault-injection")]
+            CoordinatorMessage::Arm(arm) => self.arm(&arm, fds),
+            // Of the greeting, or one that this device has not said that it takes.
+            other => self.lose(ActorError::UnexpectedMessage(other.name())),
         }
     }
 

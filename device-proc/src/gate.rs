@@ -109,6 +109,9 @@ pub struct InFlight {
     empty: Condvar,
     /// Wakes [`enter`](Self::enter).
     opened: Condvar,
+    /// It gives out permits although it is closed, until it is opened.
+    #[cfg(feature = "fault-injection")]
+    leaks: std::sync::atomic::AtomicBool,
 }
 
 impl InFlight {
@@ -120,7 +123,10 @@ impl InFlight {
 
     /// A permit, or `None` if it is closed. Never waits.
     pub fn try_enter(&self) -> Option<Permit<'_>> {
-        self.try_count_up().map(|age| Permit { of: self, age })
+        let permit = self.try_count_up().map(|age| Permit { of: self, age });
+        #[cfg(feature = "fault-injection")]
+        let permit = permit.or_else(|| self.leak_through());
+        permit
     }
 
     /// A permit; blocks the calling OS thread while it is closed.
@@ -138,7 +144,7 @@ impl InFlight {
     /// Blocks the calling OS thread while it is closed. It may be closed again when this returns.
     pub fn wait_open(&self) {
         let mut sleepers = self.lock();
-        while self.is_closed() {
+        while self.holds_back() {
             *sleepers += 1;
             sleepers = self.opened.wait(sleepers).unwrap_or_else(PoisonError::into_inner);
             *sleepers -= 1;
@@ -155,6 +161,8 @@ impl InFlight {
     /// Gives out permits again and wakes whoever waits for one. Returns whether it was closed
     /// before.
     pub fn open(&self) -> bool {
+        #[cfg(feature = "fault-injection")]
+        self.leaks.store(false, Ordering::Relaxed);
         let was_closed = self.word.fetch_and(!CLOSED, Ordering::AcqRel) & CLOSED != 0;
         if was_closed {
             if self.anybody_sleeps() {
@@ -171,6 +179,15 @@ impl InFlight {
     #[must_use]
     pub fn is_closed(&self) -> bool {
         self.word.load(Ordering::Acquire) & CLOSED != 0
+    }
+
+    /// Whether whoever wants a permit has to wait for it.
+    pub(crate) fn holds_back(&self) -> bool {
+        #[cfg(feature = "fault-injection")]
+        if self.leaks.load(Ordering::Relaxed) {
+            return false;
+        }
+        self.is_closed()
     }
 
     /// How many permits are held now.
@@ -302,6 +319,23 @@ impl InFlight {
 
     fn lock(&self) -> MutexGuard<'_, usize> {
         self.sleepers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What a gate should never do.
+#[cfg(feature = "fault-injection")]
+impl InFlight {
+    /// Gives out permits that nobody counts while it is closed, until it is opened.
+    fn leak(&self) {
+        self.leaks.store(true, Ordering::Relaxed);
+        if self.anybody_sleeps() {
+            self.opened.notify_all();
+        }
+    }
+
+    fn leak_through(&self) -> Option<Permit<'static>> {
+        static UNCOUNTED: std::sync::LazyLock<InFlight> = std::sync::LazyLock::new(InFlight::new);
+        if self.leaks.load(Ordering::Relaxed) { UNCOUNTED.try_enter() } else { None }
     }
 }
 
@@ -448,6 +482,14 @@ impl Gate {
     pub fn in_flight(&self, scope: Scope) -> u64 {
         let count = |of: Option<&InFlight>| of.map_or(0, InFlight::in_flight);
         count(self.peer_in(scope)) + count(self.ram_in(scope))
+    }
+
+    /// Holds nobody back any more while it is closed, and looks closed all the same, until it is
+    /// opened.
+    #[cfg(feature = "fault-injection")]
+    pub(crate) fn leak(&self) {
+        self.peer.leak();
+        self.ram.leak();
     }
 
     fn peer_in(&self, scope: Scope) -> Option<&InFlight> {

@@ -16,6 +16,8 @@
 pub mod actor;
 pub mod device;
 pub mod devices;
+#[cfg(feature = "fault-injection")]
+mod fault;
 pub mod gate;
 pub mod interrupt;
 pub mod log;

@@ -182,6 +182,9 @@ pub fn serve<D: Device>(
     panics::abort_on_panic();
     let control = greeting::take_control_channel()?;
     log::start(if control.is_some() { LogFormat::Json } else { LogFormat::Text });
+    #[cfg(feature = "fault-injection")]
+    crate::fault::arm_from_environment()
+        .map_err(|error| ServeError::setup("the faults of the environment", error))?;
     let listener = Listener::bind(&options.socket)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -234,6 +237,7 @@ fn greet_and_serve<D: Device>(
             progress: parts.device.progress().is_some(),
             // The runtime does it for every device.
             dirty_tracking: true,
+            fault_injection: cfg!(feature = "fault-injection"),
         },
         memory: parts.memory_files.clone(),
         backing_files,

@@ -25,6 +25,8 @@ mod limits;
 #[cfg(test)]
 mod tests;
 
+#[cfg(feature = "fault-injection")]
+pub(crate) use limits::faults;
 pub use limits::{LimitError, Message};
 pub(crate) use limits::{counters, files};
 

@@ -1,8 +1,9 @@
 //! What a device process can be told to do wrong, to see what becomes of its machine.
 //!
 //! These are words only. A device process whose program was built with the feature
-//! `fault-injection` takes them with an `Arm` message and does what they say; to every other one
-//! that message is an unknown tag. `docs/fault-injection.md` says how they are used.
+//! `fault-injection` takes them with an `Arm` message, or at its start as an [`Armament`], and does
+//! what they say; to every other one that message is an unknown tag and the variable means nothing.
+//! `docs/fault-injection.md` says how they are used.
 //!
 //! ```
 //! use standstill_protocol::fault::{Action, Fault, Point};
@@ -18,9 +19,28 @@
 use crate::message::Phase;
 use serde::{Deserialize, Serialize};
 use std::fmt;
+use std::path::PathBuf;
 
 /// The most faults that one message arms.
 pub const MAX_FAULTS: usize = 16;
+
+/// The environment variable with an [`Armament`], as JSON.
+pub const VARIABLE: &str = "STANDSTILL_FAULTS";
+
+/// What a device process is armed with before anybody can tell it anything: for faults at its first
+/// Hello.
+///
+/// ```json
+/// {"journal":"/tmp/journal","faults":[{"point":"hello","nth":1,"action":"no-ack"}]}
+/// ```
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct Armament {
+    /// The file to which [`JournalLine`]s are appended; made if it is not there.
+    pub journal: PathBuf,
+    /// What it does wrong.
+    pub faults: Vec<Fault>,
+}
 
 /// One thing that a device process does wrong.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -132,7 +152,7 @@ pub enum Action {
     Forge(Forgery),
     /// It refuses, for the reason that has this `errno`, and does nothing.
     Refuse(i32),
-    /// It sends this in place of its answer.
+    /// It sends this in place of its answer, or of a piece of the state that it saves.
     Send(Packet),
     /// It sends that many packets with as many file descriptors as a packet can have, and goes on.
     FdFlood(u32),
@@ -141,7 +161,7 @@ pub enum Action {
     /// It closes its control channel and lives on.
     Disconnect,
     /// It goes on and answers, but the gate holds no DMA any more: it writes to peers and to guest
-    /// RAM as if it ran. An oracle that does not notice proves nothing.
+    /// RAM as if it ran, until it is started. An oracle that does not notice proves nothing.
     KeepDma,
 }
 
@@ -170,10 +190,14 @@ impl Action {
                 matches!(point, Point::Hello | Point::BeforeAck(_) | Point::Query | Point::Memory)
             }
             Self::Forge(Forgery::Declaration) => matches!(point, Point::Memory),
+            Self::Forge(Forgery::Phase) => {
+                matches!(point, Point::BeforeAck(phase) if !matches!(phase, Phase::Reset))
+            }
             Self::Forge(_) => matches!(point, Point::BeforeAck(_)),
             Self::Refuse(_) => {
                 matches!(point, Point::Receipt(_) | Point::Saving | Point::Loading)
             }
+            Self::Send(_) if matches!(point, Point::Saving) => true,
             Self::Send(_) | Self::FdFlood(_) | Self::MessageFlood(_) | Self::Disconnect => {
                 !matches!(
                     point,
@@ -201,7 +225,7 @@ pub enum Forgery {
     EarlierEpoch,
     /// It names an epoch that has not been.
     LaterEpoch,
-    /// It names the other phase of the same direction.
+    /// It names the other phase of the same direction; Load instead of Save, or Save of Load.
     Phase,
     /// It names the state that the device should have left.
     State,
@@ -210,17 +234,18 @@ pub enum Forgery {
     Declaration,
 }
 
-/// A packet that is no message.
+/// A packet that is no message, or a piece of saved state that is not as it should be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Packet {
-    /// 64 bytes that are no message.
+    /// 64 bytes that are no message. A piece with other contents than it should have.
     Garbage,
-    /// No bytes.
+    /// No bytes. No piece.
     Empty,
-    /// The answer without its last byte; half a sign of life where there is no answer.
+    /// The answer without its last byte; half a sign of life where there is no answer. Neither this
+    /// piece nor anything after it, as if all had been saved.
     Truncated,
-    /// More bytes than a packet may have.
+    /// More bytes than a packet may have. A piece that claims to be longer than one may be.
     Oversized,
 }
 
@@ -232,7 +257,7 @@ pub enum JournalLine {
     Armed(u32),
     /// A fault is about to be done.
     Fired {
-        /// Which: counted from 0 over all that this process was armed with, in their order.
+        /// Which: its place in the message (or the [`Armament`]) that armed it, from 0.
         index: u32,
         /// The how-manieth time that the process got to its point, from 1.
         occurrence: u32,
@@ -372,5 +397,10 @@ mod tests {
         assert!(!Fault::new(Point::AfterAck(Phase::Stop), Action::TwoAcks).is_possible());
         assert!(!Fault::new(ack, Action::Forge(Forgery::Declaration)).is_possible());
         assert!(!Fault::new(Point::Receipt(Phase::Start), Action::KeepDma).is_possible());
+        assert!(Fault::new(Point::Saving, Action::Send(Packet::Truncated)).is_possible());
+        assert!(!Fault::new(Point::Loading, Action::Send(Packet::Truncated)).is_possible());
+        assert!(!Fault::new(Point::Saving, Action::Disconnect).is_possible());
+        let reset = Point::BeforeAck(Phase::Reset);
+        assert!(!Fault::new(reset, Action::Forge(Forgery::Phase)).is_possible());
     }
 }

@@ -146,6 +146,9 @@ pub enum CoordinatorMessage {
     Revoke(Revocation),
     /// Mark no more pages.
     Untrack(Untrack),
+    /// Do these things wrong; the journal comes with the message.
+    #[cfg(feature = "fault-injection")]
+    Arm(Arm),
 }
 
 /// Device process to coordinator.
@@ -220,6 +223,8 @@ pub struct Capabilities {
     pub progress: bool,
     /// Whether it can mark the pages of RAM that it writes; see [`crate::dirty`].
     pub dirty_tracking: bool,
+    /// Whether its program was built to do wrong what an `Arm` tells it to; see [`crate::fault`].
+    pub fault_injection: bool,
 }
 
 /// Whether DMA between a device and its peers is possible.
@@ -341,6 +346,18 @@ pub struct MemoryDeclaration {
 pub struct Untrack {
     /// The coordinator's term.
     pub term: Term,
+}
+
+/// Do these things wrong from now on. It has no answer; the pipe or file that comes with it is the
+/// journal, into which [`JournalLine`](crate::fault::JournalLine)s are written.
+#[cfg(feature = "fault-injection")]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Arm {
+    /// The coordinator's term.
+    pub term: Term,
+    /// What: 1 to [`MAX_FAULTS`](crate::fault::MAX_FAULTS), each of which is possible.
+    #[serde(deserialize_with = "crate::codec::faults")]
+    pub faults: Vec<crate::fault::Fault>,
 }
 
 /// These files belonged to a process that is gone. Windows onto them are taken out of the IOVA map,

@@ -4,6 +4,8 @@
 //! to it. A message that is missing there, or a vector that no message here belongs to, fails.
 
 use standstill_protocol::codec::{DecodeError, HEADER, MAX_PACKET, Message, decode, encode};
+#[cfg(feature = "fault-injection")]
+use standstill_protocol::fault::{Action, Fault, Forgery, Point};
 use standstill_protocol::message::*;
 use standstill_protocol::migration::{MigrationFlags, MigrationState};
 use std::collections::BTreeMap;
@@ -111,6 +113,19 @@ fn coordinator_messages() -> Vec<(&'static str, CoordinatorMessage)> {
         ("Shutdown", M::Shutdown(Shutdown { term: TERM, grace_ns: 1_000_000_000 })),
         ("Revoke", M::Revoke(Revocation { term: TERM, sequence: 2, files: vec![FILE] })),
         ("Untrack", M::Untrack(Untrack { term: TERM })),
+        #[cfg(feature = "fault-injection")]
+        ("Arm", M::Arm(Arm { term: TERM, faults: faults() })),
+    ]
+}
+
+#[cfg(feature = "fault-injection")]
+fn faults() -> Vec<Fault> {
+    let ack = Point::BeforeAck(Phase::Stop);
+    vec![
+        Fault::new(ack, Action::Forge(Forgery::LowerTerm)).nth(2),
+        Fault::new(Point::Receipt(Phase::PrepareStop), Action::Refuse(5)),
+        Fault::new(Point::DmaInFlight, Action::DelayMs(1000)).nth(0),
+        Fault::new(Point::Shutdown, Action::Exit(7)),
     ]
 }
 
@@ -125,6 +140,7 @@ fn device_messages() -> Vec<(&'static str, DeviceMessage)> {
             peer_dma: PeerDma::Possible,
             progress: true,
             dirty_tracking: true,
+            fault_injection: false,
         },
         machine: None,
         term: Term(0),
@@ -167,6 +183,7 @@ fn device_messages() -> Vec<(&'static str, DeviceMessage)> {
                     peer_dma: PeerDma::RamOnly,
                     progress: false,
                     dirty_tracking: false,
+                    fault_injection: true,
                 },
                 machine: Some(MACHINE),
                 term: TERM,
@@ -255,6 +272,11 @@ fn every_vector_of_the_document_is_what_the_codec_makes_and_reads() {
     let mut document = document();
     check(&coordinator_messages(), &mut document);
     check(&device_messages(), &mut document);
+    if !cfg!(feature = "fault-injection") {
+        let arm = document.remove("Arm").expect("a vector of Arm");
+        let error = decode::<CoordinatorMessage>(&arm, VERSION).expect_err("an unknown tag");
+        assert!(matches!(error, DecodeError::Payload { offset: 12, .. }), "{error:?}");
+    }
     assert!(document.is_empty(), "no message here for {:?}", document.keys());
 }
 
@@ -272,6 +294,8 @@ fn every_message_has_a_vector_and_its_documented_tag() {
             CoordinatorMessage::Shutdown(_) => 6,
             CoordinatorMessage::Revoke(_) => 7,
             CoordinatorMessage::Untrack(_) => 8,
+            #[cfg(feature = "fault-injection")]
+            CoordinatorMessage::Arm(_) => 9,
         }
     }
     fn device_tag(message: &DeviceMessage) -> u32 {
@@ -296,7 +320,9 @@ fn every_message_has_a_vector_and_its_documented_tag() {
         tags.dedup();
         tags
     }
-    assert_eq!(tags(coordinator_messages(), coordinator_tag), [0, 1, 2, 3, 4, 5, 6, 7, 8]);
+    let last = if cfg!(feature = "fault-injection") { 9 } else { 8 };
+    let all: Vec<u32> = (0..=last).collect();
+    assert_eq!(tags(coordinator_messages(), coordinator_tag), all);
     assert_eq!(tags(device_messages(), device_tag), [0, 1, 2, 3, 4, 5, 6]);
 }
 
@@ -345,6 +371,9 @@ fn the_tables_of_the_document_add_up_to_the_packets() {
             M::Reject(reject) => M::Reject(Reject { reason: String::new(), ..reject }),
             // One file is the least that can be revoked, but the table counts from none.
             M::Revoke(_) => continue,
+            // The same of a fault, whose size depends on what it is.
+            #[cfg(feature = "fault-injection")]
+            M::Arm(_) => continue,
             other => other,
         };
         check_tables("## Coordinator to device", &smallest);

@@ -104,6 +104,7 @@ fn a_hostile_length_in_a_hello_is_refused_without_memory_for_it() {
             peer_dma: PeerDma::Possible,
             progress: false,
             dirty_tracking: false,
+            fault_injection: false,
         },
         machine: Some(uuid::Uuid::nil()),
         term: Term(0),
@@ -114,8 +115,8 @@ fn a_hostile_length_in_a_hello_is_refused_without_memory_for_it() {
     });
     let good = packet(&hello);
     let kind_at = HEADER + 4 + 4;
-    // Two texts, the migration flags, peer DMA, two truths, and the tag of what is there.
-    let machine_at = kind_at + 8 + 8 + 8 + 4 + 1 + 1 + 1;
+    // Two texts, the migration flags, peer DMA, three truths, and the tag of what is there.
+    let machine_at = kind_at + 8 + 8 + 8 + 4 + 1 + 1 + 1 + 1;
     for at in [kind_at, kind_at + 8, machine_at] {
         refused_cheaply(&good, at);
     }

@@ -170,6 +170,8 @@ impl State {
             | Request::StopDirtyTracking(..)
             | Request::Cancel(_)
             | Request::Shutdown(..) => false,
+            #[cfg(feature = "fault-injection")]
+            Request::Arm(_) => false,
             Request::AddDevice(..) | Request::RemoveDevice(..) | Request::RestartDevice(..) => true,
             Request::Transition(..) | Request::AcceptHold(_) => active.purpose.is_internal(),
         };
@@ -380,6 +382,8 @@ impl Request {
             Self::RemoveDevice(_, reply) => drop(reply.send(Err(error))),
             Self::Shutdown(_, reply) => drop(reply.send(Err(error))),
             Self::Status(_) | Self::Cancel(_) => {}
+            #[cfg(feature = "fault-injection")]
+            Self::Arm(request) => drop(request.reply.send(Err(error.into()))),
         }
     }
 }

@@ -517,6 +517,7 @@ mod tests {
                 peer_dma: PeerDma::Possible,
                 progress: false,
                 dirty_tracking: false,
+                fault_injection: false,
             },
             machine,
             term: Term(1),

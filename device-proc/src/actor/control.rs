@@ -44,6 +44,14 @@ pub(super) struct Control {
     heartbeat: Option<Heart>,
 }
 
+#[cfg(feature = "fault-injection")]
+impl Control {
+    /// The socket itself, for what is no message.
+    pub(super) fn channel(&self) -> &DeviceEnd {
+        self.outbox.channel()
+    }
+}
+
 #[derive(Debug)]
 struct Heart {
     interval: Duration,
@@ -178,6 +186,13 @@ impl<D: Device> State<D> {
 
     /// Sends to the coordinator, if there is one; never lost, never waited for.
     pub(super) fn send(&mut self, message: DeviceMessage) {
+        #[cfg(feature = "fault-injection")]
+        self.send_or_spoil(message);
+        #[cfg(not(feature = "fault-injection"))]
+        self.deliver(message);
+    }
+
+    pub(super) fn deliver(&mut self, message: DeviceMessage) {
         let Some(control) = &mut self.control else {
             return;
         };

@@ -94,6 +94,12 @@ impl Outbox {
         queue.sender.try_send(message).map_err(|_| OutboxError::Full)
     }
 
+    /// Where it sends to.
+    #[cfg(feature = "fault-injection")]
+    pub(super) fn channel(&self) -> &DeviceEnd {
+        &self.channel
+    }
+
     /// Sends now or not at all. True if it was sent.
     pub(super) fn try_send(&self, message: &DeviceMessage) -> Result<bool, OutboxError> {
         if self.waiting.load(Ordering::Acquire) != 0 {

@@ -91,7 +91,12 @@ fn checksum() -> Checksum {
 
 /// Writes the device's state.
 pub(super) fn save<D: Device>(parts: &Parts<D>, to: impl Write) -> Result<(), StreamError> {
-    let mut out = Writer { to, checksum: checksum() };
+    let mut out = Writer {
+        to,
+        checksum: checksum(),
+        #[cfg(feature = "fault-injection")]
+        is_cut: false,
+    };
     out.header(&parts.kind)?;
     let config = *parts.config().bytes();
     out.section(CONFIG, |section| section.write_all(&config).map_err(StreamError::Write))?;
@@ -148,11 +153,18 @@ fn copy_out(
 struct Writer<W> {
     to: W,
     checksum: Checksum,
+    /// What follows is not written, as if it were.
+    #[cfg(feature = "fault-injection")]
+    is_cut: bool,
 }
 
 impl<W: Write> Writer<W> {
     fn put(&mut self, bytes: &[u8]) -> io::Result<()> {
         self.checksum.write(bytes);
+        #[cfg(feature = "fault-injection")]
+        if self.is_cut {
+            return Ok(());
+        }
         self.to.write_all(bytes)
     }
 
@@ -179,11 +191,29 @@ impl<W: Write> Writer<W> {
         section.end().map_err(StreamError::Write)
     }
 
+    fn piece(&mut self, piece: &[u8]) -> io::Result<()> {
+        #[cfg(feature = "fault-injection")]
+        if let Some(spoilt) = self.spoil_piece(piece) {
+            return spoilt;
+        }
+        self.put(&piece_length(piece))?;
+        self.put(piece)
+    }
+
     fn trailer(mut self) -> Result<(), StreamError> {
         self.put(&[TRAILER]).map_err(StreamError::Write)?;
+        #[cfg(feature = "fault-injection")]
+        if self.is_cut {
+            return Ok(());
+        }
         let sum = self.checksum.finish().to_le_bytes();
         self.to.write_all(&sum).and_then(|()| self.to.flush()).map_err(StreamError::Write)
     }
+}
+
+/// A piece has at most `PIECE` bytes.
+fn piece_length(piece: &[u8]) -> [u8; 4] {
+    u32::try_from(piece.len()).unwrap_or(u32::MAX).to_le_bytes()
 }
 
 /// Gathers what is written into pieces.
@@ -198,9 +228,7 @@ impl<W: Write> SectionWriter<'_, W> {
         if self.piece.is_empty() {
             return Ok(());
         }
-        // A piece has at most `PIECE` bytes.
-        let length = u32::try_from(self.piece.len()).unwrap_or(u32::MAX).to_le_bytes();
-        let sent = self.out.put(&length).and_then(|()| self.out.put(&self.piece));
+        let sent = self.out.piece(&self.piece);
         self.piece.clear();
         if let Err(error) = &sent {
             self.failed = Some(io::Error::new(error.kind(), error.to_string()));
@@ -427,7 +455,11 @@ impl<R: Read> SectionReader<'_, R> {
             let length = u32::from_le_bytes(self.stream.get_array()?);
             match usize::try_from(length) {
                 Ok(0) => self.ended = true,
-                Ok(length) if length <= PIECE => self.left = length,
+                Ok(length) if length <= PIECE => {
+                    #[cfg(feature = "fault-injection")]
+                    faults::reach_piece()?;
+                    self.left = length;
+                }
                 _ => {
                     return Err(StreamError::Piece { section: self.tag, length });
                 }
@@ -455,5 +487,7 @@ impl<R: Read> Read for SectionReader<'_, R> {
     }
 }
 
+#[cfg(feature = "fault-injection")]
+mod faults;
 #[cfg(test)]
 mod tests;

@@ -163,7 +163,14 @@ async fn candidate(
         // Closed before anybody is waited for.
         let (hello, files) = introduction.hello(facts).map_err(CandidateError::BackingFiles)?;
         let fds: Vec<_> = files.iter().map(AsFd::as_fd).collect();
-        channel.channel().try_send(&DeviceMessage::Hello(hello), &fds)?;
+        let hello = DeviceMessage::Hello(hello);
+        #[cfg(feature = "fault-injection")]
+        let times = crate::fault::wire::greet(channel.channel(), &hello, false);
+        #[cfg(not(feature = "fault-injection"))]
+        let times = 1;
+        for _ in 0..times {
+            channel.channel().try_send(&hello, &fds)?;
+        }
     }
     let received = channel.recv().await?;
     let welcome = match received.message {

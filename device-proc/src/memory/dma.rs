@@ -6,6 +6,8 @@ use super::dirty::DirtyLogs;
 use super::window::Window;
 use super::{Shared, WindowClass};
 use crate::gate::{Age, InFlight, Permit};
+#[cfg(feature = "fault-injection")]
+use standstill_protocol::fault::Point;
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -155,13 +157,15 @@ impl Dma {
     ///
     /// [`DmaError`] but not [`DmaError::Closed`].
     pub fn access(&self, spans: &[Span]) -> Result<Access<'_>, DmaError> {
+        #[cfg(feature = "fault-injection")]
+        reach(spans, Point::Dma);
         let peer = self.shared.gate.peer();
         loop {
             // In here the references to windows come and go.
             let closed = match self.attempt(spans) {
                 Ok(access) => return Ok(access),
                 Err(Obstacle::Closed(gate)) => gate,
-                Err(Obstacle::Error(_)) if peer.is_closed() => peer,
+                Err(Obstacle::Error(_)) if peer.holds_back() => peer,
                 Err(Obstacle::Error(error)) => return Err(error),
             };
             closed.wait_open();
@@ -174,6 +178,8 @@ impl Dma {
     ///
     /// [`DmaError`]; [`DmaError::Closed`] if the gate is closed for it.
     pub fn try_access(&self, spans: &[Span]) -> Result<Access<'_>, DmaError> {
+        #[cfg(feature = "fault-injection")]
+        reach(spans, Point::Dma);
         self.attempt(spans).map_err(|obstacle| match obstacle {
             Obstacle::Closed(_) => DmaError::Closed,
             Obstacle::Error(error) => error,
@@ -214,7 +220,17 @@ impl Dma {
             WindowClass::Peer => self.shared.gate.peer(),
         };
         let permit = gate.try_enter().ok_or(Obstacle::Closed(gate))?;
+        #[cfg(feature = "fault-injection")]
+        reach(spans, Point::DmaInFlight);
         Ok(Access { spans: held, class, dirty: &self.shared.dirty, _permit: permit })
+    }
+}
+
+/// Without spans it is no DMA. All that can be done there is done by the time this returns.
+#[cfg(feature = "fault-injection")]
+fn reach(spans: &[Span], point: Point) {
+    if !spans.is_empty() {
+        crate::fault::reach(point);
     }
 }
 

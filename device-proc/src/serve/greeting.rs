@@ -143,7 +143,14 @@ pub(super) fn exchange(
         .hello(Facts::AT_FIRST)
         .map_err(|error| ServeError::setup("a backing file for the coordinator", error))?;
     let fds: Vec<_> = files.iter().map(AsFd::as_fd).collect();
-    channel.send(&DeviceMessage::Hello(hello), &fds, PATIENCE).map_err(GreetingError::Send)?;
+    let hello = DeviceMessage::Hello(hello);
+    #[cfg(feature = "fault-injection")]
+    let times = crate::fault::wire::greet(&channel, &hello, true);
+    #[cfg(not(feature = "fault-injection"))]
+    let times = 1;
+    for _ in 0..times {
+        channel.send(&hello, &fds, PATIENCE).map_err(GreetingError::Send)?;
+    }
     drop(files);
     let received = channel.recv(PATIENCE).map_err(|error| match error {
         RecvError::TimedOut { .. } => GreetingError::Silence,

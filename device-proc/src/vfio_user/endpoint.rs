@@ -104,6 +104,8 @@ impl<D: Device> Endpoint<D> {
             Region::Config => Ok(()),
             Region::Registers(bar) => {
                 check_width(data.len())?;
+                #[cfg(feature = "fault-injection")]
+                crate::fault::reach(standstill_protocol::fault::Point::Mmio);
                 self.parts.device.region_read(bar, offset, data).map_err(|error| refused(&error))
             }
             Region::Msix => {
@@ -130,6 +132,8 @@ impl<D: Device> Endpoint<D> {
             Region::Config => Ok(()),
             Region::Registers(bar) => {
                 check_width(data.len())?;
+                #[cfg(feature = "fault-injection")]
+                crate::fault::reach(standstill_protocol::fault::Point::Mmio);
                 self.parts.device.region_write(bar, offset, data).map_err(|error| refused(&error))
             }
             Region::Msix => {

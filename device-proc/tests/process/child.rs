@@ -197,15 +197,20 @@ impl Drop for Device {
 
 /// Starts this program as a device process.
 pub(crate) fn spawn(socket: &Path, script: &str, stdin: Stdio) -> Child {
-    std::process::Command::new(std::env::current_exe().unwrap())
+    program(socket, script, stdin).spawn().unwrap()
+}
+
+/// This program as a device process that is still to be started.
+pub(crate) fn program(socket: &Path, script: &str, stdin: Stdio) -> std::process::Command {
+    let mut program = std::process::Command::new(std::env::current_exe().unwrap());
+    program
         .args(["--exact", "device_process", "--nocapture", "--test-threads=1"])
         .env(SOCKET_VARIABLE, socket)
         .env(crate::probe::SCRIPT_VARIABLE, script)
         .env("RUST_LOG", "debug")
         .stdin(stdin)
-        .stdout(Stdio::null())
-        .spawn()
-        .unwrap()
+        .stdout(Stdio::null());
+    program
 }
 
 /// Waits for a process to end, not for ever.

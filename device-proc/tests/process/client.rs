@@ -133,6 +133,21 @@ impl Client {
         self.call(RESET, &[], &[]).map(|_| ())
     }
 
+    /// Asks for a write of registers, and does not wait for the answer.
+    #[cfg(feature = "fault-injection")]
+    pub(crate) fn send_region_write(&mut self, region: u32, offset: u64, data: &[u8]) {
+        let mut message = Vec::new();
+        message.extend(7_u16.to_le_bytes());
+        message.extend(REGION_WRITE.to_le_bytes());
+        message.extend(u32::try_from(16 + 16 + data.len()).unwrap().to_le_bytes());
+        message.extend([0; 8]);
+        message.extend(offset.to_le_bytes());
+        message.extend(region.to_le_bytes());
+        message.extend(u32::try_from(data.len()).unwrap().to_le_bytes());
+        message.extend(data);
+        self.send_raw(&message);
+    }
+
     /// Sends bytes that are no message.
     pub(crate) fn send_raw(&mut self, bytes: &[u8]) {
         self.stream.write_all(bytes).unwrap();

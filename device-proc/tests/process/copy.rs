@@ -35,9 +35,14 @@ impl HalfWay {
     /// Another copy, when the last one is whole.
     pub(crate) fn again(&mut self) {
         self.memory.zero();
-        self.client.write_u32(0, COPY, u32::try_from(IOVA).unwrap()).unwrap();
+        self.ask_for_another();
         let last_of_first_half = COPY_SIZE / 2 - 1;
         crate::child::until("the first half is there", || self.byte(last_of_first_half) != 0);
+    }
+
+    /// Another copy, whether it may begin or not.
+    pub(crate) fn ask_for_another(&mut self) {
+        self.client.write_u32(0, COPY, u32::try_from(IOVA).unwrap()).unwrap();
     }
 
     fn byte(&self, offset: u64) -> u8 {

@@ -10,6 +10,8 @@ mod control;
 mod copy;
 mod data;
 mod dirty;
+#[cfg(feature = "fault-injection")]
+mod faults;
 mod greeting;
 mod revoke;
 mod state;

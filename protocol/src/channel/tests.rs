@@ -45,6 +45,7 @@ fn hello(backing_files: u8) -> DeviceMessage {
             peer_dma: PeerDma::RamOnly,
             progress: false,
             dirty_tracking: false,
+            fault_injection: false,
         },
         machine: None,
         term: Term(0),

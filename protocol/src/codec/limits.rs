@@ -62,6 +62,17 @@ pub enum LimitError {
     /// Pages of such a size are not tracked.
     #[error(transparent)]
     PageSize(#[from] LayoutError),
+    /// There are too many faults, or none.
+    #[cfg(feature = "fault-injection")]
+    #[error("{count} faults, allowed are 1 to {}", crate::fault::MAX_FAULTS)]
+    Faults {
+        /// How many there are.
+        count: usize,
+    },
+    /// A fault cannot be done where it should.
+    #[cfg(feature = "fault-injection")]
+    #[error("no such fault: {0}")]
+    ImpossibleFault(crate::fault::Fault),
     /// A lease comes with a phase that has none.
     #[error("{phase} with a lease of {lease_ns} ns; only Stop has one")]
     Lease {
@@ -110,6 +121,8 @@ impl Message for CoordinatorMessage {
             Self::Shutdown(_) => "Shutdown",
             Self::Revoke(_) => "Revoke",
             Self::Untrack(_) => "Untrack",
+            #[cfg(feature = "fault-injection")]
+            Self::Arm(_) => "Arm",
         }
     }
 
@@ -126,6 +139,8 @@ impl Message for CoordinatorMessage {
             Self::Memory(MemoryDeclaration { ram_fds, dirty_page_size, .. }) => {
                 usize::from(*ram_fds) * fds_for_each_file(*dirty_page_size)
             }
+            #[cfg(feature = "fault-injection")]
+            Self::Arm(_) => 1,
             _ => 0,
         }
     }
@@ -155,6 +170,15 @@ impl Message for CoordinatorMessage {
                 fds("ram_fds", *ram_fds, 1, MAX_FDS / fds_for_each_file(*dirty_page_size))
             }
             Self::Revoke(revocation) => file_count(revocation.files.len(), 1),
+            #[cfg(feature = "fault-injection")]
+            Self::Arm(arm) => {
+                let count = arm.faults.len();
+                if !(1..=crate::fault::MAX_FAULTS).contains(&count) {
+                    return Err(LimitError::Faults { count });
+                }
+                let impossible = arm.faults.iter().find(|fault| !fault.is_possible());
+                impossible.map_or(Ok(()), |fault| Err(LimitError::ImpossibleFault(*fault)))
+            }
             Self::Abort(_) | Self::Query(_) | Self::Shutdown(_) | Self::Untrack(_) => Ok(()),
         }
     }
@@ -242,6 +266,14 @@ pub(crate) fn counters<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<Counter
 /// Reads the files of a [`Hello`] or a [`Revocation`](crate::message::Revocation).
 pub(crate) fn files<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<FileIdentity>, D::Error> {
     bounded::<_, _, MAX_FILES>(from, |count| LimitError::Files { count, min: 0 })
+}
+
+/// Reads the faults of an [`Arm`](crate::message::Arm).
+#[cfg(feature = "fault-injection")]
+pub(crate) fn faults<'de, D: Deserializer<'de>>(
+    from: D,
+) -> Result<Vec<crate::fault::Fault>, D::Error> {
+    bounded::<_, _, { crate::fault::MAX_FAULTS }>(from, |count| LimitError::Faults { count })
 }
 
 /// Reads a sequence of at most `MAX` items.

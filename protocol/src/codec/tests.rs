@@ -51,6 +51,7 @@ fn hello() -> Hello {
             peer_dma: PeerDma::Possible,
             progress: true,
             dirty_tracking: true,
+            fault_injection: true,
         },
         machine: None,
         term: Term(0),
@@ -255,7 +256,8 @@ fn a_truncated_message_tells_where_it_ends() {
 #[test]
 fn unknown_tags_are_refused() {
     // The message's own tag, and a command's phase and target.
-    for (at, unknown) in [(HEADER, 9_u32), (HEADER + 20, 7), (HEADER + 24, 8)] {
+    let own = if cfg!(feature = "fault-injection") { 10_u32 } else { 9 };
+    for (at, unknown) in [(HEADER, own), (HEADER + 20, 7), (HEADER + 24, 8)] {
         for tag in [unknown, 0x100, u32::MAX] {
             let mut bytes = packet(&command());
             bytes[at..at + 4].copy_from_slice(&tag.to_le_bytes());
@@ -272,9 +274,9 @@ fn unknown_tags_are_refused() {
 fn a_bool_and_an_option_are_0_or_1() {
     let good = packet(&DeviceMessage::Hello(hello()));
     let bool_at = HEADER + 4 + 2 + 2 + 9 + 9 + 8 + 4;
-    let fields = "progress, dirty_tracking and the absent machine";
-    assert_eq!(good[bool_at..bool_at + 3], [1, 1, 0], "{fields}");
-    for at in [bool_at, bool_at + 1, bool_at + 2] {
+    let fields = "progress, dirty_tracking, fault_injection and the absent machine";
+    assert_eq!(good[bool_at..bool_at + 4], [1, 1, 1, 0], "{fields}");
+    for at in bool_at..bool_at + 4 {
         for found in [2, 0x80, 0xff] {
             let mut bytes = good.clone();
             bytes[at] = found;
@@ -300,7 +302,7 @@ fn text_must_be_utf8() {
 fn a_machine_identity_has_16_bytes() {
     let with_machine = Hello { machine: Some(Uuid::from_u128(1)), ..hello() };
     let good = packet(&DeviceMessage::Hello(with_machine));
-    let length_at = HEADER + 4 + 2 + 2 + 9 + 9 + 8 + 4 + 1 + 1 + 1;
+    let length_at = HEADER + 4 + 2 + 2 + 9 + 9 + 8 + 4 + 1 + 1 + 1 + 1;
     assert_eq!(good[length_at], 16);
     for length in [0_u64, 15, 17, u64::MAX] {
         let mut bytes = good.clone();

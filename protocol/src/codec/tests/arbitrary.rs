@@ -45,6 +45,42 @@ fn versions() -> impl Strategy<Value = VersionRange> {
 }
 
 fn coordinator_message() -> impl Strategy<Value = CoordinatorMessage> {
+    #[cfg(feature = "fault-injection")]
+    return prop_oneof![8 => usual_message(), 1 => arm()];
+    #[cfg(not(feature = "fault-injection"))]
+    usual_message()
+}
+
+#[cfg(feature = "fault-injection")]
+fn arm() -> impl Strategy<Value = CoordinatorMessage> {
+    use crate::fault::{Action, Fault, Forgery, MAX_FAULTS, Packet, Point};
+    let point = prop_oneof![
+        select(vec![Point::Hello, Point::Query, Point::Memory, Point::Shutdown, Point::Dma]),
+        select(vec![Point::Saving, Point::Loading, Point::Mmio, Point::DmaInFlight]),
+        phase().prop_map(Point::Receipt),
+        phase().prop_map(Point::BeforeAck),
+        phase().prop_map(Point::AfterAck),
+    ];
+    let action = prop_oneof![
+        select(vec![Action::Abort, Action::Segv, Action::Stop, Action::Spin, Action::NoAck]),
+        select(vec![Action::TwoAcks, Action::Disconnect, Action::KeepDma]),
+        any::<u8>().prop_map(Action::Exit),
+        any::<i32>().prop_map(Action::Refuse),
+        any::<u32>().prop_map(Action::DelayMs),
+        any::<u32>().prop_map(Action::FdFlood),
+        any::<u32>().prop_map(Action::MessageFlood),
+        select(vec![Forgery::LowerTerm, Forgery::State, Forgery::Declaration])
+            .prop_map(Action::Forge),
+        select(vec![Packet::Garbage, Packet::Empty, Packet::Oversized]).prop_map(Action::Send),
+    ];
+    let fault = (point, action, any::<u32>())
+        .prop_map(|(point, action, nth)| Fault::new(point, action).nth(nth))
+        .prop_filter("it can be done there", Fault::is_possible);
+    (term(), vec(fault, 1..=MAX_FAULTS))
+        .prop_map(|(term, faults)| CoordinatorMessage::Arm(Arm { term, faults }))
+}
+
+fn usual_message() -> impl Strategy<Value = CoordinatorMessage> {
     use CoordinatorMessage as M;
     prop_oneof![
         (
@@ -124,13 +160,14 @@ fn any_hello() -> impl Strategy<Value = Hello> {
     let capabilities = (
         select(vec![1_u64, 3, 5, 7]),
         select(vec![PeerDma::Possible, PeerDma::RamOnly]),
-        any::<[bool; 2]>(),
+        any::<[bool; 3]>(),
     )
-        .prop_map(|(flags, peer_dma, [progress, dirty_tracking])| Capabilities {
+        .prop_map(|(flags, peer_dma, [progress, dirty_tracking, fault_injection])| Capabilities {
             migration: MigrationFlags::new(flags).expect("a legal set"),
             peer_dma,
             progress,
             dirty_tracking,
+            fault_injection,
         });
     (
         (versions(), text(MAX_NAME), text(MAX_NAME), capabilities),

@@ -241,6 +241,8 @@ impl RogueDevice {
                 peer_dma: self.script.peer_dma,
                 progress: self.script.progress,
                 dirty_tracking: self.script.dirty_tracking,
+                // It does what its script says.
+                fault_injection: false,
             },
             machine: self.orphan.machine,
             term: self.lifecycle.term(),
@@ -443,7 +445,6 @@ impl RogueDevice {
                 self.feed(Event::Welcome { term, epoch, orphan }, None)?;
                 self.welcome(&welcome, fds)?;
             }
-            CoordinatorMessage::Reject(reject) => return Err(reject.reason.into()),
             CoordinatorMessage::Command(command) => {
                 let Command { term, phase, epoch, target, .. } = command;
                 if term != self.lifecycle.term() {
@@ -470,6 +471,8 @@ impl RogueDevice {
                 self.trace(What::Revoked { sequence: revocation.sequence });
                 self.perform(Cause::Memory(revocation.sequence));
             }
+            // It was rejected, or sent what it has not said that it takes.
+            other => return Err(format!("nothing to go on with: {other:?}").into()),
         }
         Ok(())
     }
