@@ -107,6 +107,7 @@ impl Device {
                 peer_dma: PeerDma::Possible,
                 progress: false,
                 dirty_tracking: false,
+                fault_injection: false,
             },
             machine,
             term: self.lifecycle.term(),
