@@ -182,9 +182,6 @@ pub fn serve<D: Device>(
     panics::abort_on_panic();
     let control = greeting::take_control_channel()?;
     log::start(if control.is_some() { LogFormat::Json } else { LogFormat::Text });
-    #[cfg(feature = "fault-injection")]
-    crate::fault::arm_from_environment()
-        .map_err(|error| ServeError::setup("the faults of the environment", error))?;
     let listener = Listener::bind(&options.socket)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -210,6 +207,9 @@ fn greet_and_serve<D: Device>(
     control: Option<DeviceEnd>,
     build: impl FnOnce(Handles) -> Result<(D, DeviceInfo), DeviceError>,
 ) -> Result<Ended, ServeError> {
+    #[cfg(feature = "fault-injection")]
+    crate::fault::arm_from_environment()
+        .map_err(|error| ServeError::setup("the faults of the environment", error))?;
     let memory = MemoryMap::new(Arc::new(Gate::new()));
     let interrupts = Interrupts::new();
     let handles = Handles { dma: memory.dma(), interrupts: interrupts.clone() };
