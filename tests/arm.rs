@@ -1,5 +1,5 @@
 //! Devices of a real machine that are told to do wrong: at rest, in the middle of a transition, by a
-//! program without async; and those that cannot be told.
+//! program without async; those that cannot be told; and those whose lie only an oracle finds.
 
 #![expect(clippy::panic, reason = "a test fails by panicking")]
 
@@ -7,7 +7,9 @@ use standstill::coordinator::error::MachineError;
 use standstill::coordinator::fault::{ArmError, Journal, JournalError};
 use standstill::coordinator::{DeviceSpec, MachineBuilder, Outcome};
 use standstill::protocol::channel::{DeviceEnd, SendError};
-use standstill::protocol::fault::{Action, Fault, JournalLine, MAX_FAULTS, Point};
+use standstill::protocol::fault::{
+    Action, Armament, Fault, JournalLine, MAX_FAULTS, Point, VARIABLE,
+};
 use standstill::protocol::message::{
     Capabilities, DeviceMessage, Epoch, Hello, PeerDma, Phase, Term, VERSIONS,
 };
@@ -15,6 +17,7 @@ use standstill::protocol::migration::{MigrationFlags, MigrationState};
 use standstill::protocol::transition::MachineState;
 use std::io;
 use std::os::fd::AsFd;
+use std::process::Command;
 use std::time::Duration;
 use tempfile::TempDir;
 
@@ -126,6 +129,34 @@ async fn what_cannot_be_armed_is_refused_by_name() {
         assert_eq!(device, "d0");
     }
     machine.shutdown_within(Duration::ZERO).await.unwrap();
+}
+
+/// The oracle of the demonstration is outside the devices, and these say that all is well.
+#[test]
+fn the_oracle_fails_with_devices_that_go_on_with_their_dma_after_the_ack() {
+    let folder = tempfile::tempdir().unwrap();
+    // The others have the time in which one device is slow.
+    for (phase, slow) in [(Phase::PrepareStop, "--slow-prepare"), (Phase::Stop, "--slow-stop")] {
+        let liar = Fault::new(Point::BeforeAck(phase), Action::KeepDma).nth(0);
+        let journal = folder.path().join(phase.to_string());
+        let armament = Armament { journal: journal.clone(), faults: vec![liar] };
+        let output = Command::new(env!("CARGO_BIN_EXE_standstill"))
+            .args(["demo", "--json", "--devices", "3", "--rounds", "5", slow, "engine2=200ms"])
+            .env(VARIABLE, serde_json::to_string(&armament).unwrap())
+            .output()
+            .unwrap();
+        let stdout = String::from_utf8(output.stdout).unwrap();
+        let last = stdout.lines().last().unwrap_or_else(|| panic!("no output"));
+        let summary: serde_json::Value = serde_json::from_str(last).unwrap();
+        let rounds = summary["rounds_with_late_writes"].as_u64().unwrap();
+        assert!(rounds >= 4, "{phase}: late writes in {rounds} rounds only");
+        assert!(!output.status.success(), "{phase}");
+
+        let lines = std::fs::read_to_string(&journal).unwrap();
+        let lines: Vec<_> = lines.lines().map(|line| JournalLine::parse(line).unwrap()).collect();
+        let fired = lines.iter().filter(|line| matches!(line, JournalLine::Fired { .. })).count();
+        assert_eq!((lines.len(), fired), (3 + 3 * 5, 3 * 5), "{phase}: each device, each round");
+    }
 }
 
 const FOREIGN: &str = "STANDSTILL_TEST_FOREIGN_DEVICE";
