@@ -192,6 +192,8 @@ fn one_that_says_nothing_does_not_keep_others_out_for_ever() {
 #[test]
 fn many_that_connect_cost_no_more_than_one() {
     let mut device = Device::kept("", None);
+    // Its data side is up, too, and has opened what it needs.
+    let _client = Client::connect(&device.socket());
     let open_fds = {
         let fds = format!("/proc/{}/fd", device.process.id());
         move || std::fs::read_dir(&fds).unwrap().count()
