@@ -24,7 +24,38 @@
 //! [`Phase::Start`]: protocol::message::Phase::Start
 
 #![forbid(unsafe_code)]
+#![cfg_attr(
+    fuzzing,
+    expect(
+        dead_code,
+        unused_imports,
+        reason = "the fuzz targets use a part of the command's modules"
+    )
+)]
 
 pub use standstill_coordinator as coordinator;
 pub use standstill_device_proc as device_proc;
 pub use standstill_protocol as protocol;
+
+// What of the command reads what others write, for the fuzz targets.
+#[cfg(fuzzing)]
+pub mod fuzzing;
+
+#[cfg(fuzzing)]
+extern crate self as standstill;
+#[cfg(fuzzing)]
+mod explain;
+#[cfg(fuzzing)]
+mod machine_file;
+#[cfg(fuzzing)]
+mod nearest;
+#[cfg(fuzzing)]
+mod operator;
+#[cfg(fuzzing)]
+mod run {
+    pub(crate) mod directory;
+    pub(crate) mod hook;
+    pub(crate) mod notify;
+}
+#[cfg(fuzzing)]
+mod size;

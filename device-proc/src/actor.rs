@@ -29,10 +29,12 @@ mod budget;
 mod carry;
 #[cfg(feature = "fault-injection")]
 mod faults;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod job;
 mod outbox;
 mod reader;
-#[cfg(test)]
+#[cfg(any(test, fuzzing))]
 mod scripted;
 mod stream;
 mod stream_fd;

@@ -24,26 +24,38 @@ pub(crate) struct Problem {
 
 impl Problem {
     pub(crate) fn new(message: impl Into<String>, span: Range<usize>) -> Self {
-        Self { message: message.into(), span, label: String::new(), help: None, other: None }
+        let message = visible(message);
+        Self { message, span, label: String::new(), help: None, other: None }
     }
 
     #[must_use]
     pub(crate) fn label(mut self, label: impl Into<String>) -> Self {
-        self.label = label.into();
+        self.label = visible(label);
         self
     }
 
     #[must_use]
     pub(crate) fn help(mut self, help: impl Into<String>) -> Self {
-        self.help = Some(help.into());
+        self.help = Some(visible(help));
         self
     }
 
     #[must_use]
     pub(crate) fn other(mut self, span: Range<usize>, label: impl Into<String>) -> Self {
-        self.other = Some((span, label.into()));
+        self.other = Some((span, visible(label)));
         self
     }
+}
+
+/// The text with its control characters escaped: much of it are words of the file, which are for
+/// people to read and not for their terminals.
+fn visible(text: impl Into<String>) -> String {
+    let text = text.into();
+    if !text.contains(char::is_control) {
+        return text;
+    }
+    let escaped = |c: char| if c.is_control() { c.escape_default().to_string() } else { c.into() };
+    text.chars().map(escaped).collect()
 }
 
 /// Everything that is wrong with one text.
@@ -71,7 +83,10 @@ pub(crate) struct JsonProblem<'a> {
 impl Problems {
     /// None yet, of that text.
     pub(crate) fn new(name: impl Into<String>, text: impl Into<String>) -> Self {
-        Self { name: name.into(), text: text.into(), found: Vec::new() }
+        // The renderer shows pictures of other control characters, and passes these on. What is in
+        // their place is as long, so that every place stays where it is.
+        let text = text.into().replace(|c| matches!(c, '\u{80}'..='\u{9f}'), "\u{b7}");
+        Self { name: name.into(), text, found: Vec::new() }
     }
 
     pub(crate) fn add(&mut self, problem: Problem) {
@@ -176,6 +191,16 @@ mod tests {
         let json = serde_json::to_value(problems.to_json()).unwrap();
         assert_eq!((&json[0]["line"], &json[0]["column"]), (&2.into(), &1.into()));
         assert_eq!(json[1]["line"], 3);
+    }
+
+    #[test]
+    fn nothing_that_is_shown_moves_the_cursor_or_colours_a_terminal() {
+        let mut problems = Problems::new("vm.toml", "name = \"a\x1b[31m\u{9b}31m\"");
+        let path = "/run/a\x1b[31m\r\u{9b}b";
+        problems.add(Problem::new(path, 0..4).label(path).help(path).other(7..8, path));
+        let shown = problems.render(false);
+        assert!(!shown.contains(|c: char| c.is_control() && c != '\n'), "{shown:?}");
+        assert_eq!(shown.matches("/run/a\\u{1b}[31m\\r\\u{9b}b").count(), 4, "{shown}");
     }
 
     #[test]

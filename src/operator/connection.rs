@@ -5,9 +5,9 @@
 //! that do not fit there are counted, and a client that takes nothing for [`WRITE_DEADLINE`] is
 //! dropped.
 
-use super::history::Past;
-use super::message::{Body, Code, Line, MAX_REQUEST, Request, RequestLine, line};
-use super::server::{Operator, problem};
+use super::history::{History, Past};
+use super::message::{Body, Code, Greeting, Line, MAX_REQUEST, Request, RequestLine, line};
+use super::server::problem;
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
@@ -25,6 +25,18 @@ const QUEUE: usize = 16;
 /// How many requests of one client may be under way; the next one is read when one is done.
 const REQUESTS: usize = 8;
 
+/// Who does what the clients ask.
+pub(crate) trait Responder: Send + Sync + 'static {
+    /// What a client is told first.
+    fn greeting(&self) -> Greeting;
+
+    /// What a client that asks for events gets.
+    fn history(&self) -> &History;
+
+    /// Does what is asked. Only `events` has more than one answer and is not for this.
+    fn answer(&self, request: Request) -> impl Future<Output = Body> + Send;
+}
+
 /// Why no more requests are read.
 enum Stop {
     /// The client has closed its end.
@@ -38,7 +50,7 @@ enum Stop {
 /// Serves one client until it goes, or everything ends.
 pub(crate) async fn serve(
     stream: UnixStream,
-    operator: Arc<Operator>,
+    operator: Arc<impl Responder>,
     closing: watch::Receiver<bool>,
 ) {
     let (reader, writer) = stream.into_split();
@@ -61,15 +73,15 @@ pub(crate) async fn serve(
     let _ = writing.await;
 }
 
-struct Client {
+struct Client<R> {
     send: mpsc::Sender<Vec<u8>>,
-    operator: Arc<Operator>,
+    operator: Arc<R>,
     under_way: Arc<Semaphore>,
     /// The stream of events, if there is one.
     events: Option<JoinHandle<()>>,
 }
 
-impl Client {
+impl<R: Responder> Client<R> {
     async fn read(&mut self, reader: OwnedReadHalf, mut closing: watch::Receiver<bool>) -> Stop {
         let greeting = line(&self.operator.greeting());
         if self.send.send(greeting).await.is_err() {
@@ -136,7 +148,7 @@ impl Client {
             let body = Body::Error(problem(Code::Busy, message));
             return self.send.send(line(&Line { id: Some(id), body })).await.is_ok();
         }
-        let past = self.operator.history.events(usize::try_from(last).unwrap_or(usize::MAX));
+        let past = self.operator.history().events(usize::try_from(last).unwrap_or(usize::MAX));
         self.events = Some(tokio::spawn(stream(self.send.clone(), id, past, follow)));
         true
     }

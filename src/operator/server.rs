@@ -1,6 +1,6 @@
 //! The end of `standstill run`: listens, knows who may come, and does what is asked.
 
-use super::connection;
+use super::connection::{self, Responder};
 use super::history::{History, timestamp};
 use super::message::{
     Body, Code, Greeting, Line, PROTOCOL, Problem, RemoveReply, ReportsReply, Request,
@@ -196,9 +196,8 @@ fn done(result: Result<(), Problem>) -> Body {
     result.map_or_else(Body::Error, |()| ok(serde_json::json!({})))
 }
 
-impl Operator {
-    /// What a client is told first.
-    pub(crate) fn greeting(&self) -> Greeting {
+impl Responder for Operator {
+    fn greeting(&self) -> Greeting {
         Greeting {
             protocol: PROTOCOL,
             program: concat!("standstill ", env!("CARGO_PKG_VERSION")).to_owned(),
@@ -207,8 +206,11 @@ impl Operator {
         }
     }
 
-    /// Does what is asked. Only `events` has more than one answer and is not for this.
-    pub(crate) async fn answer(&self, request: Request) -> Body {
+    fn history(&self) -> &History {
+        &self.history
+    }
+
+    async fn answer(&self, request: Request) -> Body {
         match request {
             Request::Status {} => self.status().await.map_or_else(Body::Error, ok),
             Request::Pause {} => match self.machine.pause().await {
@@ -249,7 +251,9 @@ impl Operator {
             }
         }
     }
+}
 
+impl Operator {
     fn told(&self, result: Result<(), MachineError>) -> Result<(), Problem> {
         result.map_err(|error| self.problem(&error))
     }

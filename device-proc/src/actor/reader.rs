@@ -42,8 +42,19 @@ impl Reader {
         shared: Weak<Shared<D>>,
         id: ConnectionId,
     ) -> io::Result<Self> {
+        // A fuzz target reads in the thread's place: every run of an input is the same.
+        if !cfg!(fuzzing) {
+            Self::spawn(Arc::clone(&channel), shared, id)?;
+        }
+        Ok(Self { channel })
+    }
+
+    fn spawn<D: Device>(
+        read: Arc<DeviceEnd>,
+        shared: Weak<Shared<D>>,
+        id: ConnectionId,
+    ) -> io::Result<()> {
         let runtime = Handle::current();
-        let read = Arc::clone(&channel);
         std::thread::Builder::new().name("control".into()).spawn(move || {
             // The device's own data threads may leave no CPU idle.
             if let Err(error) = prefer_short_waits() {
@@ -59,13 +70,13 @@ impl Reader {
                 }
             }
         })?;
-        Ok(Self { channel })
+        Ok(())
     }
 }
 
 impl<D: Device> State<D> {
     /// Takes what came over a connection. False if nothing more is to be read from it.
-    fn take(
+    pub(super) fn take(
         &mut self,
         id: ConnectionId,
         received: Result<Received<CoordinatorMessage>, RecvError>,

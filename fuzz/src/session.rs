@@ -1,0 +1,30 @@
+//! Runs what a target does with one input, and looks whether anything is left of it.
+
+use crate::memory::{live, used_by};
+use crate::socket::open_fds;
+use std::sync::Once;
+use tokio::runtime::{Builder, Runtime};
+
+/// Runs a session on a runtime of its own, of one thread, whose clock stands still while there is
+/// something to do and jumps when there is nothing.
+///
+/// # Panics
+///
+/// If the session takes more than `heap` bytes of the heap at a time; leaves file descriptors open;
+/// or if memory is lost from one session to the next.
+pub fn run(heap: usize, session: impl Future<Output = ()>) {
+    static FIRST: Once = Once::new();
+    // What is made once in the life of a process is made.
+    FIRST.call_once(|| drop(runtime()));
+    let fds = open_fds();
+    let ((), usage) = used_by(|| runtime().block_on(session));
+    assert_eq!(open_fds(), fds, "file descriptors are left open");
+    assert!(usage.peak <= heap, "a session takes {} bytes of the heap", usage.peak);
+    // Not after each: some things are kept. What is lost each time adds up.
+    assert!(live() <= heap, "{} bytes of the heap are left behind", live());
+}
+
+fn runtime() -> Runtime {
+    let runtime = Builder::new_current_thread().enable_all().start_paused(true).build();
+    runtime.expect("a runtime")
+}
