@@ -35,6 +35,7 @@ mod job;
 mod outbox;
 mod reader;
 #[cfg(any(test, fuzzing))]
+#[expect(clippy::unwrap_used, reason = "a panic is how a test fails")]
 mod scripted;
 mod stream;
 mod stream_fd;

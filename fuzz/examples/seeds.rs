@@ -6,7 +6,7 @@
 use standstill_fuzz::track::{Fds, Script, Steps};
 use standstill_protocol::codec::{HEADER, MAX_PACKET, Message, encode};
 use standstill_protocol::message::*;
-use standstill_protocol::migration::MigrationState;
+use standstill_protocol::migration::{MigrationFlags, MigrationState};
 use std::fs;
 use std::io;
 use std::path::Path;
@@ -19,6 +19,7 @@ const OPERATOR_SOCKET: &str = include_str!("../../docs/operator-socket.md");
 
 fn main() -> io::Result<()> {
     write("codec", codec())?;
+    write("coordinator", coordinator())?;
     write("device", device())?;
     write("machine_file", machine_file())?;
     write("operator_socket", operator_socket())
@@ -74,6 +75,108 @@ fn command(epoch: u64, phase: Phase, target: MigrationState, lease_ns: u64) -> V
     let (term, epoch, budget_ns) = (TERM, Epoch(epoch), 1_000_000_000);
     let command = Command { term, epoch, phase, target, budget_ns, lease_ns };
     payload(&CoordinatorMessage::Command(command))
+}
+
+/// The first term and epoch of the target's machine, and who speaks in it.
+fn coordinator() -> Seeds {
+    use DeviceMessage as M;
+    use MigrationState as S;
+    let (term, phases) = (Term(1), [Phase::PrepareStop, Phase::Stop]);
+    // What the owner asks for: the number of a call in the target's list.
+    const PAUSE: u8 = 0;
+    const RESUME: u8 = 1;
+    const STATUS: u8 = 8;
+    const DECLARE: u8 = 9;
+    let begin = || Script::default().other(0, 0);
+    let ask = |script: Script, what| script.other(5, what);
+    let paused = |script: Script| ask(script, PAUSE).turns(0).turns(0);
+    let reached = |epoch, phase, state| {
+        let (timings, evidence) = (Timings::default(), Evidence::default());
+        let epoch = Epoch(epoch);
+        payload(&M::Reached(Reached { term, epoch, phase, state, timings, evidence }))
+    };
+    let refused = |text: String| {
+        let refusal = Refusal { kind: RefusalKind::Device, text };
+        let (epoch, phase, state) = (Epoch(1), phases[0], S::Running);
+        payload(&M::Refused(Refused { term, epoch, phase, state, refusal }))
+    };
+    let status = {
+        let (epoch, state, moving_to) = (Epoch(1), S::Running, None);
+        payload(&M::Status(Status { term, epoch, state, client_state: state, moving_to }))
+    };
+    let beat = payload(&M::Heartbeat(Heartbeat {
+        sequence: 1,
+        progress: 1,
+        pending: true,
+        dropped_logs: 2,
+    }));
+    let event = |event| payload(&M::Event(event));
+    let hello = with_header(
+        &payload(&M::Hello(Hello {
+            versions: VERSIONS,
+            kind: "scripted".into(),
+            program_version: "1".into(),
+            capabilities: Capabilities {
+                migration: MigrationFlags::ALL,
+                peer_dma: PeerDma::Possible,
+                progress: true,
+                dirty_tracking: true,
+                fault_injection: false,
+            },
+            machine: None,
+            term: Term(0),
+            epoch: Epoch(0),
+            state: S::Running,
+            backing_files: 1,
+            memory: vec![FileIdentity { device: 1, inode: 2 }],
+        })),
+        0,
+    );
+    let accepted = payload(&M::MemoryAccepted(MemoryAccepted { sequence: 1 }));
+    let answers = |script: Script| {
+        script
+            .message(&reached(1, phases[0], S::RunningP2p), NONE)
+            .message(&reached(1, phases[1], S::Stop), NONE)
+    };
+    let seeds = [
+        ("pause and resume", ask(paused(begin()), RESUME).turns(0).turns(0)),
+        ("own answers", answers(ask(begin(), PAUSE))),
+        ("answers twice", answers(answers(ask(begin(), PAUSE)))),
+        ("answer too early", answers(begin())),
+        ("another state", ask(begin(), PAUSE).message(&reached(1, phases[0], S::Stop), NONE)),
+        ("another epoch", ask(begin(), PAUSE).message(&reached(9, phases[0], S::Stop), NONE)),
+        ("refused", ask(begin(), PAUSE).message(&refused("no".into()), NONE).turns(0)),
+        ("long refusal", ask(begin(), PAUSE).message(&refused("n".repeat(MAX_TEXT)), NONE)),
+        ("silent", ask(begin(), PAUSE).turns(1).turns(1).turns(1)),
+        ("status unasked", ask(begin().message(&status, NONE), STATUS)),
+        ("memory", ask(begin(), DECLARE).message(&accepted, NONE)),
+        ("memory unasked", begin().message(&accepted, NONE)),
+        ("heartbeats", begin().message(&beat, NONE).turns(1).message(&beat, NONE)),
+        ("flood", begin().message(&beat, NONE).other(4, 255)),
+        ("flood in a pause", ask(begin(), PAUSE).message(&beat, NONE).other(4, 60).turns(0)),
+        ("client state", begin().message(&event(DeviceEvent::ClientState(S::Stop)), NONE)),
+        ("lease", begin().message(&event(DeviceEvent::LeaseExpired(S::RunningP2p)), NONE)),
+        ("failed", begin().message(&event(DeviceEvent::Failed("\u{1b}[31m".into())), NONE)),
+        ("superseded", begin().message(&event(DeviceEvent::Superseded(Term(2))), NONE).turns(1)),
+        ("superseded by none", begin().message(&event(DeviceEvent::Superseded(Term(0))), NONE)),
+        (
+            "hello",
+            ask(Script::default().packet(&hello, Fds { count: 1, first: 0 }), PAUSE).turns(0),
+        ),
+        ("hello with too few fds", Script::default().packet(&hello, NONE)),
+        ("hello twice", begin().packet(&hello, Fds { count: 1, first: 0 })),
+        ("no packet", begin().packet(b"", NONE)),
+        ("no message", ask(begin(), PAUSE).packet(&[0xa5; 64], NONE).turns(1)),
+        ("long packet", begin().packet(&[0; MAX_PACKET + 1], NONE)),
+        ("fds", begin().message(&beat, Fds { count: 7, first: 0 })),
+        ("closed", ask(paused(begin()).other(2, 0), RESUME).turns(1)),
+        ("exit", ask(ask(begin(), PAUSE).other(3, 0), RESUME).turns(1).turns(1)),
+        ("no hello", Script::default().turns(1).turns(1)),
+        ("every call", (0..16).fold(begin(), |script, what| ask(script, what).turns(0))),
+        ("restart", ask(begin().other(3, 0).turns(1), 11).other(0, 0).turns(0)),
+    ];
+    let whole = |(name, Script(seed)): (&str, Script)| (name.to_owned(), seed);
+    seeds.map(whole).into()
 }
 
 fn device() -> Seeds {

@@ -10,14 +10,23 @@ use tokio::runtime::{Builder, Runtime};
 ///
 /// # Panics
 ///
-/// If the session takes more than `heap` bytes of the heap at a time; leaves file descriptors open;
-/// or if memory is lost from one session to the next.
+/// As [`checked`].
 pub fn run(heap: usize, session: impl Future<Output = ()>) {
     static FIRST: Once = Once::new();
     // What is made once in the life of a process is made.
     FIRST.call_once(|| drop(runtime()));
+    checked(heap, || runtime().block_on(session));
+}
+
+/// Runs a session.
+///
+/// # Panics
+///
+/// If the session takes more than `heap` bytes of the heap at a time; leaves file descriptors open;
+/// or if memory is lost from one session to the next.
+pub fn checked(heap: usize, session: impl FnOnce()) {
     let fds = open_fds();
-    let ((), usage) = used_by(|| runtime().block_on(session));
+    let ((), usage) = used_by(session);
     assert_eq!(open_fds(), fds, "file descriptors are left open");
     assert!(usage.peak <= heap, "a session takes {} bytes of the heap", usage.peak);
     // Not after each: some things are kept. What is lost each time adds up.

@@ -120,6 +120,7 @@ impl Session {
                 peer_dma: PeerDma::Possible,
                 progress: false,
                 dirty_tracking: true,
+                fault_injection: false,
             },
             memory: Vec::new(),
             backing_files: Vec::new(),
