@@ -3,20 +3,12 @@
 //!
 //! This command is the VMM and embeds the coordinator:
 //!
-//! - [`machine`]: guest RAM, device processes, everything mapped into everything;
-//! - [`engine`]: drives one copy engine as a guest's driver would;
-//! - [`layout`] and [`pairs`]: who writes what where;
+//! - [`engines`](crate::engines): the machine, its VMM and the oracle;
 //! - [`rounds`]: pause, look, resume, wait for traffic;
-//! - [`oracle`]: did the machine really stand still?
 //! - [`summary`] and [`timeline`]: what a person, a program, and the eye get to see.
 
-mod engine;
-mod layout;
-mod machine;
 mod memcpy;
 mod options;
-mod oracle;
-mod pairs;
 mod rounds;
 mod statistics;
 mod summary;
@@ -24,13 +16,15 @@ mod timeline;
 
 pub(crate) use options::DemoArgs;
 
+use crate::engines::layout::BLOCK;
+use crate::engines::machine::{self, Blueprint, VmmError};
+use crate::progress::Progress;
 use crate::trace::{Trace, TraceError};
-use machine::{Blueprint, VmmError};
 use options::SlowError;
 use rounds::{Run, on_own_thread};
 use standstill::coordinator::{Events, Machine, MachineError, MachineEvent, StartError};
 use std::cell::OnceCell;
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, Write};
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -248,8 +242,8 @@ async fn demonstrate(
 ) -> Result<(Summary, Option<Timeline>), DemoError> {
     let slowness = args.slowness()?;
     let progress = Progress::new();
-    let blueprint = Blueprint::new(args.engines())?;
-    let builder = blueprint.machine(&slowness, args.single_phase)?;
+    let blueprint = Blueprint::new(args.engines(), BLOCK)?;
+    let builder = rounds::machine(&blueprint, &slowness, args.single_phase)?;
     let trace = args.trace.open("the demonstration")?;
     progress.say("starting device processes", args.engines());
     let machine = builder.start().await.map_err(|error| DemoError::Start(Box::new(error)))?;
@@ -309,38 +303,4 @@ async fn device_lost(mut events: Events) -> DemoError {
     };
     let proof = tokio::time::timeout(LAST_GRACE, fenced).await.ok().flatten();
     DemoError::Lost { device, why, proof }
-}
-
-/// What is going on, for a person at a terminal; silent elsewhere.
-struct Progress {
-    bar: indicatif::ProgressBar,
-}
-
-impl Progress {
-    fn new() -> Self {
-        let bar = if io::stderr().is_terminal() {
-            indicatif::ProgressBar::new(0)
-        } else {
-            indicatif::ProgressBar::hidden()
-        };
-        let style = indicatif::ProgressStyle::with_template(
-            "{msg:30} {wide_bar:.green} {pos:>6}/{len} {elapsed:>5}",
-        );
-        if let Ok(style) = style {
-            bar.set_style(style);
-        }
-        Self { bar }
-    }
-
-    fn say(&self, what: &'static str, steps: usize) {
-        self.bar.set_length(steps as u64);
-        self.bar.set_position(0);
-        self.bar.set_message(what);
-    }
-}
-
-impl Drop for Progress {
-    fn drop(&mut self) {
-        self.bar.finish_and_clear();
-    }
 }

@@ -38,6 +38,9 @@ struct CopyEngineArgs {
     /// How long the device takes to stop, such as 20ms
     #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration, default_value = "0s")]
     slow_stop: Duration,
+    /// How long the device rests each time that it begins its ring again, such as 1ms
+    #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration, default_value = "0s")]
+    rest: Duration,
 }
 
 /// Serves the device; returns the process's exit code when it is over.
@@ -47,6 +50,7 @@ pub(crate) fn run(args: DeviceArgs) -> ExitCode {
         memory_size: args.memory,
         slow_prepare: args.slow_prepare,
         slow_stop: args.slow_stop,
+        rest: args.rest,
         ..CopyEngineConfig::default()
     };
     let served =

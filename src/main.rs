@@ -3,9 +3,11 @@
 
 #![forbid(unsafe_code)]
 
+mod chaos;
 mod commands;
 mod demo;
 mod device;
+mod engines;
 mod exit;
 mod explain;
 mod logging;
@@ -13,6 +15,7 @@ mod machine_file;
 mod metrics;
 mod nearest;
 mod operator;
+mod progress;
 mod run;
 mod size;
 mod top;
@@ -44,6 +47,8 @@ struct Cli {
 enum Command {
     /// Show a machine of device processes that stops and starts as one, and prove it
     Demo(demo::DemoArgs),
+    /// Let devices of such a machine die, hang and lie, and see what becomes of it
+    Chaos(chaos::ChaosArgs),
     /// Run one device process by itself, for any vfio-user client
     Device(device::DeviceArgs),
     /// Run a machine: start its devices, or take them over, and stay until it is shut down
@@ -101,12 +106,18 @@ enum DeviceCommand {
 }
 
 fn main() -> ExitCode {
+    // This program again, between a device and its coordinator: see `standstill chaos`.
+    #[cfg(feature = "fault-injection")]
+    if let Some(ended) = standstill_testkit::programs::serve() {
+        return ended;
+    }
     if std::env::args_os().nth(1).is_some_and(|first| first == "device") {
         let DeviceCommand::Device(args) = DeviceCli::parse().command;
         return device::run(args);
     }
     match Cli::parse().command {
         Command::Demo(args) => demo::run(&args),
+        Command::Chaos(args) => chaos::run(&args),
         Command::Device(args) => device::run(args),
         Command::Run(args) => run::run(&args),
         Command::Check(args) => check::run(&args),

@@ -1,6 +1,6 @@
 //! What the machine can do without any device model: plain copies of the same size.
 
-use super::layout::BLOCK;
+use crate::engines::layout::BLOCK;
 use rustix::time::{ClockId, clock_gettime};
 use std::hint::black_box;
 use std::time::Duration;

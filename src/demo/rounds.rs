@@ -1,18 +1,41 @@
 //! The rounds: pause, look, resume, see that everything writes again.
 
-use super::machine::{Vmm, VmmError};
-use super::options::DemoArgs;
-use super::oracle::{self, LateWrite, Proof, Sight, Verdict};
-use super::pairs::Pair;
+use super::options::{DemoArgs, Slowness};
 use super::summary::{Measurements, Summary};
 use super::timeline::Timeline;
 use super::{DemoError, memcpy};
+use crate::engines::machine::{Blueprint, TRAFFIC_DEADLINE, Vmm, VmmError};
+use crate::engines::oracle::{self, LateWrite, Proof, Sight, Verdict};
+use crate::engines::pairs::Pair;
 use indicatif::ProgressBar;
 use standstill::coordinator::report::{TransitionReport, nanos};
-use standstill::coordinator::{Machine, MachineError};
+use standstill::coordinator::{Deadlines, Machine, MachineBuilder, MachineError};
 use standstill::protocol::message::{Evidence, Phase};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
+
+/// The machine for the coordinator.
+pub(crate) fn machine(
+    blueprint: &Blueprint,
+    slowness: &[Slowness],
+    single_phase: bool,
+) -> Result<MachineBuilder, VmmError> {
+    let slow = |(device, slow): (_, &Slowness)| -> standstill::coordinator::DeviceSpec {
+        let spec: standstill::coordinator::DeviceSpec = device;
+        spec.arg(format!("--slow-prepare={}", humantime::format_duration(slow.prepare)))
+            .arg(format!("--slow-stop={}", humantime::format_duration(slow.stop)))
+    };
+    let devices = blueprint.devices()?.into_iter().zip(slowness).map(slow);
+    let slowest = |which: fn(&Slowness) -> Duration| slowness.iter().map(which).max();
+    let mut deadlines = Deadlines::default();
+    deadlines.first_phase += slowest(|slow| slow.prepare).unwrap_or_default();
+    deadlines.second_phase += slowest(|slow| slow.stop).unwrap_or_default();
+    deadlines.undo += 2 * slowest(|slow| slow.prepare + slow.stop).unwrap_or_default();
+    // Many processes start at the same time on few CPUs.
+    deadlines.hello = Duration::from_secs(30);
+    let builder = MachineBuilder::new("demo").devices(devices).deadlines(deadlines);
+    Ok(if single_phase { builder.without_first_phase() } else { builder })
+}
 
 /// Runs what blocks on a thread of its own.
 pub(crate) async fn on_own_thread<T, E>(
@@ -114,11 +137,11 @@ impl<'a> Run<'a> {
                     of.command(phase).and_then(|command| command.evidence()).cloned()
                 };
                 let or_nothing = Option::<Evidence>::unwrap_or_default;
-                Proof {
+                Some(Proof {
                     quiet: or_nothing(evidence(stopped, promised)),
                     stopped: or_nothing(evidence(stopped, Phase::Stop)),
                     leaving: or_nothing(evidence(started, Phase::PrepareStart)),
-                }
+                })
             })
             .collect();
         oracle::check(&oracle::Round {
@@ -132,7 +155,7 @@ impl<'a> Run<'a> {
 
     /// Waits until every pair has written; returns those that have not.
     async fn traffic(&mut self, since: Vec<u64>) -> Result<Vec<Pair>, DemoError> {
-        self.with_vmm(move |vmm| vmm.wait_for_traffic(&since)).await
+        self.with_vmm(move |vmm| vmm.wait_for_traffic(&since, |_| true, TRAFFIC_DEADLINE)).await
     }
 
     async fn with_vmm<T: Send + 'static>(

@@ -1,12 +1,12 @@
 //! What came of a run: tables for a person, one JSON object for a program.
 
-use super::engine::Work;
-use super::layout::BLOCK;
 use super::memcpy;
 use super::options::DemoArgs;
-use super::oracle::Verdict;
-use super::pairs::Pair;
 use super::statistics::Spread;
+use crate::engines::engine::Work;
+use crate::engines::layout::BLOCK;
+use crate::engines::oracle::Verdict;
+use crate::engines::pairs::Pair;
 use serde::Serialize;
 use standstill::coordinator::Status;
 use standstill::coordinator::report::{CommandReport, Nanos, TransitionReport};

@@ -79,10 +79,13 @@ pub struct CopyEngineConfig {
     pub slow_prepare_start: Duration,
     /// How long the second step of a start takes.
     pub slow_start: Duration,
+    /// How long the engine rests each time that it begins its ring again, so that it does not take all of
+    /// a CPU.
+    pub rest: Duration,
 }
 
 impl Default for CopyEngineConfig {
-    /// 1 MiB of memory, 4 vectors, no delays.
+    /// 1 MiB of memory, 4 vectors, no delays, no rest.
     fn default() -> Self {
         Self {
             memory_size: 1 << 20,
@@ -91,6 +94,7 @@ impl Default for CopyEngineConfig {
             slow_stop: Duration::ZERO,
             slow_prepare_start: Duration::ZERO,
             slow_start: Duration::ZERO,
+            rest: Duration::ZERO,
         }
     }
 }
@@ -129,7 +133,7 @@ impl CopyEngine {
         let memory = SharedMemory::create(KIND, config.memory_size).map_err(DeviceError::new)?;
         let info = config.info(&memory)?;
         let shared = Arc::new(Shared::new(handles, config.vectors));
-        let engine = Engine::new(Arc::clone(&shared));
+        let engine = Engine::new(Arc::clone(&shared), config.rest);
         std::thread::Builder::new()
             .name(KIND.to_owned())
             .spawn(move || engine.run())

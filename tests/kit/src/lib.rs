@@ -22,6 +22,7 @@
 //! - [`plan`]: which faults hit which device of a machine, and when;
 //! - [`outside`]: faults that befall a device process, whatever its program is;
 //! - [`mod@programs`]: the programs of this kit, in a test of another package too;
+//! - [`sweep`]: tries them on machines of any device programs, and judges what comes of it;
 //! - [`script`]: what a device process does at which message; the program is `rogue-device`, built
 //!   with this package. Where nothing else was said it keeps to the protocol;
 //! - [`trace`]: who was told and answered what, when, in one order over all processes and threads;
@@ -44,6 +45,7 @@ pub mod plan;
 pub mod process;
 pub mod programs;
 pub mod script;
+pub mod sweep;
 pub mod trace;
 
 pub use deadline::{GRACE, within};

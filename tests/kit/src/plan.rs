@@ -406,7 +406,7 @@ impl Plan {
 
 impl Cause {
     /// Why it cannot be done, if it cannot.
-    fn impossible(&self) -> Option<&'static str> {
+    pub(crate) fn impossible(&self) -> Option<&'static str> {
         match self {
             Self::Inside(fault) if !fault.is_possible() => {
                 Some("a device process cannot do that there")
@@ -428,7 +428,6 @@ impl OutsideAction {
         match self {
             Self::Kill
             | Self::StopMs(_)
-            | Self::Cut
             | Self::Limit(_)
             | Self::KillCoordinator
             | Self::StopCoordinatorMs(_) => false,
@@ -439,7 +438,8 @@ impl OutsideAction {
             | Self::CorruptAt(_)
             | Self::Split
             | Self::Merge
-            | Self::Swap => true,
+            | Self::Swap
+            | Self::Cut => true,
         }
     }
 }

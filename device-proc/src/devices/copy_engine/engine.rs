@@ -18,6 +18,7 @@ use rustix::process::setpriority_process;
 use rustix::thread::gettid;
 use rustix::time::{ClockId, clock_gettime};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 use thiserror::Error;
 
 /// Nice value of the thread.
@@ -50,6 +51,8 @@ pub(super) struct Current {
 struct Job {
     generation: u64,
     iova: u64,
+    /// Whether it is the first one of the ring.
+    first: bool,
 }
 
 /// Why a descriptor was not executed.
@@ -112,6 +115,13 @@ impl Shared {
         self.work.notify_one();
     }
 
+    /// Does nothing for that long, or until the end.
+    fn rest(&self, time: Duration) {
+        let current = self.lock();
+        // Poisoned or not: nothing is read.
+        drop(self.work.wait_timeout_while(current, time, |current| !current.ended));
+    }
+
     /// Waits for a descriptor to execute; `None` at the end.
     fn next_job(&self) -> Option<Job> {
         let mut current = self.lock();
@@ -121,7 +131,8 @@ impl Shared {
             }
             if current.state.has_work() {
                 let iova = current.state.descriptor_iova();
-                return Some(Job { generation: current.generation, iova });
+                let first = current.state.head == 0;
+                return Some(Job { generation: current.generation, iova, first });
             }
             current = self.work.wait(current).unwrap_or_else(PoisonError::into_inner);
         }
@@ -150,14 +161,15 @@ pub(super) enum Ring {
 /// What only the thread knows.
 pub(super) struct Engine {
     shared: Arc<Shared>,
+    rest: Duration,
     cpu_ns: u64,
     clock_descriptors: u32,
     clock_bytes: u64,
 }
 
 impl Engine {
-    pub(super) fn new(shared: Arc<Shared>) -> Self {
-        Self { shared, cpu_ns: 0, clock_descriptors: 0, clock_bytes: 0 }
+    pub(super) fn new(shared: Arc<Shared>, rest: Duration) -> Self {
+        Self { shared, rest, cpu_ns: 0, clock_descriptors: 0, clock_bytes: 0 }
     }
 
     /// The thread's life.
@@ -166,6 +178,10 @@ impl Engine {
         self.cpu_ns = thread_cpu_ns();
         yield_to_control();
         while let Some(job) = shared.next_job() {
+            if job.first && !self.rest.is_zero() {
+                // Nothing is held meanwhile, and a job that is void by then is seen to be.
+                shared.rest(self.rest);
+            }
             if let Err(fault) = self.execute(&shared, job) {
                 halt(&shared, job, fault);
             }

@@ -16,7 +16,7 @@ async fn with_the_gate_closed_an_error_waits_before_it_changes_the_state() {
     let (halted, has_halted) = mpsc::channel();
     std::thread::scope(|scope| {
         scope.spawn(|| {
-            let job = Job { generation: 0, iova: 0 };
+            let job = Job { generation: 0, iova: 0, first: true };
             halt(&shared, job, BadDescriptor::Length(0).into());
             halted.send(()).expect("the test waits");
         });

@@ -1,14 +1,16 @@
 //! The VMM of the demonstration: guest RAM, the device processes with a vfio-user client for each,
 //! and everything mapped into everything.
 
+#[cfg(feature = "fault-injection")]
+mod members;
+
 use super::engine::{Class, Engine, EngineError, Work};
 use super::layout::Layout;
-use super::options::Slowness;
 use super::oracle::Sight;
 use super::pairs::{Pair, pairs};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-use standstill::coordinator::{Deadlines, DeviceSpec, MachineBuilder};
+use standstill::coordinator::DeviceSpec;
 use standstill::device_proc::devices::copy_engine::Descriptor;
 use standstill::device_proc::memory::{SharedAccessError, SharedMemory, SharedMemoryError};
 use std::io;
@@ -56,16 +58,17 @@ pub(crate) struct Blueprint {
     layout: Layout,
     folder: TempDir,
     ram: SharedMemory,
+    rest: Duration,
 }
 
 impl Blueprint {
-    /// Makes guest RAM and a folder for sockets.
-    pub(crate) fn new(engines: usize) -> Result<Self, VmmError> {
+    /// Makes guest RAM and a folder for sockets; `block` is how much one descriptor copies, in bytes.
+    pub(crate) fn new(engines: usize, block: u32) -> Result<Self, VmmError> {
         let pairs = pairs(engines);
-        let layout = Layout::new(engines, &pairs);
+        let layout = Layout::new(engines, &pairs, block);
         let folder = socket_folder().map_err(VmmError::Folder)?;
         let ram = SharedMemory::create("guest-ram", layout.ram().size)?;
-        Ok(Self { engines, pairs, layout, folder, ram })
+        Ok(Self { engines, pairs, layout, folder, ram, rest: Duration::ZERO })
     }
 
     /// Guest RAM.
@@ -73,48 +76,35 @@ impl Blueprint {
         &self.ram
     }
 
-    /// The machine for the coordinator: this program again for each device.
-    pub(crate) fn machine(
-        &self,
-        slowness: &[Slowness],
-        single_phase: bool,
-    ) -> Result<MachineBuilder, VmmError> {
+    /// The device processes: this program again for each.
+    pub(crate) fn devices(&self) -> Result<Vec<DeviceSpec>, VmmError> {
         let program = std::env::current_exe().map_err(VmmError::Program)?;
-        let devices = slowness.iter().enumerate().map(|(number, slow)| {
+        let device = |number| {
             DeviceSpec::new(format!("engine{number}"), &program)
                 .args(["device", "copy-engine", "--socket"])
                 .arg(self.socket(number))
                 .arg(format!("--memory={}", self.layout.memory_size()))
-                .arg(format!("--slow-prepare={}", humantime::format_duration(slow.prepare)))
-                .arg(format!("--slow-stop={}", humantime::format_duration(slow.stop)))
-        });
-        let slowest = |which: fn(&Slowness) -> Duration| slowness.iter().map(which).max();
-        let mut deadlines = Deadlines::default();
-        deadlines.first_phase += slowest(|slow| slow.prepare).unwrap_or_default();
-        deadlines.second_phase += slowest(|slow| slow.stop).unwrap_or_default();
-        deadlines.undo += 2 * slowest(|slow| slow.prepare + slow.stop).unwrap_or_default();
-        // Many processes start at the same time on few CPUs.
-        deadlines.hello = Duration::from_secs(30);
-        let builder = MachineBuilder::new("demo").devices(devices).deadlines(deadlines);
-        Ok(if single_phase { builder.without_first_phase() } else { builder })
+                .arg(format!("--rest={}", humantime::format_duration(self.rest)))
+        };
+        Ok((0..self.engines).map(device).collect())
     }
 
     fn socket(&self, number: usize) -> PathBuf {
-        self.folder.path().join(format!("engine{number}.sock"))
+        socket(&self.folder, number)
     }
 
     /// Connects to every device, maps guest RAM and every other device's memory into each, makes
     /// sure that the devices see them as what they are, and starts all engines. Blocks; `step` is
     /// called once for each device.
     pub(crate) fn connect(self, mut step: impl FnMut()) -> Result<Vmm, VmmError> {
-        let Self { pairs, layout, folder, ram, .. } = self;
         let engines = (0..self.engines)
             .map(|number| {
-                let socket = folder.path().join(format!("engine{number}.sock"));
-                Engine::connect(&socket, layout.memory_size()).map_err(of(number))
+                Engine::connect(&self.socket(number), self.layout.memory_size()).map_err(of(number))
             })
             .collect::<Result<Vec<_>, _>>()?;
-        let mut vmm = Vmm { pairs, layout, ram, engines, _folder: folder };
+        let Self { pairs, layout, folder, ram, .. } = self;
+        let gone = vec![false; engines.len()];
+        let mut vmm = Vmm { pairs, layout, ram, engines, gone, folder };
         for number in 0..vmm.engines.len() {
             vmm.wire(number)?;
             step();
@@ -124,6 +114,10 @@ impl Blueprint {
         }
         Ok(vmm)
     }
+}
+
+fn socket(folder: &TempDir, number: usize) -> PathBuf {
+    folder.path().join(format!("engine{number}.sock"))
 }
 
 /// A folder whose sockets' paths fit into a socket address, whatever `TMPDIR` says.
@@ -145,8 +139,14 @@ pub(crate) struct Vmm {
     layout: Layout,
     ram: SharedMemory,
     engines: Vec<Engine>,
+    /// Engines that are no part of the machine any more.
+    gone: Vec<bool>,
     /// Removed at the end.
-    _folder: TempDir,
+    #[cfg_attr(
+        not(feature = "fault-injection"),
+        expect(dead_code, reason = "nobody connects again")
+    )]
+    folder: TempDir,
 }
 
 impl Vmm {
@@ -164,25 +164,29 @@ impl Vmm {
         engine.map(self.layout.ram(), &self.ram, Class::Ram).map_err(of(number))?;
         let peers = (0..).zip(&*before).chain((number + 1..).zip(&*after));
         for (peer, other) in peers {
+            if self.gone.get(peer).copied().unwrap_or(true) {
+                continue;
+            }
             let range = self.layout.memory(peer);
             engine.map(range, other.memory(), Class::Peer).map_err(of(number))?;
         }
-        let source =
-            vec![0x40 + u8::try_from(number % 64).unwrap_or(0); super::layout::BLOCK as usize];
+        let byte = 0x40 + u8::try_from(number % 64).unwrap_or(0);
+        let source = vec![byte; self.layout.block() as usize];
         self.ram.write(self.layout.source_offset(number), &source)?;
-        let ring: Vec<u8> = self
-            .layout
-            .descriptors(number, &self.pairs)
-            .iter()
-            .flat_map(Descriptor::to_bytes)
-            .collect();
+        self.write_ring(number)
+    }
+
+    fn write_ring(&self, number: usize) -> Result<(), VmmError> {
+        let is_gone = |engine: usize| self.gone.get(engine).copied().unwrap_or(true);
+        let descriptors = self.layout.descriptors(number, &self.pairs, is_gone);
+        let ring: Vec<u8> = descriptors.iter().flat_map(Descriptor::to_bytes).collect();
         self.ram.write(self.layout.ring_offset(number), &ring)?;
         Ok(())
     }
 
     fn start(&mut self, number: usize) -> Result<(), VmmError> {
         let ring = self.layout.ring(number);
-        let descriptors = self.layout.descriptors(number, &self.pairs).len();
+        let descriptors = self.layout.descriptors(number, &self.pairs, |_| false).len();
         let Some(engine) = self.engines.get_mut(number) else { return Ok(()) };
         let entries = u32::try_from(descriptors).unwrap_or(u32::MAX);
         engine.start(ring, entries).map_err(of(number))
@@ -226,18 +230,24 @@ impl Vmm {
         self.engines.iter_mut().enumerate().map(each).collect()
     }
 
-    /// Waits until every ordered pair has written since its mailbox held what is given. Returns
-    /// the pairs that have not, after [`TRAFFIC_DEADLINE`].
+    /// Waits until every ordered pair that is wanted has written since its mailbox held what is given.
+    /// Returns the pairs that have not, after that time.
     ///
     /// An engine raises its interrupt at the end of its ring, so an interrupt is the moment to
     /// look again.
-    pub(crate) fn wait_for_traffic(&self, since: &[u64]) -> Result<Vec<Pair>, VmmError> {
-        let deadline = Instant::now() + TRAFFIC_DEADLINE;
+    pub(crate) fn wait_for_traffic(
+        &self,
+        since: &[u64],
+        wanted: impl Fn(&Pair) -> bool,
+        patience: Duration,
+    ) -> Result<Vec<Pair>, VmmError> {
+        let deadline = Instant::now() + patience;
         let mut silent: Vec<(Pair, u64)> = self
             .pairs
             .iter()
             .copied()
             .zip(since.iter().copied().chain(std::iter::repeat(0)))
+            .filter(|(pair, _)| wanted(pair))
             .collect();
         loop {
             let mut still = Vec::with_capacity(silent.len());
@@ -251,15 +261,15 @@ impl Vmm {
             if silent.is_empty() || left.is_zero() {
                 return Ok(silent.into_iter().map(|(pair, _)| pair).collect());
             }
-            self.wait_for_interrupt(&silent, left)?;
+            // Pairs are ordered by writer.
+            let mut writers: Vec<_> = silent.iter().map(|(pair, _)| pair.writer).collect();
+            writers.dedup();
+            self.wait_for_interrupt(&writers, left)?;
         }
     }
 
-    /// Waits until one of the writers raises an interrupt, or for that long.
-    fn wait_for_interrupt(&self, silent: &[(Pair, u64)], left: Duration) -> Result<(), VmmError> {
-        // Pairs are ordered by writer.
-        let mut writers: Vec<_> = silent.iter().map(|(pair, _)| pair.writer).collect();
-        writers.dedup();
+    /// Waits until one of these raises an interrupt, or for that long.
+    fn wait_for_interrupt(&self, writers: &[usize], left: Duration) -> Result<(), VmmError> {
         let engines = || writers.iter().filter_map(|&n| Some((n, self.engines.get(n)?)));
         let mut fds: Vec<_> = engines()
             .map(|(_, engine)| PollFd::from_borrowed_fd(engine.interrupts(), PollFlags::IN))

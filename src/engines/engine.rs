@@ -14,6 +14,7 @@ use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use thiserror::Error;
 use vfio_bindings::bindings::vfio::{
     VFIO_IRQ_SET_ACTION_TRIGGER, VFIO_IRQ_SET_DATA_EVENTFD, VFIO_PCI_MSIX_IRQ_INDEX,
@@ -109,9 +110,14 @@ pub(crate) struct Work {
     pub(crate) busy_ns: u64,
 }
 
+/// An access to a register that has yet to be made.
+#[cfg(feature = "fault-injection")]
+pub(crate) type Access = Box<dyn FnOnce() -> Result<(), EngineError> + Send>;
+
 /// One copy engine and the VMM's connection to it.
 pub(crate) struct Engine {
-    client: Client,
+    /// In a mutex, since an access to a register may be made on another thread.
+    client: Arc<Mutex<Client>>,
     memory: SharedMemory,
     interrupts: OwnedFd,
 }
@@ -133,7 +139,7 @@ impl Engine {
         let memory = SharedMemory::from_fd(fd, memory_size)?;
         let interrupts = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
             .map_err(|errno| system("eventfd")(errno.into()))?;
-        let mut engine = Self { client, memory, interrupts };
+        let mut engine = Self { client: Arc::new(Mutex::new(client)), memory, interrupts };
         engine.expect_word("its ID register", ID, ID_VALUE)?;
         engine.expect_word("its VERSION register", VERSION, VERSION_VALUE)?;
         let size = engine.read_long(MEMORY_SIZE)?;
@@ -145,10 +151,25 @@ impl Engine {
         Ok(engine)
     }
 
+    fn client(&self) -> MutexGuard<'_, Client> {
+        self.client.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// An access to a register, which may be made on another thread and hang there.
+    #[cfg(feature = "fault-injection")]
+    pub(crate) fn access(&self) -> Access {
+        let client = Arc::clone(&self.client);
+        Box::new(move || {
+            let mut bytes = [0; 4];
+            let mut client = client.lock().unwrap_or_else(PoisonError::into_inner);
+            client.region_read(REGISTER_BAR, ID, &mut bytes).map_err(failed("read a register"))
+        })
+    }
+
     fn install_interrupt(&mut self) -> Result<(), EngineError> {
         let flags = VFIO_IRQ_SET_DATA_EVENTFD | VFIO_IRQ_SET_ACTION_TRIGGER;
         let fds = [self.interrupts.as_raw_fd()];
-        self.client
+        self.client()
             .set_irqs(VFIO_PCI_MSIX_IRQ_INDEX, flags, VECTOR, 1, &fds)
             .map_err(failed("install an eventfd for its interrupts"))
     }
@@ -180,7 +201,7 @@ impl Engine {
         memory: &SharedMemory,
         class: Class,
     ) -> Result<(), EngineError> {
-        self.client
+        self.client()
             .dma_map(0, range.iova, range.size, memory.as_fd().as_raw_fd())
             .map_err(failed("map memory for its DMA"))?;
         self.write_long(PROBE_IOVA, range.iova)?;
@@ -200,6 +221,12 @@ impl Engine {
     pub(crate) fn start(&mut self, ring: u64, entries: u32) -> Result<(), EngineError> {
         self.write_long(RING_BASE, ring)?;
         self.write_word(RING_ENTRIES, entries)?;
+        self.write_word(CONTROL, CONTROL_RUN | CONTROL_LOOP)
+    }
+
+    /// Lets the engine go on round its ring, if it has halted.
+    #[cfg(feature = "fault-injection")]
+    pub(crate) fn go_on(&mut self) -> Result<(), EngineError> {
         self.write_word(CONTROL, CONTROL_RUN | CONTROL_LOOP)
     }
 
@@ -233,7 +260,7 @@ impl Engine {
 
     fn read_word(&mut self, register: u64) -> Result<u32, EngineError> {
         let mut bytes = [0; 4];
-        self.client
+        self.client()
             .region_read(REGISTER_BAR, register, &mut bytes)
             .map_err(failed("read a register"))?;
         Ok(u32::from_le_bytes(bytes))
@@ -241,20 +268,20 @@ impl Engine {
 
     fn read_long(&mut self, register: u64) -> Result<u64, EngineError> {
         let mut bytes = [0; 8];
-        self.client
+        self.client()
             .region_read(REGISTER_BAR, register, &mut bytes)
             .map_err(failed("read a register"))?;
         Ok(u64::from_le_bytes(bytes))
     }
 
     fn write_word(&mut self, register: u64, value: u32) -> Result<(), EngineError> {
-        self.client
+        self.client()
             .region_write(REGISTER_BAR, register, &value.to_le_bytes())
             .map_err(failed("write a register"))
     }
 
     fn write_long(&mut self, register: u64, value: u64) -> Result<(), EngineError> {
-        self.client
+        self.client()
             .region_write(REGISTER_BAR, register, &value.to_le_bytes())
             .map_err(failed("write a register"))
     }

@@ -1,7 +1,7 @@
 //! Every check holds for an honest round, and each can fail by itself.
 
 use super::*;
-use crate::demo::pairs::pairs;
+use crate::engines::pairs::pairs;
 
 const ENGINES: usize = 4;
 
@@ -53,9 +53,13 @@ impl Parts {
     }
 
     fn check(&self) -> Verdict {
+        self.check_of(&self.proofs.iter().cloned().map(Some).collect::<Vec<_>>())
+    }
+
+    fn check_of(&self, proofs: &[Option<Proof>]) -> Verdict {
         check(&Round {
             pairs: &self.pairs,
-            proofs: &self.proofs,
+            proofs,
             after_stop: &self.after_stop,
             before_start: &self.before_start,
             interrupts: &self.interrupts,
@@ -185,6 +189,24 @@ fn missing_evidence_is_a_failed_check() {
 
     let late = late_after(|parts| parts.interrupts.clear());
     assert_eq!(late.len(), ENGINES);
+}
+
+#[test]
+fn who_took_no_part_is_not_checked_and_all_others_are() {
+    let parts = Parts::honest();
+    let mut proofs: Vec<_> = parts.proofs.iter().cloned().map(Some).collect();
+    proofs[2] = None;
+    let verdict = parts.check_of(&proofs);
+    assert_eq!(verdict.late, []);
+    let left = parts.pairs.iter().filter(|p| p.writer != 2 && p.receiver != 2).count();
+    // As above; the counters of those who are left are all their own.
+    let written = parts.pairs.iter().filter(|p| p.writer != 2).count();
+    assert_eq!(verdict.checks, (left * 4 + written + (ENGINES - 1) * 4 + 1) as u64);
+    if let Some(proof) = &mut proofs[0] {
+        proof.stopped.memory_hash = Some(1);
+    }
+    let late = parts.check_of(&proofs).late;
+    assert!(matches!(late[..], [LateWrite::MemoryAfterAck { device: 0, .. }]), "{late:?}");
 }
 
 #[test]

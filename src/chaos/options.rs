@@ -1,0 +1,72 @@
+//! What `standstill chaos` can be told.
+
+use crate::logging::LogArgs;
+use clap::Args;
+use std::path::PathBuf;
+
+/// The exit status of a program whose devices take no orders to fail.
+#[cfg(not(feature = "fault-injection"))]
+pub(super) const NOT_BUILT_FOR_IT: u8 = 3;
+
+const AFTER_HELP: &str = "\
+The machine is that of `standstill demo`: copy engines that write into each other's memory without
+rest. What goes wrong is drawn from the seed: devices exit, crash, hang, refuse, answer wrongly, flood
+or close their channel, before, in and after every phase; packets come late, twice, damaged or never;
+processes are killed and stopped. After each pause and resume it is checked that the outcome is the one
+that a table says (tests/expected-outcomes), that all devices that are left are in one state, that
+nothing was written while the machine stood still, that every call kept its deadline, that each fault
+really happened, and at the end that no process, file descriptor or thread is left.
+
+Whatever fails is made as small as possible and printed as a plan, a TOML text that --plan runs again.
+
+This needs a program whose devices can be told to fail, for tests only:
+  cargo run --release --features fault-injection -- chaos
+
+Examples:
+  standstill chaos
+      Random faults, from a seed that is told at the end.
+  standstill chaos --seed 7 --rounds 500 --devices 5
+      The same faults each time.
+  standstill chaos --sweep
+      Every fault, in every phase, on every one of three devices, under each policy: some minutes.
+  standstill chaos --plan liar.toml
+      What the plan says.
+
+Exit status:
+  0    everything was as it must be
+  1    something was not, or it could not be finished
+  2    the command line or the plan is wrong
+  3    this program was built without the feature fault-injection
+  130  ended by SIGINT (Ctrl-C); 143: by SIGTERM. No process is left behind.";
+
+/// Runs machines of copy engines of which devices fail, and checks what becomes of each machine.
+#[derive(Args, Clone, Debug)]
+#[command(after_long_help = AFTER_HELP, after_help = "Examples and exit status: --help")]
+pub(crate) struct ChaosArgs {
+    /// Where the faults are drawn from [default: another one each time]
+    #[arg(long, value_name = "S", conflicts_with = "plan")]
+    pub(super) seed: Option<u64>,
+    /// How often machines are paused and resumed, with random faults [default: 50]
+    #[arg(long, value_name = "R", value_parser = clap::value_parser!(u32).range(1..=10_000_000), conflicts_with = "plan")]
+    pub(super) rounds: Option<u32>,
+    /// How many devices each machine has: 2 to 64
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u16).range(2..=64), conflicts_with = "plan")]
+    pub(super) devices: u16,
+    /// Do what this file says instead
+    #[arg(long, value_name = "FILE", conflicts_with = "sweep")]
+    pub(super) plan: Option<PathBuf>,
+    /// Try every fault in every phase on each of three devices; random ones only if --rounds is given
+    #[arg(long)]
+    pub(super) sweep: bool,
+    /// How many machines are at work at the same time
+    #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub(super) at_once: u16,
+    /// Write what came of each fault into this file, as tables
+    #[arg(long, value_name = "FILE")]
+    pub(super) markdown: Option<PathBuf>,
+    /// Print one JSON object as the last line instead of a table
+    #[arg(long)]
+    pub(super) json: bool,
+    #[command(flatten)]
+    pub(super) log: LogArgs,
+}

@@ -1,0 +1,171 @@
+//! The machine that faults are tried on: the copy engines of the demonstration, and its oracle.
+
+use crate::engines::machine::{Blueprint, Vmm};
+use crate::engines::oracle::{self, Proof, Sight};
+use standstill::coordinator::DeviceSpec;
+use standstill::coordinator::report::{ParticipantReport, TransitionReport};
+use standstill::protocol::message::Phase;
+use standstill_testkit::sweep::{Access, Look, Rig, RigError, Subject};
+use std::collections::BTreeSet;
+use std::os::fd::OwnedFd;
+use std::time::Duration;
+
+/// What one descriptor copies, in bytes: little, since many machines are at work on few CPUs.
+const BLOCK: u32 = 4096;
+/// What an engine rests between two rounds of its ring.
+const REST: Duration = Duration::from_millis(2);
+/// How long it is waited until every pair has written.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Machines of copy engines.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Engines;
+
+impl Subject for Engines {
+    fn rig(&self, devices: u16) -> Result<Box<dyn Rig>, RigError> {
+        let blueprint = Blueprint::new(devices.into(), BLOCK)?.rest(REST);
+        Ok(Box::new(EngineRig {
+            at: At::Paper(blueprint),
+            sights: Vec::new(),
+            interrupts: Vec::new(),
+        }))
+    }
+}
+
+struct EngineRig {
+    at: At,
+    /// What was seen since the last pause.
+    sights: Vec<Sight>,
+    /// Interrupts of each engine between the first look and the last.
+    interrupts: Vec<u64>,
+}
+
+/// How far the machine is.
+enum At {
+    /// Described.
+    Paper(Blueprint),
+    /// At work.
+    Work(Vmm),
+    /// Something has failed on the way.
+    Nowhere,
+}
+
+impl EngineRig {
+    fn vmm(&mut self) -> Result<&mut Vmm, RigError> {
+        match &mut self.at {
+            At::Work(vmm) => Ok(vmm),
+            At::Paper(_) | At::Nowhere => Err("the engines are not connected".into()),
+        }
+    }
+}
+
+impl Rig for EngineRig {
+    fn devices(&self) -> Result<Vec<DeviceSpec>, RigError> {
+        match &self.at {
+            At::Paper(blueprint) => Ok(blueprint.devices()?),
+            At::Work(_) | At::Nowhere => Err("the engines are at work already".into()),
+        }
+    }
+
+    fn ram(&self) -> Result<Option<OwnedFd>, RigError> {
+        let ram = match &self.at {
+            At::Paper(blueprint) => blueprint.ram(),
+            At::Work(vmm) => vmm.ram(),
+            At::Nowhere => return Err("there is no machine".into()),
+        };
+        Ok(Some(ram.try_clone_fd()?))
+    }
+
+    fn connect(&mut self) -> Result<(), RigError> {
+        if let At::Paper(blueprint) = std::mem::replace(&mut self.at, At::Nowhere) {
+            self.at = At::Work(blueprint.connect(|| {})?);
+        }
+        Ok(())
+    }
+
+    fn remove(&mut self, device: usize, others: &BTreeSet<usize>) -> Result<(), RigError> {
+        Ok(self.vmm()?.remove(device, others, PATIENCE)?)
+    }
+
+    fn restore(&mut self, device: usize, others: &BTreeSet<usize>) -> Result<(), RigError> {
+        Ok(self.vmm()?.restore(device, others, PATIENCE)?)
+    }
+
+    fn traffic(&mut self, devices: &BTreeSet<usize>) -> Result<Vec<String>, RigError> {
+        let vmm = self.vmm()?;
+        let since = vmm.mailboxes()?;
+        let silent = vmm.wait_for_traffic(
+            &since,
+            |pair| vmm.has(pair) && devices.contains(&pair.writer),
+            PATIENCE,
+        )?;
+        let idle = |pair: &crate::engines::pairs::Pair| {
+            format!("engine{} does not write to engine{} any more", pair.writer, pair.receiver)
+        };
+        Ok(silent.iter().map(idle).collect())
+    }
+
+    fn access(&mut self, device: usize) -> Option<Access> {
+        let access = self.vmm().ok()?.access(device)?;
+        Some(Box::new(move || Ok(access()?)))
+    }
+
+    fn look(&mut self, moment: Look) -> Result<(), RigError> {
+        let first = moment == Look::AfterStop;
+        let vmm = self.vmm()?;
+        // What the eventfds have counted by the first look is none of the standstill's.
+        let before = if first { vmm.take_interrupts()? } else { Vec::new() };
+        let sight = vmm.look()?;
+        let interrupts = if first { vec![0; before.len()] } else { vmm.take_interrupts()? };
+        if first {
+            self.sights.clear();
+        }
+        self.sights.push(sight);
+        self.interrupts = interrupts;
+        Ok(())
+    }
+
+    fn late_writes(
+        &mut self,
+        pause: &TransitionReport,
+        resume: &TransitionReport,
+    ) -> Result<Vec<String>, RigError> {
+        let sights = std::mem::take(&mut self.sights);
+        let (Some(after_stop), Some(before_start)) = (sights.first(), sights.last()) else {
+            return Err("nobody has looked at the memory".into());
+        };
+        let vmm = self.vmm()?;
+        let pairs: Vec<_> = vmm.pairs().to_vec();
+        let proofs: Vec<_> =
+            (0..after_stop.memory.len()).map(|engine| proof(engine, pause, resume)).collect();
+        let verdict = oracle::check(&oracle::Round {
+            pairs: &pairs,
+            proofs: &proofs,
+            after_stop,
+            before_start,
+            interrupts: &self.interrupts,
+        });
+        Ok(verdict.late.iter().map(ToString::to_string).collect())
+    }
+}
+
+/// What an engine showed, if it took part in both.
+fn proof(engine: usize, pause: &TransitionReport, resume: &TransitionReport) -> Option<Proof> {
+    let name = format!("engine{engine}");
+    let own = |report: &TransitionReport| -> Option<ParticipantReport> {
+        let mut own = report.participants.iter().filter(|own| own.fence.is_none());
+        own.find(|own| own.name == name).cloned()
+    };
+    let (stopped, started) = (own(pause)?, own(resume)?);
+    if stopped.incarnation != started.incarnation {
+        return None;
+    }
+    let evidence = |of: &ParticipantReport, phase| {
+        of.command(phase).and_then(|command| command.evidence()).cloned().unwrap_or_default()
+    };
+    Some(Proof {
+        quiet: evidence(&stopped, Phase::PrepareStop),
+        stopped: evidence(&stopped, Phase::Stop),
+        leaving: evidence(&started, Phase::PrepareStart),
+    })
+}

@@ -1,0 +1,112 @@
+//! Engines that are lost and come back while the others are at work.
+
+use super::super::engine::{Access, Class, Engine};
+use super::super::pairs::Pair;
+use super::{Blueprint, Vmm, VmmError, of, socket};
+use standstill::device_proc::memory::SharedMemory;
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::{Duration, Instant};
+
+/// How often an engine is looked at that may have halted.
+const GO_ON: Duration = Duration::from_millis(20);
+
+impl Blueprint {
+    /// Lets each engine rest that long whenever it has gone round its ring, so that the CPUs are left to
+    /// others.
+    pub(crate) fn rest(mut self, rest: Duration) -> Self {
+        self.rest = rest;
+        self
+    }
+}
+
+impl Vmm {
+    /// Goes on without an engine: the others write to guest RAM what they wrote to it.
+    /// Only `working` ones can be told; those are seen to go on, for at most that time.
+    pub(crate) fn remove(
+        &mut self,
+        number: usize,
+        working: &BTreeSet<usize>,
+        patience: Duration,
+    ) -> Result<(), VmmError> {
+        if let Some(gone) = self.gone.get_mut(number) {
+            *gone = true;
+        }
+        self.go_on(working, patience)
+    }
+
+    /// Goes on with an engine whose process was started again: a new client, everything mapped into it
+    /// and its memory into all others.
+    /// Only `working` ones can be told; those are seen to go on, for at most that time.
+    pub(crate) fn restore(
+        &mut self,
+        number: usize,
+        working: &BTreeSet<usize>,
+        patience: Duration,
+    ) -> Result<(), VmmError> {
+        let socket = socket(&self.folder, number);
+        let engine = Engine::connect(&socket, self.layout.memory_size()).map_err(of(number))?;
+        if let Some(old) = self.engines.get_mut(number) {
+            *old = engine;
+        }
+        self.wire(number)?;
+        let range = self.layout.memory(number);
+        for peer in (0..self.engines.len()).filter(|&peer| peer != number) {
+            if !working.contains(&peer) {
+                continue;
+            }
+            if let Ok([engine, other]) = self.engines.get_disjoint_mut([peer, number]) {
+                engine.map(range, other.memory(), Class::Peer).map_err(of(peer))?;
+            }
+        }
+        self.start(number)?;
+        self.go_on(working, patience)
+    }
+
+    /// Sets engines to work again that have come upon a window that led nowhere: with a descriptor that
+    /// they had fetched before, they can do so for a moment after their ring is another.
+    fn go_on(&mut self, working: &BTreeSet<usize>, patience: Duration) -> Result<(), VmmError> {
+        let present = |number: &usize| !self.gone.get(*number).copied().unwrap_or(true);
+        let mut halted: BTreeSet<_> = working.iter().copied().filter(present).collect();
+        for &number in &halted {
+            self.write_ring(number)?;
+        }
+        let deadline = Instant::now() + patience;
+        // The number of the last round that was seen, and how many there were.
+        let mut rounds: BTreeMap<usize, (u64, u32)> = BTreeMap::new();
+        while !halted.is_empty() && Instant::now() < deadline {
+            for number in std::mem::take(&mut halted) {
+                let written = self.ram.load_u64(self.layout.ring_sequence_offset(number))?;
+                let (last, seen) = rounds.entry(number).or_insert((written, 0));
+                if std::mem::replace(last, written) != written {
+                    *seen += 1;
+                }
+                // What was fetched before is done by the end of the second round.
+                if *seen >= 2 {
+                    continue;
+                }
+                halted.insert(number);
+                let Some(engine) = self.engines.get_mut(number) else { continue };
+                engine.go_on().map_err(of(number))?;
+            }
+            let waiting: Vec<_> = halted.iter().copied().collect();
+            self.wait_for_interrupt(&waiting, GO_ON)?;
+        }
+        Ok(())
+    }
+
+    /// Guest RAM.
+    pub(crate) fn ram(&self) -> &SharedMemory {
+        &self.ram
+    }
+
+    /// Whether a pair is still one.
+    pub(crate) fn has(&self, pair: &Pair) -> bool {
+        let is_gone = |engine: usize| self.gone.get(engine).copied().unwrap_or(true);
+        !is_gone(pair.writer) && !is_gone(pair.receiver)
+    }
+
+    /// An access to a register of an engine, which may be made on another thread.
+    pub(crate) fn access(&self, number: usize) -> Option<Access> {
+        self.engines.get(number).map(Engine::access)
+    }
+}

@@ -1,0 +1,341 @@
+//! The faults of a plan while it is run: who does them, and whether they have happened.
+
+use super::Times;
+use super::engine::RunError;
+use super::nature::{self, Nature, nature};
+use crate::outside::Relay;
+use crate::plan::{Cause, Moment, OutsideAction, Plan};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use standstill_coordinator::report::TransitionReport;
+use standstill_coordinator::{DeviceSpec, Machine, Status};
+use standstill_protocol::fault::{Action, Point};
+use std::collections::{BTreeMap, BTreeSet};
+use std::os::fd::OwnedFd;
+use std::time::{Duration, Instant};
+
+/// How long a device may take to say that it is armed, or to get where it always gets.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// A moment at which something is done from outside without a packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Moments {
+    Running,
+    Stopped,
+}
+
+/// The faults of a plan, in its order, and what is known of each.
+pub(super) struct Arms {
+    faults: Vec<Armed>,
+    /// By device.
+    relays: BTreeMap<usize, Relay>,
+    #[cfg(feature = "fault-injection")]
+    journals: Vec<(standstill_coordinator::fault::Journal, Vec<usize>)>,
+}
+
+struct Armed {
+    device: usize,
+    round: u32,
+    cause: Cause,
+    nature: Nature,
+    goes_on: bool,
+    fired: bool,
+    /// Its device was told.
+    armed: bool,
+    /// Its device is another process by now.
+    over: bool,
+    /// Its number in the journal of the relay.
+    order: Option<u32>,
+}
+
+impl Arms {
+    pub(super) fn new(plan: &Plan, times: &Times) -> Self {
+        let armed = |injection: &crate::plan::Injection| Armed {
+            device: injection.device.into(),
+            round: injection.round,
+            cause: injection.cause.clone(),
+            nature: nature(&injection.cause, times),
+            goes_on: nature::goes_on(&injection.cause, times),
+            fired: false,
+            armed: false,
+            over: false,
+            order: None,
+        };
+        Self {
+            faults: plan.faults.iter().map(armed).collect(),
+            relays: BTreeMap::new(),
+            #[cfg(feature = "fault-injection")]
+            journals: Vec::new(),
+        }
+    }
+
+    /// Puts a relay before a device to whose packets something is to be done.
+    pub(super) fn wrap(&mut self, device: u16, spec: DeviceSpec) -> Result<DeviceSpec, RunError> {
+        let number = usize::from(device);
+        if !self.faults.iter().any(|fault| fault.device == number && fault.moment().is_some()) {
+            return Ok(spec);
+        }
+        let relay = Relay::new().map_err(failed(number))?;
+        let spec = relay.wrap(spec).map_err(failed(number))?;
+        self.relays.insert(number, relay);
+        Ok(spec)
+    }
+
+    /// Tells relays and devices what is to go wrong from this round on.
+    pub(super) async fn arm(
+        &mut self,
+        machine: &Machine,
+        names: &[String],
+        round: u32,
+    ) -> Result<(), RunError> {
+        for fault in self.faults.iter_mut().filter(|fault| fault.round == round && !fault.over) {
+            let Some((moment, action)) = fault.moment() else { continue };
+            let Some(relay) = self.relays.get(&fault.device) else { continue };
+            let order = relay.arm(moment, 1, action).map_err(failed(fault.device))?;
+            (fault.order, fault.armed) = (Some(order), true);
+        }
+        self.arm_devices(machine, names, round).await
+    }
+
+    #[cfg(feature = "fault-injection")]
+    async fn arm_devices(
+        &mut self,
+        machine: &Machine,
+        names: &[String],
+        round: u32,
+    ) -> Result<(), RunError> {
+        for (number, name) in names.iter().enumerate() {
+            let mut told = Vec::new();
+            let mut faults = Vec::new();
+            for (at, fault) in self.faults.iter().enumerate() {
+                let Cause::Inside(inside) = &fault.cause else { continue };
+                if (fault.device, fault.round, fault.over) == (number, round, false) {
+                    told.push(at);
+                    faults.push(*inside);
+                }
+            }
+            if faults.is_empty() {
+                continue;
+            }
+            let mut journal = machine.arm(name, &faults).await.map_err(failed(number))?;
+            // Only then is it sure that the next thing that reaches it finds it armed, whichever way
+            // that takes.
+            let armed = tokio::time::timeout(PATIENCE, journal.next()).await;
+            armed.map_err(failed(number))?.map_err(failed(number))?;
+            for &at in &told {
+                if let Some(fault) = self.faults.get_mut(at) {
+                    fault.armed = true;
+                }
+            }
+            self.journals.push((journal, told));
+        }
+        Ok(())
+    }
+
+    /// Tells the devices nothing: what is in them has no ears for it.
+    #[cfg(not(feature = "fault-injection"))]
+    #[expect(clippy::unused_async, reason = "as with the feature")]
+    async fn arm_devices(
+        &mut self,
+        _machine: &Machine,
+        _names: &[String],
+        round: u32,
+    ) -> Result<(), RunError> {
+        let inside = |fault: &&Armed| matches!(fault.cause, Cause::Inside(_));
+        match self.faults.iter().filter(inside).find(|fault| fault.round == round) {
+            None => Ok(()),
+            Some(fault) => Err(failed(fault.device)(
+                "this program was built without the feature `fault-injection`",
+            )),
+        }
+    }
+
+    /// Reads what the devices say that they have done.
+    pub(super) fn read(&mut self) {
+        #[cfg(feature = "fault-injection")]
+        for (journal, told) in &mut self.journals {
+            use standstill_protocol::fault::JournalLine;
+            // An end, or what is no line, is no proof of anything.
+            while let Ok(Some(line)) = journal.try_next() {
+                if let JournalLine::Fired { index, .. } = line
+                    && let Some(&at) = told.get(index as usize)
+                    && let Some(fault) = self.faults.get_mut(at)
+                {
+                    fault.fired = true;
+                }
+            }
+        }
+        for (device, relay) in &self.relays {
+            let fired = relay.fired().unwrap_or_default();
+            let own = self.faults.iter_mut().filter(|fault| fault.device == *device);
+            for fault in own.filter(|fault| fault.order.is_some()) {
+                fault.fired |= fired.iter().any(|fired| Some(fired.index) == fault.order);
+            }
+        }
+    }
+
+    /// Whether RAM is to be declared in that round, for a fault that comes with it.
+    pub(super) fn declares(&self, round: u32) -> bool {
+        self.faults.iter().any(|fault| {
+            fault.round == round
+                && matches!(&fault.cause, Cause::Inside(inside) if inside.point == Point::Memory)
+        })
+    }
+
+    /// The devices that have a fault in a register access in that round.
+    pub(super) fn accesses(&self, round: u32) -> BTreeSet<usize> {
+        let accesses = |fault: &&Armed| {
+            fault.round == round
+                && matches!(&fault.cause, Cause::Inside(inside) if inside.point == Point::Mmio)
+        };
+        self.faults.iter().filter(accesses).map(|fault| fault.device).collect()
+    }
+
+    /// Waits until the faults of threads that are at work all the time have come, for a while.
+    pub(super) async fn wait_for_threads(&mut self) {
+        let end = Instant::now() + PATIENCE;
+        let waits = |fault: &Armed| {
+            let at_work = matches!(&fault.cause, Cause::Inside(inside)
+                if inside.nth <= 1
+                    && matches!(inside.point, Point::Mmio | Point::Dma | Point::DmaInFlight));
+            fault.armed && !fault.over && !fault.fired && at_work
+        };
+        loop {
+            self.read();
+            if !self.faults.iter().any(waits) || Instant::now() > end {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(3)).await;
+        }
+    }
+
+    /// Does from outside what is to be done at that moment.
+    pub(super) async fn at(
+        &mut self,
+        moment: Moments,
+        round: u32,
+        status: &Status,
+        names: &[String],
+    ) -> Result<(), RunError> {
+        for fault in self.faults.iter_mut().filter(|fault| fault.round == round && !fault.over) {
+            let Cause::Outside(outside) = &fault.cause else { continue };
+            let now = match outside.moment {
+                Moment::Running => moment == Moments::Running,
+                Moment::Stopped => moment == Moments::Stopped,
+                Moment::Command(_) | Moment::Answer(_) | Moment::Packet(_) => false,
+            };
+            if !now {
+                continue;
+            }
+            let name = names.get(fault.device);
+            let device = status.devices.iter().find(|device| Some(&device.name) == name);
+            let Some(known) = device.filter(|d| d.lost.is_none()).and_then(|d| d.pid) else {
+                continue;
+            };
+            // The coordinator knows the relay.
+            let behind = self.relays.get(&fault.device).map(Relay::device).transpose();
+            let behind = behind.map_err(failed(fault.device))?.flatten();
+            let known = i32::try_from(known).ok().and_then(Pid::from_raw);
+            let process = behind.or(known).ok_or("its process has no id");
+            let process = process.map_err(failed(fault.device))?;
+            do_to(process, outside.action).await.map_err(failed(fault.device))?;
+            fault.fired = true;
+        }
+        Ok(())
+    }
+
+    /// What has yet to come of faults that have happened, or will at once: the loss of a device that
+    /// dies of one, and the fault after an answer that was given. `None` if nothing has.
+    pub(super) fn waits_for(
+        &self,
+        lost: &BTreeSet<usize>,
+        report: Option<&TransitionReport>,
+        names: &[String],
+    ) -> Option<String> {
+        let mut open =
+            self.faults.iter().filter(|fault| !fault.over && !lost.contains(&fault.device));
+        open.find_map(|fault| {
+            let Armed { device, cause, .. } = fault;
+            if fault.fired && fault.nature == Nature::Ends {
+                return Some(format!("device {device} is lost by this: {cause}"));
+            }
+            let Cause::Inside(inside) = cause else { return None };
+            let Point::AfterAck(phase) = inside.point else { return None };
+            let report = report?;
+            let name = names.get(*device)?;
+            let own = report.participants.iter().find(|own| own.name == *name)?;
+            let acked = own.command(phase).is_some_and(|command| command.evidence().is_some());
+            let due = fault.armed && !fault.fired && inside.nth <= 1 && acked;
+            due.then(|| format!("this happens to device {device}: {cause}"))
+        })
+    }
+
+    /// A device is another process now: it was not told anything.
+    pub(super) fn is_new(&mut self, device: usize) {
+        for fault in self.faults.iter_mut().filter(|fault| fault.device == device) {
+            // What is to come in a later round is told to the new one.
+            fault.over |= fault.armed || fault.fired;
+        }
+    }
+
+    /// Whether that device can be expected to work.
+    pub(super) fn works(&self, device: usize) -> bool {
+        let mut own = self.faults.iter().filter(|fault| fault.device == device && !fault.over);
+        own.all(|fault| !fault.fired || fault.goes_on)
+    }
+
+    /// Whether somebody goes on with his DMA although he has stopped.
+    pub(super) fn lies(&self) -> bool {
+        self.faults.iter().any(|fault| {
+            fault.fired
+                && matches!(&fault.cause, Cause::Inside(inside) if inside.action == Action::KeepDma)
+        })
+    }
+
+    /// For each fault of the plan, whether it has happened.
+    pub(super) fn fired(&mut self) -> Vec<bool> {
+        self.read();
+        self.faults.iter().map(|fault| fault.fired).collect()
+    }
+}
+
+impl Armed {
+    /// The moment of a packet at which something is done to it.
+    fn moment(&self) -> Option<(Moment, OutsideAction)> {
+        match &self.cause {
+            Cause::Outside(outside) => match outside.moment {
+                Moment::Running | Moment::Stopped => None,
+                moment => Some((moment, outside.action)),
+            },
+            Cause::Inside(_) => None,
+        }
+    }
+}
+
+fn failed<E: Into<Box<dyn std::error::Error + Send + Sync>>>(
+    device: usize,
+) -> impl FnOnce(E) -> RunError {
+    move |source| RunError::Fault { device, source: source.into() }
+}
+
+/// Does something to a process that lives, for which no packet is needed.
+async fn do_to(pid: Pid, action: OutsideAction) -> std::io::Result<()> {
+    let process: OwnedFd = pidfd_open(pid, PidfdFlags::empty())?;
+    match action {
+        OutsideAction::Kill => pidfd_send_signal(&process, Signal::KILL)?,
+        OutsideAction::StopMs(ms) => {
+            pidfd_send_signal(&process, Signal::STOP)?;
+            if ms > 0 {
+                tokio::time::sleep(Duration::from_millis(ms.into())).await;
+                pidfd_send_signal(&process, Signal::CONT)?;
+            }
+        }
+        OutsideAction::Limit(limit) => {
+            limit.impose(pid)?;
+        }
+        other => {
+            let what = format!("{other} cannot be done to a device process from here");
+            return Err(std::io::Error::other(what));
+        }
+    }
+    Ok(())
+}

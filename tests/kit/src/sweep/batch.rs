@@ -1,0 +1,169 @@
+//! Many plans, several at the same time.
+
+use super::cases::{self, Victims};
+use super::engine::run;
+use super::expected::{Expected, TableError};
+use super::observation::Observation;
+use super::oracle::{Judge, Violation};
+use super::subject::Subject;
+use super::tally::Tally;
+use super::{Times, shrink};
+use crate::plan::{Plan, Policy};
+use std::sync::Arc;
+use tokio::task::JoinSet;
+
+/// How many machines are at work at the same time: most of them wait for a deadline.
+const AT_ONCE: usize = 8;
+
+/// One plan, and what came of it.
+#[derive(Clone, Debug)]
+pub struct Tried {
+    /// The plan.
+    pub plan: Plan,
+    /// What was seen; nothing if it could not be run to its end.
+    pub seen: Observation,
+    /// What was not as it must be.
+    pub violations: Vec<Violation>,
+}
+
+/// Many plans that are tried.
+#[derive(Clone, Debug)]
+pub struct Sweep {
+    plans: Vec<Plan>,
+    judge: Judge,
+    at_once: usize,
+}
+
+impl Sweep {
+    /// These plans, judged by the table of this project.
+    ///
+    /// # Errors
+    ///
+    /// If that table cannot be read.
+    pub fn new(plans: impl IntoIterator<Item = Plan>) -> Result<Self, TableError> {
+        let judge =
+            Judge { expected: Expected::ours()?, times: Times::default(), knows_liars: true };
+        Ok(Self { plans: plans.into_iter().collect(), judge, at_once: AT_ONCE })
+    }
+
+    /// Everything that can be done to device programs of any kind from outside: machines of three, each
+    /// device in turn, under the policies `rollback`, `stay-stopped` and `continue-without`.
+    ///
+    /// # Errors
+    ///
+    /// As [`new`](Self::new).
+    pub fn from_outside() -> Result<Self, TableError> {
+        Self::of(&cases::outside(&Times::default()))
+    }
+
+    /// As [`from_outside`](Self::from_outside), and everything that the device processes can be told to
+    /// do wrong: their programs must have been built with the feature `fault-injection`.
+    ///
+    /// # Errors
+    ///
+    /// As [`new`](Self::new).
+    #[cfg(feature = "fault-injection")]
+    pub fn everything() -> Result<Self, TableError> {
+        let times = Times::default();
+        Self::of(&[cases::inside(&times), cases::outside(&times)].concat())
+    }
+
+    fn of(causes: &[crate::plan::Cause]) -> Result<Self, TableError> {
+        let mut sweep = Self::new([])?;
+        let Judge { expected, times, .. } = &sweep.judge;
+        for policy in [Policy::Rollback, Policy::StayStopped, Policy::ContinueWithout] {
+            let plans = cases::plans(causes, 3, policy, &Victims::InTurn, expected, times);
+            sweep.plans.extend(plans);
+        }
+        Ok(sweep)
+    }
+
+    /// How many machines are at work at the same time, from 1.
+    #[must_use]
+    pub fn at_once(mut self, at_once: usize) -> Self {
+        self.at_once = at_once.max(1);
+        self
+    }
+
+    /// By what it is judged.
+    #[must_use]
+    pub fn judge(mut self, judge: Judge) -> Self {
+        self.judge = judge;
+        self
+    }
+
+    /// Only those plans.
+    #[must_use]
+    pub fn only(mut self, wanted: impl Fn(&Plan) -> bool) -> Self {
+        self.plans.retain(wanted);
+        self
+    }
+
+    /// How many plans there are.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.plans.len()
+    }
+
+    /// True if there is none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.plans.is_empty()
+    }
+
+    /// Tries all of them.
+    pub async fn run(self, subject: impl Subject + 'static) -> Tally {
+        self.run_with(Arc::new(subject), |_| {}).await
+    }
+
+    /// Tries all of them; `ended` is told of each.
+    ///
+    /// If the future is dropped, all machines end.
+    pub async fn run_with(self, subject: Arc<dyn Subject>, mut ended: impl FnMut(&Tried)) -> Tally {
+        let mut tally = Tally::default();
+        let mut plans = self.plans.into_iter();
+        let judge = Arc::new(self.judge);
+        let mut under_way = JoinSet::new();
+        loop {
+            while under_way.len() < self.at_once {
+                let Some(plan) = plans.next() else { break };
+                let (subject, judge) = (Arc::clone(&subject), Arc::clone(&judge));
+                under_way.spawn(async move { attempt(subject, plan, &judge).await });
+            }
+            let Some(tried) = under_way.join_next().await else { return tally };
+            match tried {
+                Ok(tried) => {
+                    ended(&tried);
+                    tally.add(tried, &judge.times);
+                }
+                Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
+                // Nobody cancels them while this is here.
+                Err(_) => {}
+            }
+        }
+    }
+}
+
+/// Runs a plan and judges it.
+pub async fn attempt(subject: Arc<dyn Subject>, plan: Plan, judge: &Judge) -> Tried {
+    match run(subject, &plan, &judge.times).await {
+        Ok(seen) => {
+            let violations = judge.violations(&plan, &seen);
+            Tried { plan, seen, violations }
+        }
+        Err(error) => {
+            let violations = vec![Violation::Unfinished(crate::chain(&error))];
+            Tried { plan, seen: Observation::default(), violations }
+        }
+    }
+}
+
+/// The smallest plan that fails in the same way as this one: with a violation of the same kind.
+pub async fn shrunk(subject: Arc<dyn Subject>, failed: &Tried, judge: &Judge) -> Plan {
+    let kinds: Vec<_> = failed.violations.iter().map(std::mem::discriminant).collect();
+    let fails = async |plan: &Plan| {
+        let tried = attempt(Arc::clone(&subject), plan.clone(), judge).await;
+        tried.violations.iter().any(|violation| kinds.contains(&std::mem::discriminant(violation)))
+    };
+    shrink::shrink(failed.plan.clone(), fails).await
+}

@@ -1,0 +1,194 @@
+//! Every fault, in every phase, on every device: plans of one fault each.
+
+use super::Times;
+use super::expected::Expected;
+use super::nature::{self, Nature, nature};
+use crate::plan::{Cause, Injection, Moment, Outside, OutsideAction, Plan, Policy};
+use standstill_protocol::fault::{Action, Fault, Forgery, Packet, Point};
+use standstill_protocol::message::Phase;
+
+/// The phases of a pause and a resume.
+pub const PHASES: [Phase; 4] = [Phase::PrepareStop, Phase::Stop, Phase::PrepareStart, Phase::Start];
+
+/// How much longer than the deadline a delay is that is too long.
+const TOO_LONG: u32 = 20;
+/// EBUSY.
+const REFUSAL: i32 = 16;
+/// More messages than anybody may send in a second.
+const FLOOD: u32 = 3000;
+/// How long somebody else's answer is held back, in milliseconds, so that a fault after an answer comes
+/// before the last answer.
+const HELD_MS: u32 = 400;
+
+/// Everything that a device process can do wrong while its machine is paused and resumed.
+#[must_use]
+pub fn inside(times: &Times) -> Vec<Cause> {
+    let points = PHASES
+        .into_iter()
+        .flat_map(|phase| [Point::Receipt(phase), Point::BeforeAck(phase), Point::AfterAck(phase)])
+        .chain([Point::Mmio, Point::Dma, Point::DmaInFlight, Point::Memory, Point::Shutdown]);
+    let short = u32::try_from(times.short.as_millis()).unwrap_or(u32::MAX);
+    let forgeries = [
+        Forgery::LowerTerm,
+        Forgery::HigherTerm,
+        Forgery::EarlierEpoch,
+        Forgery::LaterEpoch,
+        Forgery::Phase,
+        Forgery::State,
+        Forgery::Declaration,
+    ];
+    let packets = [Packet::Garbage, Packet::Empty, Packet::Truncated, Packet::Oversized];
+    let actions: Vec<_> = [
+        Action::Exit(1),
+        Action::Abort,
+        Action::Segv,
+        Action::Stop,
+        Action::Spin,
+        Action::DelayMs(20),
+        Action::DelayMs(short.saturating_mul(TOO_LONG)),
+        Action::NoAck,
+        Action::TwoAcks,
+        Action::Refuse(REFUSAL),
+        Action::FdFlood(2),
+        Action::MessageFlood(10),
+        Action::MessageFlood(FLOOD),
+        Action::Disconnect,
+        Action::KeepDma,
+    ]
+    .into_iter()
+    .chain(forgeries.map(Action::Forge))
+    .chain(packets.map(Action::Send))
+    .collect();
+    points
+        .flat_map(|point| actions.iter().map(move |&action| Fault::new(point, action)))
+        .filter(Fault::is_possible)
+        .map(Cause::Inside)
+        .collect()
+}
+
+/// Everything that can be done to any device process while its machine is paused and resumed.
+#[must_use]
+pub fn outside(times: &Times) -> Vec<Cause> {
+    let moments = [Moment::Running, Moment::Stopped].into_iter().chain(
+        PHASES.into_iter().flat_map(|phase| [Moment::Command(phase), Moment::Answer(phase)]),
+    );
+    let short = u32::try_from(times.short.as_millis()).unwrap_or(u32::MAX);
+    let actions = [
+        OutsideAction::Kill,
+        OutsideAction::StopMs(0),
+        OutsideAction::StopMs(20),
+        OutsideAction::DelayMs(20),
+        OutsideAction::DelayMs(short.saturating_mul(TOO_LONG)),
+        OutsideAction::Drop,
+        OutsideAction::Duplicate,
+        OutsideAction::Corrupt,
+        OutsideAction::Split,
+        OutsideAction::Merge,
+        OutsideAction::Cut,
+    ];
+    let possible = |moment, action| Cause::Outside(Outside { moment, action });
+    moments
+        .flat_map(|moment| actions.iter().map(move |&action| possible(moment, action)))
+        .filter(|cause| cause.impossible().is_none())
+        .collect()
+}
+
+/// A plan of that one fault. A fault after an answer, of which it matters whether others have still to
+/// answer, is made to come before they have.
+#[must_use]
+pub fn plan(cause: &Cause, device: u16, devices: u16, policy: Policy, times: &Times) -> Plan {
+    let injection = Injection { device, round: 1, cause: cause.clone() };
+    let plan = Plan::new(devices).policy(policy).inject(injection);
+    let phase = match cause {
+        Cause::Inside(Fault { point: Point::AfterAck(phase), .. })
+        | Cause::Outside(Outside { moment: Moment::Answer(phase), action: OutsideAction::Kill }) => {
+            *phase
+        }
+        _ => return plan,
+    };
+    if devices < 2 || nature(cause, times) != Nature::Ends {
+        return plan;
+    }
+    let held = Fault::new(Point::BeforeAck(phase), Action::DelayMs(HELD_MS));
+    plan.fault((device + 1) % devices, held)
+}
+
+/// A plan of each fault that the table says can be.
+#[must_use]
+pub fn plans(
+    causes: &[Cause],
+    devices: u16,
+    policy: Policy,
+    victims: &Victims,
+    expected: &Expected,
+    times: &Times,
+) -> Vec<Plan> {
+    let possible = |cause: &&Cause| {
+        let word = nature::word(cause, times);
+        let place = nature::place(cause);
+        // What the table says nothing of is run, and told.
+        place.and_then(|place| expected.courses(policy, word, place)).is_none_or(|c| !c.is_empty())
+    };
+    let mut plans = Vec::new();
+    for (at, cause) in (0_u16..).zip(causes.iter().filter(possible)) {
+        let victims = match victims {
+            Victims::Each => 0..devices,
+            Victims::InTurn => at % devices..at % devices + 1,
+        };
+        plans.extend(victims.map(|victim| plan(cause, victim, devices, policy, times)));
+    }
+    plans
+}
+
+/// Which devices have the fault.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Victims {
+    /// One after another, in a plan for each.
+    Each,
+    /// One in each plan, the next one in the next.
+    InTurn,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_table_says_of_every_fault_what_comes_of_it_or_that_it_cannot_be() {
+        let (expected, times) = (Expected::ours().unwrap(), Times::default());
+        for policy in
+            [Policy::Rollback, Policy::StayStopped, Policy::ContinueWithout, Policy::Restart]
+        {
+            for cause in inside(&times).iter().chain(&outside(&times)) {
+                let word = nature::word(cause, &times);
+                let place = nature::place(cause).unwrap();
+                let case = format!("{word} at {place:?} under {policy}");
+                assert!(expected.courses(policy, word, place).is_some(), "{case}: {cause}");
+            }
+        }
+    }
+
+    #[test]
+    fn every_plan_can_be_run_and_there_is_one_for_every_device() {
+        let (expected, times) = (Expected::ours().unwrap(), Times::default());
+        let causes = [inside(&times), outside(&times)].concat();
+        let all = plans(&causes, 3, Policy::Rollback, &Victims::Each, &expected, &times);
+        assert!(all.iter().all(|plan| plan.check().is_ok()));
+        for victim in 0..3 {
+            let own = all.iter().filter(|plan| plan.faults[0].device == victim);
+            assert_eq!(own.count() * 3, all.len());
+        }
+        let turns = plans(&causes, 3, Policy::Rollback, &Victims::InTurn, &expected, &times);
+        assert_eq!(turns.len() * 3, all.len());
+    }
+
+    #[test]
+    fn who_dies_after_an_answer_does_so_before_the_last_one() {
+        let times = Times::default();
+        let dies = Cause::Inside(Fault::new(Point::AfterAck(Phase::Stop), Action::Abort));
+        let plan = plan(&dies, 2, 3, Policy::Rollback, &times);
+        assert_eq!(plan.faults.len(), 2);
+        assert!(nature::others_are_held(&plan.faults[0], &plan.faults));
+        assert_eq!(plan.faults[1].device, 0);
+    }
+}

@@ -1,0 +1,520 @@
+//! Runs one plan on one machine, and writes down what is seen.
+
+use super::Times;
+use super::arms::{Arms, Moments};
+use super::nature::{self, Nature, nature};
+use super::observation::{Act, Ended, Event, Observation, Step, survivors};
+use super::subject::{Bench, Look, Rig, RigError, Subject};
+use crate::Processes;
+use crate::plan::{Cause, Plan, PlanError, Policy};
+use standstill_coordinator::report::TransitionReport;
+use standstill_coordinator::{
+    Deadlines, DeviceStanding, DeviceStatus, LossPolicy, Machine, MachineBuilder, MachineError,
+    OnFailure, RestartPolicy, StartError, Status,
+};
+use standstill_protocol::fault::{Action, Point};
+use standstill_protocol::transition::MachineState;
+use std::collections::BTreeSet;
+use std::io;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use thiserror::Error;
+
+/// Longer than any call takes that ends at all.
+pub(super) const HANG: Duration = Duration::from_secs(240);
+/// How often something is looked at that nobody tells.
+const INTERVAL: Duration = Duration::from_millis(3);
+/// How long a machine is left alone between two looks at its memory: something that is written late
+/// is written by then. A liar has longer: it has to be found, however busy the CPUs are.
+const STILL: Duration = Duration::from_millis(10);
+const STILL_FOR_A_LIAR: Duration = Duration::from_millis(500);
+/// How often a resume is tried: several faults may come one after another.
+const RESUMES: u32 = 4;
+/// How long device processes may take to end by themselves.
+const SHUTDOWN: Duration = Duration::from_secs(2);
+
+/// A plan was not run to its end.
+#[derive(Debug, Error)]
+pub enum RunError {
+    /// It is no plan.
+    #[error(transparent)]
+    Plan(#[from] PlanError),
+    /// The VMM's side does not work.
+    #[error("cannot {what}")]
+    Rig {
+        /// What was to be done.
+        what: &'static str,
+        /// Why it was not.
+        source: RigError,
+    },
+    /// The machine does not start.
+    #[error("the machine does not start")]
+    Start(#[from] StartError),
+    /// The machine does not do something that it has to.
+    #[error("cannot {what}")]
+    Machine {
+        /// What was to be done.
+        what: &'static str,
+        /// Why it was not.
+        source: MachineError,
+    },
+    /// A fault cannot be done.
+    #[error("cannot do this to device {device}")]
+    Fault {
+        /// Whom it should hit.
+        device: usize,
+        /// Why not.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// Something that has to come does not come.
+    #[error("not within {limit:?}: {what}")]
+    Late {
+        /// What.
+        what: String,
+        /// How long it was waited for.
+        limit: Duration,
+    },
+    /// The system refuses something.
+    #[error("cannot {what}")]
+    System {
+        /// What.
+        what: &'static str,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// Runs a plan on a machine of that subject.
+///
+/// If the future is dropped, the machine ends with it.
+///
+/// # Errors
+///
+/// [`RunError`], if it cannot be run to its end. Whatever faults do to the machine is no error, it is
+/// what is observed.
+pub async fn run(
+    subject: Arc<dyn Subject>,
+    plan: &Plan,
+    times: &Times,
+) -> Result<Observation, RunError> {
+    plan.check()?;
+    let mut run = Run::start(subject, plan, times).await?;
+    for round in 1..=plan.rounds + 1 {
+        if !run.round(round).await? {
+            break;
+        }
+    }
+    run.end().await
+}
+
+/// A machine at work.
+struct Run<'a> {
+    plan: &'a Plan,
+    times: &'a Times,
+    machine: Machine,
+    bench: Bench,
+    arms: Arms,
+    names: Vec<String>,
+    /// The incarnation of each device that is known to the rig.
+    incarnations: Vec<u64>,
+    /// Lost, and neither removed nor back.
+    gone: BTreeSet<usize>,
+    removed: BTreeSet<usize>,
+    /// What the rig has yet to be told.
+    to_remove: BTreeSet<usize>,
+    to_restore: BTreeSet<usize>,
+    processes: Vec<Processes>,
+    seen: Observation,
+}
+
+impl<'a> Run<'a> {
+    /// A machine that is connected and works.
+    async fn start(
+        subject: Arc<dyn Subject>,
+        plan: &'a Plan,
+        times: &'a Times,
+    ) -> Result<Self, RunError> {
+        let failed = |what| move |source| RunError::Rig { what, source };
+        let devices = plan.devices;
+        let made = tokio::task::spawn_blocking(move || subject.rig(devices)).await;
+        let what = "make a machine";
+        let rig: Box<dyn Rig> =
+            made.map_err(|error| failed(what)(error.into()))?.map_err(failed(what))?;
+        let specs = rig.devices().map_err(failed("describe the devices"))?;
+        let ram = rig.ram().map_err(failed("have guest RAM"))?;
+        let mut arms = Arms::new(plan, times);
+        let mut builder = MachineBuilder::new("faults")
+            .deadlines(deadlines(plan, times))
+            .heartbeat(times.heartbeat)
+            .on_failure(match plan.policy {
+                Policy::StayStopped => OnFailure::StayStopped,
+                Policy::Rollback | Policy::ContinueWithout | Policy::Restart => OnFailure::Rollback,
+            })
+            .on_loss(match plan.policy {
+                Policy::Rollback | Policy::StayStopped => LossPolicy::Fail,
+                Policy::ContinueWithout => LossPolicy::ContinueWithout,
+                Policy::Restart => LossPolicy::Restart(RestartPolicy::default()),
+            });
+        for (number, spec) in (0..).zip(specs) {
+            let (first, second) = short_deadlines(plan, number, times);
+            let given = |short| if short { times.short } else { times.long };
+            let spec = arms.wrap(number, spec)?;
+            builder = builder.device(spec.deadlines(given(first), given(second)));
+        }
+        let machine = builder.start().await?;
+        let status = machine.status().await.map_err(cannot("ask for the status"))?;
+        if let Some(ram) = &ram {
+            let declared = machine.declare_ram(ram.as_fd()).await;
+            declared.map_err(cannot("declare guest RAM"))?;
+        }
+        let mut run = Self {
+            plan,
+            times,
+            machine,
+            bench: Bench::new(rig),
+            arms,
+            names: status.devices.iter().map(|device| device.name.clone()).collect(),
+            incarnations: status.devices.iter().map(|device| device.incarnation).collect(),
+            gone: BTreeSet::new(),
+            removed: BTreeSet::new(),
+            to_remove: BTreeSet::new(),
+            to_restore: BTreeSet::new(),
+            processes: vec![Processes::of(&status)],
+            seen: Observation::default(),
+        };
+        run.bench.with("connect to the devices", |rig| rig.connect()).await?;
+        run.traffic(0).await?;
+        Ok(run)
+    }
+
+    /// One round; false if there can be no other.
+    async fn round(&mut self, round: u32) -> Result<bool, RunError> {
+        self.arms.arm(&self.machine, &self.names, round).await?;
+        if self.arms.declares(round) {
+            let declared = self.bench.with("have guest RAM", |rig| rig.ram()).await?;
+            if let Some(ram) = declared {
+                self.declare(round, ram).await?;
+            }
+        }
+        self.at(Moments::Running, round).await?;
+        for device in self.arms.accesses(round) {
+            let access =
+                self.bench.with("reach a register", move |rig| Ok(rig.access(device))).await?;
+            if let Some(access) = access {
+                // It ends with the device at the latest; nobody waits for it.
+                std::thread::spawn(access);
+            }
+        }
+        self.arms.wait_for_threads().await;
+        self.settle(round, None).await?;
+        self.recover().await?;
+        self.back_to_work(round).await?;
+
+        let pause = self.step(round, Act::Pause).await?;
+        match self.machine().await? {
+            MachineState::Held => return Ok(false),
+            MachineState::Running => {}
+            MachineState::Stopped => self.stand_and_resume(round, pause).await?,
+        }
+        if self.machine().await? != MachineState::Running {
+            self.seen.idle.push((round, "the machine does not run again".to_owned()));
+            return Ok(false);
+        }
+        self.recover().await?;
+        self.back_to_work(round).await?;
+        Ok(true)
+    }
+
+    /// A machine that stands: it is looked at, and resumed.
+    async fn stand_and_resume(
+        &mut self,
+        round: u32,
+        pause: Option<Arc<TransitionReport>>,
+    ) -> Result<(), RunError> {
+        self.bench.with("look at memory", |rig| rig.look(Look::AfterStop)).await?;
+        self.at(Moments::Stopped, round).await?;
+        self.settle(round, None).await?;
+        if self.plan.policy != Policy::ContinueWithout {
+            self.recover().await?;
+        }
+        let still = if self.arms.lies() { STILL_FOR_A_LIAR } else { STILL };
+        tokio::time::sleep(still).await;
+        self.bench.with("look at memory", |rig| rig.look(Look::BeforeStart)).await?;
+        let resume = self.step(round, Act::Resume).await?;
+        let mut state = self.machine().await?;
+        if let (Some(pause), Some(resume), MachineState::Running) = (pause, resume, state) {
+            let judge = move |rig: &mut dyn Rig| rig.late_writes(&pause, &resume);
+            let late = self.bench.with("compare what was seen", judge).await?;
+            self.seen.late.extend(late.into_iter().map(|what| (round, what)));
+        }
+        for _ in 1..RESUMES {
+            if state != MachineState::Stopped {
+                break;
+            }
+            self.recover().await?;
+            self.step(round, Act::Resume).await?;
+            state = self.machine().await?;
+        }
+        Ok(())
+    }
+
+    async fn at(&mut self, moment: Moments, round: u32) -> Result<(), RunError> {
+        let status = self.status().await?;
+        self.arms.at(moment, round, &status, &self.names).await
+    }
+
+    /// Asks the machine for a transition and writes down how it ended.
+    async fn step(
+        &mut self,
+        round: u32,
+        act: Act,
+    ) -> Result<Option<Arc<TransitionReport>>, RunError> {
+        let began = Instant::now();
+        let call = async {
+            match act {
+                Act::Resume => self.machine.resume().await,
+                Act::Pause | Act::Declare => self.machine.pause().await.map(|stopped| {
+                    let report = Arc::clone(stopped.report());
+                    stopped.leave_stopped();
+                    report
+                }),
+            }
+        };
+        let ended = tokio::time::timeout(HANG, call).await;
+        let ended = ended.map_err(|_| late(format!("the {act} of round {round} ends"), HANG))?;
+        let took = began.elapsed();
+        let report = match &ended {
+            Ok(report) | Err(MachineError::Transition(report)) => Some(Arc::clone(report)),
+            Err(_) => None,
+        };
+        self.wrote(round, act, Ended::of(&ended, &self.names), report.as_deref(), took).await?;
+        Ok(report)
+    }
+
+    async fn declare(&mut self, round: u32, ram: std::os::fd::OwnedFd) -> Result<(), RunError> {
+        let began = Instant::now();
+        let ended = match self.machine.declare_ram(ram).await {
+            Ok(()) => Ended::Done,
+            Err(error) => Ended::Refused(crate::chain(&error)),
+        };
+        let took = began.elapsed();
+        self.wrote(round, Act::Declare, ended, None, took).await
+    }
+
+    /// Writes a step down, with all that it has led to.
+    async fn wrote(
+        &mut self,
+        round: u32,
+        act: Act,
+        ended: Ended,
+        report: Option<&TransitionReport>,
+        took: Duration,
+    ) -> Result<(), RunError> {
+        if let Ended::Degraded { fenced } = &ended {
+            self.gone.extend(fenced);
+        }
+        let at = self.seen.events.len();
+        let status = self.settle(round, report).await?;
+        let survivors = survivors(&status, report, &self.names);
+        let machine = status.machine;
+        let step = Step { round, act, ended, machine, survivors, took };
+        // What was lost by it comes after it.
+        self.seen.events.insert(at, Event::Step(step));
+        Ok(())
+    }
+
+    /// Waits until all that must follow from faults that have happened has happened, and writes down
+    /// who was lost.
+    async fn settle(
+        &mut self,
+        round: u32,
+        report: Option<&TransitionReport>,
+    ) -> Result<Status, RunError> {
+        let end = Instant::now() + self.times.long;
+        loop {
+            self.arms.read();
+            let status = self.status().await?;
+            let lost: BTreeSet<_> = (0..self.names.len())
+                .filter(|&device| !self.removed.contains(&device) && self.is_lost(device, &status))
+                .collect();
+            let away = &lost | &self.removed;
+            let waits_for = self.arms.waits_for(&away, report, &self.names).or_else(|| {
+                let unproven = |&device: &usize| {
+                    of_name(&status, self.names.get(device))
+                        .is_some_and(|device| device.standing == DeviceStanding::Lost)
+                };
+                lost.iter()
+                    .copied()
+                    .find(unproven)
+                    .map(|device| format!("device {device} is fenced"))
+            });
+            let Some(what) = waits_for else {
+                for device in lost {
+                    if self.gone.insert(device) {
+                        self.seen.events.push(Event::Lost { round, device });
+                    }
+                }
+                return Ok(status);
+            };
+            if Instant::now() > end {
+                return Err(late(what, self.times.long));
+            }
+            tokio::time::sleep(INTERVAL).await;
+        }
+    }
+
+    fn is_lost(&self, device: usize, status: &Status) -> bool {
+        of_name(status, self.names.get(device)).is_none_or(|now| {
+            now.lost.is_some() || self.incarnations.get(device) != Some(&now.incarnation)
+        })
+    }
+
+    /// What an owner does about devices that are lost: removes them, or waits until they are back.
+    async fn recover(&mut self) -> Result<(), RunError> {
+        for device in std::mem::take(&mut self.gone) {
+            let Some(name) = self.names.get(device).cloned() else { continue };
+            if self.plan.policy != Policy::Restart {
+                let removed = self.machine.remove_device(&name).await;
+                removed.map_err(cannot("remove a lost device"))?;
+                self.removed.insert(device);
+                self.to_remove.insert(device);
+                continue;
+            }
+            let end = Instant::now() + self.times.long;
+            let incarnation = loop {
+                let status = self.status().await?;
+                match of_name(&status, Some(&name)) {
+                    Some(now) if now.standing == DeviceStanding::Ready => {
+                        self.processes.push(Processes::of(&status).only(&[&name]));
+                        break now.incarnation;
+                    }
+                    _ if Instant::now() > end => {
+                        return Err(late(format!("{name} is started again"), self.times.long));
+                    }
+                    _ => tokio::time::sleep(INTERVAL).await,
+                }
+            };
+            if let Some(known) = self.incarnations.get_mut(device) {
+                *known = incarnation;
+            }
+            self.arms.is_new(device);
+            self.to_restore.insert(device);
+        }
+        Ok(())
+    }
+
+    /// Lets the rig go on without whom it has lost, or with whom is back, and sees that all work. Of a
+    /// machine that runs.
+    async fn back_to_work(&mut self, round: u32) -> Result<(), RunError> {
+        self.arms.read();
+        let work = self.at_work();
+        for device in std::mem::take(&mut self.to_remove) {
+            let others = work.clone();
+            let remove = move |rig: &mut dyn Rig| rig.remove(device, &others);
+            self.bench.with("go on without a device", remove).await?;
+        }
+        for device in std::mem::take(&mut self.to_restore) {
+            let others = work.clone();
+            let restore = move |rig: &mut dyn Rig| rig.restore(device, &others);
+            self.bench.with("connect to a new device", restore).await?;
+        }
+        self.traffic(round).await
+    }
+
+    /// The devices that can be expected to work.
+    fn at_work(&self) -> BTreeSet<usize> {
+        let here = |device: &usize| !self.removed.contains(device) && self.arms.works(*device);
+        (0..self.names.len()).filter(here).collect()
+    }
+
+    async fn traffic(&mut self, round: u32) -> Result<(), RunError> {
+        self.arms.read();
+        let devices = self.at_work();
+        let idle = self.bench.with("see them work", move |rig| rig.traffic(&devices)).await?;
+        self.seen.idle.extend(idle.into_iter().map(|what| (round, what)));
+        Ok(())
+    }
+
+    async fn status(&mut self) -> Result<Status, RunError> {
+        self.machine.status().await.map_err(cannot("ask for the status"))
+    }
+
+    async fn machine(&mut self) -> Result<MachineState, RunError> {
+        Ok(self.status().await?.machine)
+    }
+
+    /// Ends the machine; nothing may be left of it.
+    async fn end(mut self) -> Result<Observation, RunError> {
+        let ended = self.machine.shutdown_within(SHUTDOWN).await;
+        ended.map_err(cannot("shut the machine down"))?;
+        drop(self.machine);
+        let end = Instant::now() + self.times.grace;
+        let left = |processes: &[Processes]| {
+            let names = processes.iter().flat_map(Processes::left);
+            names.map(str::to_owned).collect::<Vec<_>>()
+        };
+        while !left(&self.processes).is_empty() && Instant::now() < end {
+            tokio::time::sleep(INTERVAL).await;
+        }
+        self.seen.left = left(&self.processes);
+        self.seen.fired = self.arms.fired();
+        Ok(self.seen)
+    }
+}
+
+fn of_name<'s>(status: &'s Status, name: Option<&String>) -> Option<&'s DeviceStatus> {
+    status.devices.iter().find(|device| Some(&device.name) == name)
+}
+
+fn cannot(what: &'static str) -> impl FnOnce(MachineError) -> RunError {
+    move |source| RunError::Machine { what, source }
+}
+
+fn late(what: String, limit: Duration) -> RunError {
+    RunError::Late { what, limit }
+}
+
+/// Deadlines that nobody misses who is not made to.
+fn deadlines(plan: &Plan, times: &Times) -> Deadlines {
+    let silent_at_memory = plan.faults.iter().any(|injection| {
+        nature(&injection.cause, times) == Nature::Silent
+            && matches!(&injection.cause, Cause::Inside(fault) if fault.point == Point::Memory)
+    });
+    Deadlines {
+        hello: times.long,
+        first_phase: times.long,
+        second_phase: times.long,
+        undo: 4 * times.long,
+        fence: times.long,
+        memory: if silent_at_memory { times.memory } else { times.long },
+        // A device that hangs outside of any transition is looked for in tests of its own.
+        stall: Duration::ZERO,
+        silence: Duration::ZERO,
+    }
+}
+
+/// Whether a device has a short deadline in the first and in the second phase: where it will be silent,
+/// and nowhere else, so that a busy machine gives no loss that was not planned.
+fn short_deadlines(plan: &Plan, device: u16, times: &Times) -> (bool, bool) {
+    let mut short = (false, false);
+    let silent = |cause: &Cause| nature(cause, times) == Nature::Silent;
+    for fault in plan.faults.iter().filter(|f| f.device == device && silent(&f.cause)) {
+        let Some(place) = nature::place(&fault.cause) else { continue };
+        // After an answer, it is the next command that gets none.
+        let stops = match &fault.cause {
+            Cause::Inside(inside) => matches!(inside.action, Action::Stop),
+            Cause::Outside(outside) => !outside.action.needs_a_packet(),
+        };
+        let next = place.row == "after-ack" || (place.row == "answer" && stops);
+        let (first, second) = match (place.column, next) {
+            ("PrepareStop" | "PrepareStart", false) | ("Stop" | "Start", true) => (true, false),
+            ("Stop" | "Start", false) | ("PrepareStop" | "PrepareStart", true) => (false, true),
+            ("memory", _) => (true, false),
+            ("shutdown", _) => (false, false),
+            _ => (true, true),
+        };
+        short = (short.0 || first, short.1 || second);
+    }
+    short
+}

@@ -1,0 +1,225 @@
+//! What kind of thing a fault is: its word in the table of outcomes, its place there, and what it does
+//! to the one who has it.
+
+use super::Times;
+use crate::plan::{Cause, Injection, Moment, Outside, OutsideAction};
+use standstill_protocol::fault::{Action, Fault, Forgery, Packet, Point};
+use standstill_protocol::message::Phase;
+use std::sync::OnceLock;
+
+/// What a fault does to its device, as the coordinator sees it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Nature {
+    /// The device is lost at once, without any deadline.
+    Ends,
+    /// It does not answer, or not in time, or to something that was not asked: it is lost at the
+    /// deadline.
+    Silent,
+    /// It refuses, or nothing comes of it.
+    Lives,
+}
+
+/// More signs of life than that in a second are too many for any coordinator; see
+/// `docs/protocol.md`.
+const FLOOD: u32 = 1000;
+
+/// Whether fds reach a coordinator that has not asked for them: a kernel of 6.16 or later lets a socket
+/// refuse them, and whoever sends them gets an error.
+fn fds_get_through() -> bool {
+    static KNOWN: OnceLock<bool> = OnceLock::new();
+    *KNOWN.get_or_init(|| {
+        let name = rustix::system::uname();
+        let release = name.release().to_string_lossy();
+        let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(str::parse::<u32>);
+        match (numbers.next(), numbers.next()) {
+            (Some(Ok(major)), Some(Ok(minor))) => (major, minor) < (6, 16),
+            _ => true,
+        }
+    })
+}
+
+/// What a fault does.
+#[must_use]
+pub fn nature(cause: &Cause, times: &Times) -> Nature {
+    let late = |ms: u32| {
+        if u128::from(ms) >= times.short.as_millis() { Nature::Silent } else { Nature::Lives }
+    };
+    match cause {
+        Cause::Inside(fault) => match fault.action {
+            Action::Exit(_)
+            | Action::Abort
+            | Action::Segv
+            | Action::Send(_)
+            | Action::Forge(Forgery::State)
+            | Action::Disconnect => Nature::Ends,
+            Action::FdFlood(_) if fds_get_through() => Nature::Ends,
+            Action::MessageFlood(count) if count > FLOOD => Nature::Ends,
+            Action::Spin | Action::DelayMs(_) if fault.point == Point::Dma => Nature::Lives,
+            Action::Stop | Action::Spin | Action::NoAck | Action::Forge(_) => Nature::Silent,
+            Action::DelayMs(ms) => late(ms),
+            Action::TwoAcks
+            | Action::Refuse(_)
+            | Action::FdFlood(_)
+            | Action::MessageFlood(_)
+            | Action::KeepDma => Nature::Lives,
+        },
+        Cause::Outside(outside) => match outside.action {
+            OutsideAction::Kill
+            | OutsideAction::Corrupt
+            | OutsideAction::CorruptAt(_)
+            | OutsideAction::Split
+            | OutsideAction::Cut => Nature::Ends,
+            // The next packet may not come.
+            OutsideAction::StopMs(0) | OutsideAction::Drop | OutsideAction::Merge => Nature::Silent,
+            OutsideAction::StopMs(ms) | OutsideAction::DelayMs(ms) => late(ms),
+            // The next packet from a device is a sign of life, which comes soon; to it, nobody knows.
+            OutsideAction::Swap if matches!(outside.moment, Moment::Command(_)) => Nature::Silent,
+            OutsideAction::Duplicate
+            | OutsideAction::Swap
+            | OutsideAction::Limit(_)
+            | OutsideAction::KillCoordinator
+            | OutsideAction::StopCoordinatorMs(_) => Nature::Lives,
+        },
+    }
+}
+
+/// The fault's word in the table of outcomes.
+#[must_use]
+pub fn word(cause: &Cause, times: &Times) -> &'static str {
+    let delay = |ms: u32, short, long| {
+        if u128::from(ms) >= times.short.as_millis() { long } else { short }
+    };
+    match cause {
+        Cause::Inside(fault) => match fault.action {
+            Action::Exit(_) => "exit",
+            Action::Abort => "abort",
+            Action::Segv => "segv",
+            Action::Stop => "stop",
+            Action::Spin => "spin",
+            Action::DelayMs(ms) => delay(ms, "short-delay", "long-delay"),
+            Action::NoAck => "no-ack",
+            Action::TwoAcks => "two-acks",
+            Action::Forge(Forgery::LowerTerm) => "forge-lower-term",
+            Action::Forge(Forgery::HigherTerm) => "forge-higher-term",
+            Action::Forge(Forgery::EarlierEpoch) => "forge-earlier-epoch",
+            Action::Forge(Forgery::LaterEpoch) => "forge-later-epoch",
+            Action::Forge(Forgery::Phase) => "forge-phase",
+            Action::Forge(Forgery::State) => "forge-state",
+            Action::Forge(Forgery::Declaration) => "forge-declaration",
+            Action::Refuse(_) => "refuse",
+            Action::Send(Packet::Garbage) => "send-garbage",
+            Action::Send(Packet::Empty) => "send-empty",
+            Action::Send(Packet::Truncated) => "send-truncated",
+            Action::Send(Packet::Oversized) => "send-oversized",
+            Action::FdFlood(_) => "fd-flood",
+            Action::MessageFlood(count) if count > FLOOD => "message-flood",
+            Action::MessageFlood(_) => "messages",
+            Action::Disconnect => "disconnect",
+            Action::KeepDma => "keep-dma",
+        },
+        Cause::Outside(Outside { action, .. }) => match *action {
+            OutsideAction::Kill => "kill",
+            OutsideAction::StopMs(0) => "sigstop",
+            OutsideAction::StopMs(ms) => delay(ms, "short-sigstop", "long-sigstop"),
+            OutsideAction::DelayMs(ms) => delay(ms, "late-packet", "too-late-packet"),
+            OutsideAction::Drop => "drop",
+            OutsideAction::Duplicate => "duplicate",
+            OutsideAction::Corrupt => "corrupt",
+            OutsideAction::CorruptAt(_) => "corrupt-at",
+            OutsideAction::Split => "split",
+            OutsideAction::Merge => "merge",
+            OutsideAction::Swap => "swap",
+            OutsideAction::Cut => "cut",
+            OutsideAction::Limit(_) => "limit",
+            OutsideAction::KillCoordinator => "kill-coordinator",
+            OutsideAction::StopCoordinatorMs(_) => "stop-coordinator",
+        },
+    }
+}
+
+/// Where a fault stands in the table of outcomes: a row's place and a column.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Place {
+    /// `receipt`, `before-ack`, `after-ack`, `after-last-ack`, `command` or `answer`; `-` for faults that
+    /// belong to no phase.
+    pub row: &'static str,
+    /// A phase, or `running`, `stopped`, `mmio`, `dma`, `dma-in-flight`, `memory` or `shutdown`.
+    pub column: &'static str,
+}
+
+/// The row place of faults after an ack that was the last one of its phase.
+pub(super) const AFTER_LAST_ACK: &str = "after-last-ack";
+
+/// Where a fault stands; `None` if pausing and resuming a machine never gets there.
+#[must_use]
+pub fn place(cause: &Cause) -> Option<Place> {
+    let of = |row, phase| Some(Place { row, column: phase_word(phase)? });
+    let apart = |column| Some(Place { row: "-", column });
+    match cause {
+        Cause::Inside(fault) => match fault.point {
+            Point::Receipt(phase) => of("receipt", phase),
+            Point::BeforeAck(phase) => of("before-ack", phase),
+            Point::AfterAck(phase) => of("after-ack", phase),
+            Point::Memory => apart("memory"),
+            Point::Shutdown => apart("shutdown"),
+            Point::Mmio => apart("mmio"),
+            Point::Dma => apart("dma"),
+            Point::DmaInFlight => apart("dma-in-flight"),
+            Point::Hello | Point::Query | Point::Saving | Point::Loading => None,
+        },
+        Cause::Outside(outside) => match outside.moment {
+            Moment::Running => apart("running"),
+            Moment::Stopped => apart("stopped"),
+            Moment::Command(phase) => of("command", phase),
+            Moment::Answer(phase) => of("answer", phase),
+            Moment::Packet(_) => None,
+        },
+    }
+}
+
+/// The column of a phase of a pause or resume.
+fn phase_word(phase: Phase) -> Option<&'static str> {
+    match phase {
+        Phase::PrepareStop => Some("PrepareStop"),
+        Phase::Stop => Some("Stop"),
+        Phase::PrepareStart => Some("PrepareStart"),
+        Phase::Start => Some("Start"),
+        Phase::Save | Phase::Load | Phase::Reset => None,
+    }
+}
+
+/// Whether somebody else's answer is held back in the phase after whose ack this fault comes: it is
+/// certain then that it comes before the last ack.
+pub(super) fn others_are_held(fault: &Injection, all: &[Injection]) -> bool {
+    all.iter().any(|other| holds_others_back(other, fault))
+}
+
+/// Whether `delay` is there for the sake of `fault`: see [`others_are_held`].
+pub(super) fn holds_others_back(delay: &Injection, fault: &Injection) -> bool {
+    let phase = match &fault.cause {
+        Cause::Inside(fault) => match fault.point {
+            Point::AfterAck(phase) => phase,
+            _ => return false,
+        },
+        Cause::Outside(outside) => match outside.moment {
+            Moment::Answer(phase) => phase,
+            _ => return false,
+        },
+    };
+    let Cause::Inside(held) = &delay.cause else { return false };
+    (delay.round, held.point) == (fault.round, Point::BeforeAck(phase))
+        && delay.device != fault.device
+        && matches!(held.action, Action::DelayMs(_))
+}
+
+/// Whether a device that has this fault, and is not lost by it, can be expected to go on working.
+pub(super) fn goes_on(cause: &Cause, times: &Times) -> bool {
+    match cause {
+        Cause::Inside(Fault { action: Action::Spin, .. }) => false,
+        // Nobody waits for the end of such a DMA.
+        Cause::Inside(Fault { action: Action::DelayMs(ms), .. }) => {
+            u128::from(*ms) < times.short.as_millis()
+        }
+        _ => nature(cause, times) == Nature::Lives,
+    }
+}

@@ -1,0 +1,444 @@
+//! Was everything as it must be? Pure checks of what was seen of one run.
+//!
+//! - the outcome is the one that the [table](Expected) says for the fault; with several faults, one that
+//!   some of them explain;
+//! - all that survive are in one state, by the machine's status and by their own last answers;
+//! - each fault has fired: one that has not proves nothing;
+//! - nothing was written while the machine stood still, except by a liar, of whom it must be found;
+//! - everybody who is not faulty goes on working;
+//! - every call kept its deadline;
+//! - no process is left.
+
+#[cfg(test)]
+mod tests;
+
+use super::Times;
+use super::expected::{Course, Expected, Seen, trim};
+use super::nature::{self, AFTER_LAST_ACK, Nature, Place, nature};
+use super::observation::{Act, Ended, Event, Observation, Step};
+use crate::plan::{Cause, Injection, Plan};
+use standstill_protocol::fault::{Action, Fault};
+use standstill_protocol::migration::MigrationState;
+use standstill_protocol::transition::MachineState;
+use std::collections::BTreeSet;
+use std::fmt;
+use std::time::Duration;
+
+/// Something was not as it must be.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Violation {
+    /// The plan could not be run to its end.
+    Unfinished(String),
+    /// The table does not say what comes of this fault.
+    NotInTheTable(String),
+    /// Something else came of the fault than the table says.
+    Outcome {
+        /// What the table says.
+        expected: Vec<Course>,
+        /// What was seen.
+        found: Course,
+    },
+    /// No fault of the plan explains how this ended.
+    Unexplained {
+        /// In which round.
+        round: u32,
+        /// What was asked.
+        act: Act,
+        /// How it ended.
+        ended: Ended,
+    },
+    /// A device without any fault was fenced, or lost.
+    Innocent {
+        /// In which round.
+        round: u32,
+        /// Which device.
+        device: usize,
+    },
+    /// A device that counts is not where the machine is.
+    Scattered {
+        /// In which round.
+        round: u32,
+        /// After what.
+        act: Act,
+        /// Where the machine is.
+        machine: MachineState,
+        /// Which device.
+        device: usize,
+        /// Where the status says that it is.
+        status: Option<MigrationState>,
+        /// Where its own last answer says that it is.
+        answered: Option<MigrationState>,
+    },
+    /// A fault has not happened: what was seen proves nothing.
+    Unfired(Injection),
+    /// Something moved while the machine stood still.
+    Late {
+        /// In which round.
+        round: u32,
+        /// What.
+        what: String,
+    },
+    /// A liar wrote while the machine stood still, and nothing noticed.
+    Blind {
+        /// In which round.
+        round: u32,
+    },
+    /// Something does not work any more although the machine runs.
+    Idle {
+        /// After which round.
+        round: u32,
+        /// What.
+        what: String,
+    },
+    /// A call took longer than it may.
+    Slow {
+        /// In which round.
+        round: u32,
+        /// What was asked.
+        act: Act,
+        /// How long it took.
+        took: Duration,
+        /// How long it may take.
+        limit: Duration,
+    },
+    /// A process was left.
+    Left(String),
+}
+
+/// What runs are judged by.
+#[derive(Clone, Debug)]
+pub struct Judge {
+    /// What is to come of each fault.
+    pub expected: Expected,
+    /// How long things may take.
+    pub times: Times,
+    /// Whether a liar is known to be one: then it must be found to write late, else it is as bad as
+    /// anybody who does.
+    pub knows_liars: bool,
+}
+
+impl Judge {
+    /// Checks everything about one run.
+    #[must_use]
+    pub fn violations(&self, plan: &Plan, seen: &Observation) -> Vec<Violation> {
+        let mut found = Vec::new();
+        self.outcomes(plan, seen, &mut found);
+        for step in steps(seen) {
+            one_state(step, &mut found);
+            self.in_time(plan, step, &mut found);
+        }
+        innocents(plan, seen, &mut found);
+        fired(plan, seen, &mut found);
+        self.late(plan, seen, &mut found);
+        let idle = seen.idle.iter().map(|(round, what)| (*round, what.clone()));
+        found.extend(idle.map(|(round, what)| Violation::Idle { round, what }));
+        found.extend(seen.left.iter().cloned().map(Violation::Left));
+        found
+    }
+
+    fn outcomes(&self, plan: &Plan, seen: &Observation, found: &mut Vec<Violation>) {
+        match principals(plan)[..] {
+            [] => everything_is_done(seen, found),
+            [fault] => self.one_fault(plan, fault, seen, found),
+            ref faults => self.several(plan, faults, seen, found),
+        }
+    }
+
+    /// What the table says of a fault: every course that is possible.
+    fn courses(&self, plan: &Plan, fault: &Injection) -> Result<(Place, Vec<Course>), Violation> {
+        let missing = || Violation::NotInTheTable(format!("{fault} under {}", plan.policy));
+        let word = nature::word(&fault.cause, &self.times);
+        let place = nature::place(&fault.cause).ok_or_else(missing)?;
+        let at = |place| self.expected.courses(plan.policy, word, place).map(<[Course]>::to_vec);
+        let mut courses = at(place).ok_or_else(missing)?;
+        if place.row == "after-ack" && !nature::others_are_held(fault, &plan.faults) {
+            let last = Place { row: AFTER_LAST_ACK, ..place };
+            courses.extend(at(last).ok_or_else(missing)?);
+        }
+        Ok((place, courses))
+    }
+
+    fn one_fault(
+        &self,
+        plan: &Plan,
+        fault: &Injection,
+        seen: &Observation,
+        found: &mut Vec<Violation>,
+    ) {
+        match self.courses(plan, fault) {
+            Ok((place, courses)) => {
+                let late = seen.late.iter().any(|(round, _)| *round == fault.round);
+                let course = Course { seen: from_its_act(fault.round, place, seen), late };
+                // What is late, or should be and is not, is told by itself.
+                if !courses.iter().any(|known| known.seen == course.seen) {
+                    found.push(Violation::Outcome { expected: courses, found: course });
+                }
+            }
+            Err(violation) => found.push(violation),
+        }
+    }
+
+    /// With several faults each end must be one that the table gives to one of those who were fenced,
+    /// or to one that refuses.
+    fn several(
+        &self,
+        plan: &Plan,
+        faults: &[&Injection],
+        seen: &Observation,
+        found: &mut Vec<Violation>,
+    ) {
+        let mut known = Vec::new();
+        for fault in faults {
+            match self.courses(plan, fault) {
+                Ok((_, courses)) => {
+                    known.extend(courses.into_iter().flat_map(|course| course.seen));
+                }
+                Err(violation) => found.push(violation),
+            }
+        }
+        let fences = |word: &Seen| {
+            matches!(word, Seen::DegradedRunning | Seen::DegradedStopped | Seen::Lost)
+        };
+        for step in steps(seen) {
+            let word = in_words(step);
+            let explained = match word {
+                Seen::Done => true,
+                // Where all others are says the policy, whichever the fault.
+                Seen::DegradedRunning | Seen::DegradedStopped => {
+                    self.degraded(plan, step.act) == Some(word) && known.iter().any(fences)
+                }
+                Seen::RolledBack | Seen::Stopped | Seen::Refused | Seen::Lost => {
+                    known.contains(&word)
+                }
+                Seen::Held => false,
+            };
+            if !explained {
+                let Step { round, act, ended, .. } = step.clone();
+                found.push(Violation::Unexplained { round, act, ended });
+            }
+        }
+    }
+
+    /// Where the survivors of a pause or resume are in which somebody was fenced: as after a death.
+    fn degraded(&self, plan: &Plan, act: Act) -> Option<Seen> {
+        let column = match act {
+            Act::Pause => "Stop",
+            Act::Resume => "Start",
+            Act::Declare => return None,
+        };
+        let place = Place { row: "receipt", column };
+        let courses = self.expected.courses(plan.policy, "exit", place)?;
+        courses.first()?.seen.first().copied()
+    }
+
+    /// The longest that a step may take: what its faulty devices are given, in the transition and in
+    /// its undo, and a grace for a busy machine.
+    fn limit(&self, plan: &Plan, act: Act) -> Duration {
+        let times = &self.times;
+        let one = match act {
+            Act::Declare => times.memory,
+            Act::Pause | Act::Resume => 4 * times.short,
+        };
+        let wait = |injection: &Injection| match (nature(&injection.cause, times), &injection.cause)
+        {
+            (Nature::Silent, _) => one,
+            (_, Cause::Inside(Fault { action: Action::DelayMs(ms), .. })) => {
+                4 * Duration::from_millis((*ms).into())
+            }
+            _ => Duration::ZERO,
+        };
+        plan.faults.iter().map(wait).sum::<Duration>() + times.grace
+    }
+
+    fn in_time(&self, plan: &Plan, step: &Step, found: &mut Vec<Violation>) {
+        let limit = self.limit(plan, step.act);
+        if step.took > limit {
+            let Step { round, act, took, .. } = *step;
+            found.push(Violation::Slow { round, act, took, limit });
+        }
+    }
+
+    fn late(&self, plan: &Plan, seen: &Observation, found: &mut Vec<Violation>) {
+        let liars = liars(plan, seen);
+        for (round, what) in &seen.late {
+            if !self.knows_liars || !liars.contains(round) {
+                found.push(Violation::Late { round: *round, what: what.clone() });
+            }
+        }
+        for round in liars {
+            // A pause that was undone shows nothing.
+            let stood = |act| {
+                let is = |step: &Step| (step.round, step.act) == (round, act);
+                steps(seen).any(|step| is(step) && step.ended == Ended::Done)
+            };
+            let late = seen.late.iter().any(|(at, _)| *at == round);
+            if !late && stood(Act::Pause) && stood(Act::Resume) {
+                found.push(Violation::Blind { round });
+            }
+        }
+    }
+}
+
+/// Rounds in which a liar was at work.
+fn liars(plan: &Plan, seen: &Observation) -> BTreeSet<u32> {
+    let fired = plan.faults.iter().zip(&seen.fired).filter(|(_, fired)| **fired);
+    let lies = |injection: &Injection| matches!(&injection.cause, Cause::Inside(fault) if fault.action == Action::KeepDma);
+    fired.filter(|(injection, _)| lies(injection)).map(|(injection, _)| injection.round).collect()
+}
+
+/// The faults without those that only hold an answer back while another device has its fault.
+pub(super) fn principals(plan: &Plan) -> Vec<&Injection> {
+    let helps = |injection: &Injection| {
+        plan.faults.iter().any(|other| nature::holds_others_back(injection, other))
+    };
+    plan.faults.iter().filter(|injection| !helps(injection)).collect()
+}
+
+fn steps(seen: &Observation) -> impl Iterator<Item = &Step> {
+    seen.events.iter().filter_map(|event| match event {
+        Event::Step(step) => Some(step),
+        Event::Lost { .. } => None,
+    })
+}
+
+/// A step in the words of the table.
+#[must_use]
+pub fn in_words(step: &Step) -> Seen {
+    match (&step.ended, step.machine) {
+        (Ended::Done, _) => Seen::Done,
+        (Ended::RolledBack, _) => Seen::RolledBack,
+        (Ended::Stopped, _) => Seen::Stopped,
+        (Ended::Degraded { .. }, MachineState::Running) => Seen::DegradedRunning,
+        (Ended::Degraded { .. }, MachineState::Stopped) => Seen::DegradedStopped,
+        (Ended::Degraded { .. }, MachineState::Held) | (Ended::Held, _) => Seen::Held,
+        (Ended::Refused(_), _) => Seen::Refused,
+    }
+}
+
+fn everything_is_done(seen: &Observation, found: &mut Vec<Violation>) {
+    for step in steps(seen).filter(|step| step.ended != Ended::Done) {
+        let Step { round, act, ended, .. } = step.clone();
+        found.push(Violation::Unexplained { round, act, ended });
+    }
+}
+
+/// What was seen from the act of the fault on; all that was before must be Done.
+pub(super) fn from_its_act(round: u32, place: Place, observation: &Observation) -> Vec<Seen> {
+    let act = match place.column {
+        "PrepareStart" | "Start" => Some(Act::Resume),
+        "memory" => Some(Act::Declare),
+        "PrepareStop" | "Stop" => Some(Act::Pause),
+        _ => None,
+    };
+    let mut seen = Vec::new();
+    let mut begun = false;
+    for event in &observation.events {
+        let (at, word) = match event {
+            Event::Step(step) => {
+                begun |= step.round >= round && act.is_none_or(|act| act == step.act);
+                (step.round, in_words(step))
+            }
+            Event::Lost { round: at, .. } => {
+                begun |= *at >= round;
+                (*at, Seen::Lost)
+            }
+        };
+        let declares = matches!(event, Event::Step(step) if step.act == Act::Declare)
+            && act != Some(Act::Declare);
+        if (begun || word != Seen::Done) && !declares && (at >= round || word != Seen::Done) {
+            seen.push(word);
+        }
+    }
+    trim(&mut seen);
+    seen
+}
+
+fn one_state(step: &Step, found: &mut Vec<Violation>) {
+    let state = match step.machine {
+        MachineState::Running => MigrationState::Running,
+        MachineState::Stopped | MachineState::Held => MigrationState::Stop,
+    };
+    for survivor in &step.survivors {
+        let answered = survivor.answered.is_none_or(|answered| answered == state);
+        if survivor.status != Some(state) || !answered {
+            found.push(Violation::Scattered {
+                round: step.round,
+                act: step.act,
+                machine: step.machine,
+                device: survivor.device,
+                status: survivor.status,
+                answered: survivor.answered,
+            });
+        }
+    }
+}
+
+fn innocents(plan: &Plan, seen: &Observation, found: &mut Vec<Violation>) {
+    let guilty: BTreeSet<_> =
+        plan.faults.iter().map(|injection| usize::from(injection.device)).collect();
+    for event in &seen.events {
+        let (round, gone) = match event {
+            Event::Lost { round, device } => (*round, BTreeSet::from([*device])),
+            Event::Step(Step { round, ended: Ended::Degraded { fenced }, .. }) => {
+                (*round, fenced.clone())
+            }
+            Event::Step(_) => continue,
+        };
+        let innocent = gone.difference(&guilty);
+        found.extend(innocent.map(|&device| Violation::Innocent { round, device }));
+    }
+}
+
+/// With several faults, one may keep another from happening; all of them cannot.
+fn fired(plan: &Plan, seen: &Observation, found: &mut Vec<Violation>) {
+    let has = |at: usize| seen.fired.get(at).copied().unwrap_or(false);
+    let any = (0..plan.faults.len()).any(has);
+    if any && principals(plan).len() > 1 {
+        return;
+    }
+    let unfired = (0..).zip(&plan.faults).filter(|(at, _)| !has(*at));
+    found.extend(unfired.map(|(_, fault)| Violation::Unfired(fault.clone())));
+}
+
+impl fmt::Display for Violation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Unfinished(why) => write!(f, "the plan could not be run: {why}"),
+            Self::NotInTheTable(fault) => {
+                write!(f, "the table does not say what comes of this: {fault}")
+            }
+            Self::Outcome { expected, found } => {
+                let expected: Vec<_> = expected.iter().map(ToString::to_string).collect();
+                write!(f, "expected {}, found {found}", expected.join(" or "))
+            }
+            Self::Unexplained { round, act, ended } => {
+                write!(f, "round {round}: nothing explains that the {act} ended in {ended:?}")
+            }
+            Self::Innocent { round, device } => {
+                write!(f, "round {round}: device {device} is lost, and was not faulty")
+            }
+            Self::Scattered { round, act, machine, device, status, answered } => {
+                let state = |state: &Option<MigrationState>| {
+                    state.map_or_else(|| "nothing".to_owned(), |state| state.to_string())
+                };
+                write!(
+                    f,
+                    "round {round}: after the {act} the machine is {machine}, and device {device} \
+                     is in {} by the status, in {} by its last answer",
+                    state(status),
+                    state(answered)
+                )
+            }
+            Self::Unfired(fault) => write!(f, "this fault has not happened: {fault}"),
+            Self::Late { round, what } => write!(f, "round {round}: {what}"),
+            Self::Blind { round } => {
+                write!(f, "round {round}: a device went on with its DMA, and nothing noticed")
+            }
+            Self::Idle { round, what } => write!(f, "after round {round}: {what}"),
+            Self::Slow { round, act, took, limit } => {
+                write!(f, "round {round}: the {act} took {took:?}, it may take {limit:?}")
+            }
+            Self::Left(process) => write!(f, "a process was left: {process}"),
+        }
+    }
+}

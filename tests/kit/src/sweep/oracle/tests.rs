@@ -1,0 +1,268 @@
+//! Every check holds for an honest run, and each can fail by itself.
+
+use super::*;
+use crate::plan::{Moment, OutsideAction, Policy};
+use crate::sweep::observation::Survivor;
+use standstill_protocol::fault::Point;
+use standstill_protocol::message::Phase;
+
+fn judge() -> Judge {
+    Judge { expected: Expected::ours().unwrap(), times: Times::default(), knows_liars: true }
+}
+
+fn step(round: u32, act: Act, ended: Ended, machine: MachineState) -> Event {
+    let state = match machine {
+        MachineState::Running => MigrationState::Running,
+        MachineState::Stopped | MachineState::Held => MigrationState::Stop,
+    };
+    let gone = match &ended {
+        Ended::Degraded { fenced } => fenced.clone(),
+        _ => BTreeSet::new(),
+    };
+    let survivor = |device| Survivor { device, status: Some(state), answered: Some(state) };
+    let survivors = (0..3).filter(|device| !gone.contains(device)).map(survivor).collect();
+    Event::Step(Step { round, act, ended, machine, survivors, took: Duration::from_millis(5) })
+}
+
+fn done(round: u32) -> [Event; 2] {
+    [
+        step(round, Act::Pause, Ended::Done, MachineState::Stopped),
+        step(round, Act::Resume, Ended::Done, MachineState::Running),
+    ]
+}
+
+fn fault(point: Point, action: Action) -> Plan {
+    Plan::new(3).fault(1, Fault::new(point, action))
+}
+
+/// Device 1 dies when it is told to stop, and is fenced; the machine runs on without it.
+fn death() -> (Plan, Observation) {
+    let degraded = Ended::Degraded { fenced: BTreeSet::from([1]) };
+    let mut events = vec![step(1, Act::Pause, degraded, MachineState::Running)];
+    events.extend(done(2));
+    let plan = fault(Point::Receipt(Phase::Stop), Action::Abort);
+    (plan, Observation { events, fired: vec![true], ..Observation::default() })
+}
+
+/// Device 1 goes on writing after its answer.
+fn lie() -> (Plan, Observation) {
+    let plan = fault(Point::BeforeAck(Phase::Stop), Action::KeepDma);
+    let late = vec![(1, "engine1 wrote".to_owned())];
+    let events = [done(1), done(2)].concat();
+    (plan, Observation { events, fired: vec![true], late, ..Observation::default() })
+}
+
+/// What is found if one thing is not as it was.
+fn found(spoil: impl FnOnce(&mut Plan, &mut Observation)) -> Vec<Violation> {
+    let (mut plan, mut seen) = death();
+    spoil(&mut plan, &mut seen);
+    judge().violations(&plan, &seen)
+}
+
+fn first(seen: &mut Observation) -> &mut Step {
+    match &mut seen.events[0] {
+        Event::Step(step) => step,
+        Event::Lost { .. } => panic!("not a step"),
+    }
+}
+
+#[test]
+fn what_the_table_says_is_no_violation() {
+    assert_eq!(found(|_, _| {}), []);
+    let (plan, seen) = lie();
+    assert_eq!(judge().violations(&plan, &seen), []);
+    let seen = Observation { events: [done(1), done(2)].concat(), ..Observation::default() };
+    assert_eq!(judge().violations(&Plan::new(3), &seen), []);
+}
+
+#[test]
+fn another_outcome_is_found() {
+    let violations = found(|_, seen| first(seen).ended = Ended::RolledBack);
+    assert!(matches!(violations[..], [Violation::Outcome { .. }]), "{violations:?}");
+    let text = violations[0].to_string();
+    assert_eq!(text, "expected Degraded running, found RolledBack");
+    // The same, later.
+    let violations = found(|_, seen| {
+        seen.events[2] = step(2, Act::Resume, Ended::RolledBack, MachineState::Stopped);
+    });
+    assert!(matches!(violations[..], [Violation::Outcome { .. }]), "{violations:?}");
+    // Under another policy it would be right to stop.
+    let violations = found(|plan, _| plan.policy = Policy::StayStopped);
+    assert!(matches!(violations[..], [Violation::Outcome { .. }]), "{violations:?}");
+}
+
+#[test]
+fn what_happens_before_the_fault_must_be_done() {
+    let violations = found(|plan, seen| {
+        *plan = fault(Point::Receipt(Phase::Start), Action::Abort);
+        let degraded = Ended::Degraded { fenced: BTreeSet::from([1]) };
+        seen.events = vec![
+            step(1, Act::Pause, Ended::Stopped, MachineState::Stopped),
+            step(1, Act::Resume, degraded, MachineState::Stopped),
+        ];
+    });
+    assert!(matches!(violations[..], [Violation::Outcome { .. }]), "{violations:?}");
+}
+
+#[test]
+fn a_machine_without_faults_must_be_done() {
+    let held = step(1, Act::Pause, Ended::Held, MachineState::Held);
+    let seen = Observation { events: vec![held], ..Observation::default() };
+    let violations = judge().violations(&Plan::new(3), &seen);
+    assert!(matches!(violations[..], [Violation::Unexplained { .. }]), "{violations:?}");
+}
+
+#[test]
+fn a_fault_that_the_table_does_not_know_is_told() {
+    let violations = found(|plan, _| *plan = fault(Point::Hello, Action::Abort));
+    assert!(matches!(violations[..], [Violation::NotInTheTable(_)]), "{violations:?}");
+}
+
+#[test]
+fn an_innocent_who_is_fenced_or_lost_is_found() {
+    let violations = found(|_, seen| {
+        first(seen).ended = Ended::Degraded { fenced: BTreeSet::from([1, 2]) };
+    });
+    assert_eq!(violations, [Violation::Innocent { round: 1, device: 2 }]);
+    let violations = found(|_, seen| seen.events.push(Event::Lost { round: 2, device: 0 }));
+    assert!(violations.contains(&Violation::Innocent { round: 2, device: 0 }), "{violations:?}");
+}
+
+#[test]
+fn a_survivor_elsewhere_is_found_by_the_status_and_by_its_own_words() {
+    type Spoil = fn(&mut Survivor);
+    let spoils: [Spoil; 3] = [
+        |survivor| survivor.status = Some(MigrationState::Stop),
+        |survivor| survivor.status = None,
+        |survivor| survivor.answered = Some(MigrationState::RunningP2p),
+    ];
+    for spoil in spoils {
+        let violations = found(|_, seen| spoil(&mut first(seen).survivors[1]));
+        assert!(
+            matches!(violations[..], [Violation::Scattered { round: 1, device: 2, .. }]),
+            "{violations:?}"
+        );
+    }
+}
+
+#[test]
+fn a_fault_that_has_not_happened_is_found() {
+    for fired in [vec![false], vec![]] {
+        let violations = found(|_, seen| seen.fired = fired);
+        assert!(matches!(violations[..], [Violation::Unfired(_)]), "{violations:?}");
+    }
+}
+
+#[test]
+fn of_several_faults_one_may_keep_the_others_from_happening_and_not_all() {
+    let second = Fault::new(Point::Receipt(Phase::Start), Action::Abort);
+    let two = |fired| {
+        found(|plan, seen| {
+            *plan = plan.clone().fault(2, second);
+            seen.fired = fired;
+        })
+    };
+    assert_eq!(two(vec![true, false]), []);
+    assert_eq!(two(vec![false, false]).len(), 2);
+}
+
+#[test]
+fn who_only_holds_others_back_must_do_so() {
+    let held = Fault::new(Point::BeforeAck(Phase::Stop), Action::DelayMs(9));
+    let two = |fired| {
+        found(|plan, seen| {
+            *plan = fault(Point::AfterAck(Phase::Stop), Action::Abort).fault(2, held);
+            seen.fired = fired;
+        })
+    };
+    assert_eq!(two(vec![true, true]), []);
+    assert!(matches!(two(vec![true, false])[..], [Violation::Unfired(_)]));
+    // Without it, the death may come after the last answer; with it, not.
+    let lost = |plan: &mut Plan, seen: &mut Observation| {
+        plan.faults[0].cause =
+            Cause::Inside(Fault::new(Point::AfterAck(Phase::Stop), Action::Abort));
+        let [pause, resume] = done(1);
+        seen.events = vec![pause, Event::Lost { round: 1, device: 1 }, resume];
+    };
+    assert_eq!(found(lost), []);
+    let violations = found(|plan, seen| {
+        lost(plan, seen);
+        *plan = plan.clone().fault(2, held);
+        seen.fired = vec![true, true];
+    });
+    assert!(matches!(violations[..], [Violation::Outcome { .. }]), "{violations:?}");
+}
+
+#[test]
+fn with_several_faults_an_end_must_be_one_that_a_fault_explains() {
+    let refuses = Fault::new(Point::Receipt(Phase::PrepareStop), Action::Refuse(5));
+    let ended = |ended, machine| {
+        found(|plan, seen| {
+            *plan = plan.clone().fault(2, refuses);
+            seen.fired = vec![true, true];
+            seen.events[0] = step(1, Act::Pause, ended, machine);
+        })
+    };
+    let fenced = || Ended::Degraded { fenced: BTreeSet::from([1]) };
+    assert_eq!(ended(Ended::RolledBack, MachineState::Running), []);
+    assert_eq!(ended(fenced(), MachineState::Running), []);
+    // A pause that is rolled back does not leave the others stopped.
+    for violations in [
+        ended(fenced(), MachineState::Stopped),
+        ended(Ended::Stopped, MachineState::Stopped),
+        ended(Ended::Held, MachineState::Held),
+    ] {
+        assert!(matches!(violations[..], [Violation::Unexplained { .. }]), "{violations:?}");
+    }
+}
+
+#[test]
+fn a_late_write_is_found_unless_its_liar_is_known() {
+    let late = |_: &mut Plan, seen: &mut Observation| seen.late.push((2, "RAM changed".into()));
+    assert!(matches!(found(late)[..], [Violation::Late { round: 2, .. }]));
+    let (plan, seen) = lie();
+    let unknown = Judge { knows_liars: false, ..judge() };
+    let violations = unknown.violations(&plan, &seen);
+    assert!(matches!(violations[..], [Violation::Late { round: 1, .. }]), "{violations:?}");
+    // It lies in the first round, not in the second.
+    let later = Observation { late: vec![(2, "engine1 wrote".into())], ..seen };
+    let violations = judge().violations(&plan, &later);
+    assert!(violations.contains(&Violation::Late { round: 2, what: "engine1 wrote".into() }));
+}
+
+#[test]
+fn a_liar_that_nobody_notices_is_found() {
+    let (plan, seen) = lie();
+    let blind = Observation { late: Vec::new(), ..seen };
+    for knows_liars in [true, false] {
+        let violations = Judge { knows_liars, ..judge() }.violations(&plan, &blind);
+        assert_eq!(violations, [Violation::Blind { round: 1 }]);
+    }
+}
+
+#[test]
+fn what_does_not_work_and_what_is_left_is_told() {
+    let violations = found(|_, seen| seen.idle.push((1, "engine2 is idle".into())));
+    assert_eq!(violations, [Violation::Idle { round: 1, what: "engine2 is idle".into() }]);
+    let violations = found(|_, seen| seen.left.push("engine2".into()));
+    assert_eq!(violations, [Violation::Left("engine2".into())]);
+}
+
+#[test]
+fn a_call_that_is_slow_is_found_and_a_silent_device_gives_it_more_time() {
+    let times = Times::default();
+    let slow = |_: &mut Plan, seen: &mut Observation| {
+        first(seen).took = times.grace + Duration::from_millis(1);
+    };
+    assert!(matches!(found(slow)[..], [Violation::Slow { act: Act::Pause, .. }]));
+    let silent = |plan: &mut Plan, seen: &mut Observation| {
+        slow(plan, seen);
+        plan.faults[0].cause = Cause::Inside(Fault::new(Point::Receipt(Phase::Stop), Action::Spin));
+    };
+    assert_eq!(found(silent), []);
+    let outside = |plan: &mut Plan, seen: &mut Observation| {
+        slow(plan, seen);
+        *plan = Plan::new(3).outside(1, Moment::Command(Phase::Stop), OutsideAction::Drop);
+    };
+    assert_eq!(found(outside), []);
+}

@@ -1,0 +1,109 @@
+//! Plans drawn from a seed: the same seed gives the same plans.
+
+use super::Times;
+use super::expected::Expected;
+use super::nature;
+use crate::plan::{Cause, Injection, Plan, Policy};
+use fastrand::Rng;
+use standstill_protocol::fault::Action;
+
+/// Draws plans with several faults, on several devices, in several rounds.
+#[derive(Clone, Debug)]
+pub struct Seeded {
+    rng: Rng,
+    devices: u16,
+    rounds: u32,
+    pools: Vec<(Policy, Vec<Cause>)>,
+}
+
+const POLICIES: [Policy; 4] =
+    [Policy::Rollback, Policy::StayStopped, Policy::ContinueWithout, Policy::Restart];
+/// The most faults of one plan.
+const MOST: u16 = 4;
+
+impl Seeded {
+    /// Plans of machines of that many devices (2 at least) and at most that many rounds each, of these
+    /// faults. Liars are left out: what they do is wrong by any measure.
+    #[must_use]
+    pub fn new(
+        seed: u64,
+        devices: u16,
+        rounds: u32,
+        causes: &[Cause],
+        expected: &Expected,
+        times: &Times,
+    ) -> Self {
+        let lies = |cause: &Cause| matches!(cause, Cause::Inside(f) if f.action == Action::KeepDma);
+        let pool = |policy| {
+            let possible = |cause: &&Cause| {
+                let word = nature::word(cause, times);
+                let courses =
+                    nature::place(cause).and_then(|place| expected.courses(policy, word, place));
+                courses.is_some_and(|courses| !courses.is_empty()) && !lies(cause)
+            };
+            (policy, causes.iter().filter(possible).cloned().collect::<Vec<_>>())
+        };
+        let pools = POLICIES.map(pool).into_iter().filter(|(_, pool)| !pool.is_empty()).collect();
+        Self { rng: Rng::with_seed(seed), devices: devices.max(2), rounds: rounds.max(1), pools }
+    }
+
+    /// The next plan. At least one device of it has no fault, so that something is left of the machine.
+    pub fn plan(&mut self) -> Plan {
+        let Self { rng, devices, rounds, pools } = self;
+        let rounds = rng.u32(1..=*rounds);
+        let Some((policy, pool)) = rng.choice(&*pools) else {
+            return Plan::new(*devices).rounds(rounds);
+        };
+        let mut plan = Plan::new(*devices).rounds(rounds).policy(*policy);
+        let mut victims: Vec<_> = (0..*devices).collect();
+        rng.shuffle(&mut victims);
+        victims.truncate(usize::from(*devices - 1));
+        for _ in 0..rng.u16(1..=MOST) {
+            let (Some(&device), Some(cause)) = (rng.choice(&victims), rng.choice(pool)) else {
+                break;
+            };
+            let (round, cause) = (rng.u32(1..=rounds), cause.clone());
+            plan = plan.inject(Injection { device, round, cause });
+        }
+        plan
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::cases;
+    use super::*;
+    use std::collections::BTreeSet;
+
+    fn plans(seed: u64) -> Vec<Plan> {
+        let (expected, times) = (Expected::ours().unwrap(), Times::default());
+        let causes = [cases::inside(&times), cases::outside(&times)].concat();
+        let mut seeded = Seeded::new(seed, 3, 4, &causes, &expected, &times);
+        (0..200).map(|_| seeded.plan()).collect()
+    }
+
+    #[test]
+    fn a_seed_gives_the_same_plans_and_another_one_others() {
+        assert_eq!(plans(7), plans(7));
+        assert_ne!(plans(7), plans(8));
+    }
+
+    #[test]
+    fn every_plan_can_be_run_and_leaves_somebody_alone() {
+        for plan in plans(1) {
+            plan.check().unwrap();
+            let victims: BTreeSet<_> = plan.faults.iter().map(|fault| fault.device).collect();
+            assert!((1..3).contains(&victims.len()), "{plan:?}");
+        }
+    }
+
+    #[test]
+    fn plans_differ_in_everything() {
+        let plans = plans(1);
+        let several = plans.iter().filter(|plan| plan.faults.len() > 1);
+        assert!(several.count() > 50);
+        let policies: BTreeSet<_> = plans.iter().map(|plan| plan.policy).collect();
+        assert_eq!(policies.len(), POLICIES.len());
+        assert!(plans.iter().any(|plan| plan.rounds == 4));
+    }
+}

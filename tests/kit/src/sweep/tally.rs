@@ -1,0 +1,206 @@
+//! What came of many plans: counted by fault, phase and outcome.
+
+use super::Times;
+use super::batch::Tried;
+use super::expected::{Course, Seen, trim};
+use super::nature;
+use super::observation::Event;
+use super::oracle::{self, principals};
+use crate::plan::Policy;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+
+/// What came of many plans.
+#[derive(Clone, Debug, Default)]
+pub struct Tally {
+    /// How many plans were tried.
+    pub plans: u64,
+    /// How many rounds of pause and resume there were, as far as plans were run.
+    pub rounds: u64,
+    /// How many faults have happened.
+    pub faults_fired: u64,
+    /// How often a pause, a resume or a declaration ended how.
+    pub outcomes: BTreeMap<Seen, u64>,
+    /// Of plans of one fault: what came of it.
+    cells: BTreeMap<Cell, BTreeMap<String, u64>>,
+    phases: BTreeMap<&'static str, BTreeMap<Seen, Ends>>,
+    failures: Vec<Tried>,
+}
+
+/// How often something ended in one way, and with which faults.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Ends {
+    /// How often.
+    pub count: u64,
+    /// Words of the faults.
+    pub faults: BTreeSet<&'static str>,
+}
+
+/// One fault at one place, under one policy.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Cell {
+    policy: Policy,
+    row: &'static str,
+    word: &'static str,
+    column: &'static str,
+}
+
+/// The columns of the tables of [`Tally::to_markdown`].
+const COLUMNS: [&[&str]; 2] = [
+    &["PrepareStop", "Stop", "PrepareStart", "Start"],
+    &["running", "stopped", "mmio", "dma", "dma-in-flight", "memory", "shutdown"],
+];
+
+impl Tally {
+    /// Counts one more.
+    pub fn add(&mut self, tried: Tried, times: &Times) {
+        self.plans += 1;
+        self.faults_fired += tried.seen.fired.iter().filter(|fired| **fired).count() as u64;
+        let mut rounds = BTreeSet::new();
+        for event in &tried.seen.events {
+            let word = match event {
+                Event::Step(step) => {
+                    rounds.insert(step.round);
+                    oracle::in_words(step)
+                }
+                Event::Lost { .. } => Seen::Lost,
+            };
+            *self.outcomes.entry(word).or_default() += 1;
+        }
+        self.rounds += rounds.len() as u64;
+        for (fault, fired) in tried.plan.faults.iter().zip(&tried.seen.fired) {
+            if let (Some(place), true) = (nature::place(&fault.cause), *fired) {
+                let seen = oracle::from_its_act(fault.round, place, &tried.seen);
+                let phase = self.phases.entry(place.column).or_default();
+                let ends = phase.entry(seen.first().copied().unwrap_or(Seen::Done)).or_default();
+                ends.count += 1;
+                ends.faults.insert(nature::word(&fault.cause, times));
+            }
+        }
+        if let [fault] = principals(&tried.plan)[..]
+            && let Some(place) = nature::place(&fault.cause)
+            && !tried.seen.events.is_empty()
+        {
+            let word = nature::word(&fault.cause, times);
+            let mut seen = oracle::from_its_act(fault.round, place, &tried.seen);
+            trim(&mut seen);
+            let course = Course { seen, late: !tried.seen.late.is_empty() };
+            let cell =
+                Cell { policy: tried.plan.policy, row: place.row, word, column: place.column };
+            *self.cells.entry(cell).or_default().entry(course.to_string()).or_default() += 1;
+        }
+        if !tried.violations.is_empty() {
+            self.failures.push(tried);
+        }
+    }
+
+    /// The plans that failed.
+    #[must_use]
+    pub fn failures(&self) -> &[Tried] {
+        &self.failures
+    }
+
+    /// How many things were not as they must be.
+    #[must_use]
+    pub fn violations(&self) -> u64 {
+        self.failures.iter().map(|tried| tried.violations.len() as u64).sum()
+    }
+
+    /// Adds what another one has counted.
+    pub fn merge(&mut self, other: Self) {
+        self.plans += other.plans;
+        self.rounds += other.rounds;
+        self.faults_fired += other.faults_fired;
+        for (word, count) in other.outcomes {
+            *self.outcomes.entry(word).or_default() += count;
+        }
+        for (cell, courses) in other.cells {
+            let own = self.cells.entry(cell).or_default();
+            for (course, count) in courses {
+                *own.entry(course).or_default() += count;
+            }
+        }
+        for (phase, ends) in other.phases {
+            let own = self.phases.entry(phase).or_default();
+            for (seen, Ends { count, faults }) in ends {
+                let own = own.entry(seen).or_default();
+                own.count += count;
+                own.faults.extend(faults);
+            }
+        }
+        self.failures.extend(other.failures);
+    }
+
+    /// By phase, how a pause or resume ended in which faults have happened, how often, and which faults.
+    #[must_use]
+    pub fn by_phase(&self) -> &BTreeMap<&'static str, BTreeMap<Seen, Ends>> {
+        &self.phases
+    }
+
+    /// What came of each fault, as tables: by policy, with faults of which the same came in one line.
+    #[must_use]
+    pub fn to_markdown(&self) -> String {
+        let mut text = String::new();
+        let policies: BTreeSet<_> = self.cells.keys().map(|cell| cell.policy).collect();
+        for policy in policies {
+            text.push_str(&format!("\n## {policy}\n"));
+            for columns in COLUMNS {
+                self.table(policy, columns, &mut text);
+            }
+        }
+        text
+    }
+
+    fn table(&self, policy: Policy, columns: &[&str], text: &mut String) {
+        let own = |cell: &&Cell| cell.policy == policy && columns.contains(&cell.column);
+        let rows: BTreeSet<_> =
+            self.cells.keys().filter(own).map(|cell| (cell.row, cell.word)).collect();
+        // Faults of which the same came at the same place are one line.
+        let mut lines: BTreeMap<(&str, Vec<String>), Vec<&str>> = BTreeMap::new();
+        for (row, word) in rows {
+            let field = |column: &&str| {
+                let known = self.cells.iter().find(|(cell, _)| {
+                    (cell.policy, cell.row, cell.word, cell.column) == (policy, row, word, *column)
+                });
+                known.map_or_else(
+                    || "-".to_owned(),
+                    |(_, courses)| {
+                        courses.keys().map(String::as_str).collect::<Vec<_>>().join(" or ")
+                    },
+                )
+            };
+            lines.entry((row, columns.iter().map(field).collect())).or_default().push(word);
+        }
+        if lines.is_empty() {
+            return;
+        }
+        text.push_str(&format!("\n| fault | where | {} |\n", columns.join(" | ")));
+        text.push_str(&format!("|---|---|{}\n", "---|".repeat(columns.len())));
+        for ((row, fields), words) in lines {
+            let row = if row == "-" { "" } else { row };
+            text.push_str(&format!("| {} | {row} | {} |\n", words.join(", "), fields.join(" | ")));
+        }
+    }
+}
+
+impl fmt::Display for Tally {
+    /// How many there were, how they ended, and every plan that failed, as TOML.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { plans, rounds, faults_fired, failures, .. } = self;
+        writeln!(f, "{plans} plans, {rounds} rounds, {faults_fired} faults have happened")?;
+        for (word, count) in &self.outcomes {
+            writeln!(f, "  {word:<18} {count}")?;
+        }
+        for tried in failures {
+            writeln!(f, "\nfailed:")?;
+            for violation in &tried.violations {
+                writeln!(f, "  {violation}")?;
+            }
+            match tried.plan.to_toml() {
+                Ok(toml) => write!(f, "\n{toml}")?,
+                Err(error) => writeln!(f, "{error}")?,
+            }
+        }
+        if failures.is_empty() { write!(f, "everything was as it must be") } else { Ok(()) }
+    }
+}
