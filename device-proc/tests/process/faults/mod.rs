@@ -1,6 +1,7 @@
 //! A device process that does wrong what it was told to, and says so first.
 
 mod data;
+mod every;
 mod hello;
 mod stream;
 

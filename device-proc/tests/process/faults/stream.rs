@@ -39,7 +39,7 @@ fn contents(mut file: File) -> Vec<u8> {
 }
 
 /// What an honest device saves.
-fn honest() -> Vec<u8> {
+pub(crate) fn honest() -> Vec<u8> {
     let (device, _journal, file) = saving(u32::MAX, Action::Exit(1));
     assert_eq!(device.reached().state, S::StopCopy);
     contents(file)
