@@ -46,6 +46,8 @@ pub const MAX_LINE: usize = 8 * 1024;
 pub const MAX_LINES_PER_SECOND: u64 = 1000;
 /// How many of the last lines a [`LogTail`] keeps.
 pub const TAIL_LINES: usize = 16;
+/// How many bytes of them it keeps: of long lines there are fewer.
+pub const TAIL_BYTES: usize = 16 * 1024;
 
 /// Interval of the reports about lines that were not emitted, or not as a whole.
 const REPORT_INTERVAL: Duration = Duration::from_secs(1);
@@ -59,7 +61,7 @@ pub struct Origin {
     pub incarnation: u64,
 }
 
-/// The last [`TAIL_LINES`] lines of a process, and how many were not emitted. Clones share them.
+/// The last [`TAIL_LINES`] lines of a process (at most [`TAIL_BYTES`] of them), and how many were not emitted. Clones share them.
 #[derive(Clone, Debug, Default)]
 pub struct LogTail {
     /// As they came; rendered when somebody asks.
@@ -84,12 +86,11 @@ impl LogTail {
 
     fn push(&self, line: &[u8]) {
         let mut lines = self.lines.lock().unwrap_or_else(PoisonError::into_inner);
-        // The oldest line's memory serves the newest.
-        let mut slot =
-            if lines.len() >= TAIL_LINES { lines.pop_front() } else { None }.unwrap_or_default();
-        slot.clear();
-        slot.extend_from_slice(line);
-        lines.push_back(slot);
+        lines.push_back(line.to_vec());
+        let mut bytes: usize = lines.iter().map(Vec::len).sum();
+        while lines.len() > TAIL_LINES || bytes > TAIL_BYTES {
+            bytes -= lines.pop_front().map_or(bytes, |oldest| oldest.len());
+        }
     }
 }
 

@@ -3,7 +3,7 @@
 use super::Message;
 #[cfg(any(test, fuzzing))]
 use super::script::{Script, ScriptedProcess};
-use super::state::{Allowance, Device, Standing};
+use super::state::{Allowance, Device, Standing, Tellings};
 use super::supervision::Care;
 use crate::custody::Custody;
 use crate::description::DeviceSpec;
@@ -229,6 +229,7 @@ pub(super) async fn without_channel(
         gone: false,
         lost_before: None,
         allowance: Allowance::new(),
+        tellings: Tellings::new(),
         care: Care::default(),
     })
 }

@@ -151,7 +151,12 @@ impl State {
                 return self.device_superseded(term);
             }
             DeviceMessage::Event(event) => {
+                // Nothing is decided by what is only told.
+                let Some(left_out) = device.tellings.tell() else { return Ok(()) };
                 let (device, event) = (device.spec.name.clone(), words::event(event));
+                if left_out > 0 {
+                    tracing::warn!(device, left_out, "it tells too much: events are left out");
+                }
                 self.emit(MachineEvent::Device { device, event });
             }
         }

@@ -117,6 +117,7 @@ pub(super) struct Device {
     /// In what way it was lost before this coordinator had it.
     pub(super) lost_before: Option<Loss>,
     pub(super) allowance: Allowance,
+    pub(super) tellings: Tellings,
     pub(super) care: Care,
 }
 
@@ -139,6 +140,7 @@ impl Device {
             gone: true,
             lost_before: None,
             allowance: Allowance::new(),
+            tellings: Tellings::new(),
             care: Care::default(),
         }
     }
@@ -207,6 +209,39 @@ impl Allowance {
         }
         self.left -= 1;
         true
+    }
+}
+
+/// How much of what a device process tells of itself becomes an event of the machine: so much at
+/// once, and one more each second. Whoever reads events slowly keeps them meanwhile, and no device
+/// must fill that place with its own.
+#[derive(Debug)]
+pub(super) struct Tellings {
+    left: u32,
+    since: Instant,
+    left_out: u64,
+}
+
+impl Tellings {
+    /// As many events at once.
+    pub(super) const AT_ONCE: u32 = 32;
+
+    pub(super) fn new() -> Self {
+        Self { left: Self::AT_ONCE, since: clock::now(), left_out: 0 }
+    }
+
+    /// Something is told. If it is to be an event: how many before it were left out.
+    pub(super) fn tell(&mut self) -> Option<u64> {
+        let seconds = clock::since(self.since).as_secs();
+        self.since += Duration::from_secs(seconds);
+        let more = u32::try_from(seconds).unwrap_or(u32::MAX);
+        self.left = self.left.saturating_add(more).min(Self::AT_ONCE);
+        let Some(left) = self.left.checked_sub(1) else {
+            self.left_out += 1;
+            return None;
+        };
+        self.left = left;
+        Some(std::mem::take(&mut self.left_out))
     }
 }
 

@@ -201,6 +201,18 @@ fn the_tail_keeps_the_last_lines_only() {
 }
 
 #[test]
+fn the_tail_keeps_fewer_of_long_lines_and_the_last_one_in_any_case() {
+    let tail = LogTail::default();
+    for number in 0..TAIL_LINES {
+        tail.push(format!("{number:MAX_LINE$}").as_bytes());
+    }
+    let kept = |tail: &LogTail| tail.lines.lock().unwrap().iter().map(Vec::capacity).sum::<usize>();
+    assert!(kept(&tail) <= TAIL_BYTES, "{} bytes", kept(&tail));
+    assert_eq!(tail.lines().len(), TAIL_BYTES / MAX_LINE);
+    assert!(tail.lines()[1].ends_with(&format!(" {}", TAIL_LINES - 1)));
+}
+
+#[test]
 fn a_flood_is_dropped_counted_and_reported_once_per_second() {
     let sink = Sink::default();
     let tail = LogTail::default();

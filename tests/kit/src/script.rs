@@ -129,6 +129,14 @@ pub enum Step {
     Disconnect,
     /// Writes a line to standard error.
     Say(String),
+    /// Writes that many lines to standard error, as fast as they are taken, each of so many bytes:
+    /// JSON lists, which are more work to read than they are long.
+    Shout {
+        /// How many lines.
+        lines: u32,
+        /// How long each is, without its end.
+        length: u32,
+    },
 }
 
 impl Step {
@@ -165,6 +173,12 @@ pub enum Packet {
     ManyFds,
     /// That another coordinator has the device, with term 99.
     Superseded,
+    /// That it has failed, with the longest text there is, all of it escapes when it is shown.
+    Complaint,
+    /// A Hello whose list of files claims to have 2⁶⁰ entries.
+    HugeHello,
+    /// The honest ack with as many counters as it can have.
+    FullAck,
     /// An ack that is forged.
     Forged(Forgery),
 }

@@ -12,7 +12,6 @@
 mod blocking;
 mod broken_answers;
 mod dirty;
-mod endurance;
 mod fixture;
 mod greetings;
 mod guard;

@@ -17,6 +17,7 @@ use standstill_testkit::trace::{Entry, TraceWriter};
 use standstill_testkit::{Pulse, Script, Step, Trigger, What};
 use std::collections::{HashMap, VecDeque};
 use std::fs::File;
+use std::io::Write;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -78,6 +79,17 @@ pub(crate) struct RogueDevice {
     incarnation: u32,
     /// The status to end with.
     end: Option<u8>,
+}
+
+/// Writes many lines to standard error.
+fn shout(lines: u32, length: u32) -> Result<(), Error> {
+    let list = "1,".repeat(usize::try_from(length)?.saturating_sub(10) / 2);
+    let line = format!("{{\"a\":[{list}1]}}\n");
+    let mut stderr = std::io::stderr().lock();
+    for _ in 0..lines {
+        stderr.write_all(line.as_bytes())?;
+    }
+    Ok(())
 }
 
 /// How many processes of that name have begun by a trace.
@@ -204,6 +216,7 @@ impl RogueDevice {
             Step::Crash => std::process::abort(),
             Step::Disconnect => self.channel = None,
             Step::Say(line) => eprintln!("{line}"),
+            Step::Shout { lines, length } => shout(lines, length)?,
             // The caller has done these.
             Step::Delay(_) | Step::Hold(_) => {}
         }

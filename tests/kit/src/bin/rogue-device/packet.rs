@@ -6,10 +6,10 @@ use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, send, se
 use standstill_protocol::channel::Frame;
 use standstill_protocol::codec::MAX_PACKET;
 use standstill_protocol::message::{
-    Command, DeviceEvent, DeviceMessage, Epoch, Evidence, Heartbeat, Phase, Reached, Term, Timings,
-    VERSIONS,
+    Capabilities, Command, Counter, CounterKind, DeviceEvent, DeviceMessage, Epoch, Evidence,
+    Heartbeat, Hello, MAX_COUNTERS, MAX_TEXT, PeerDma, Phase, Reached, Term, Timings, VERSIONS,
 };
-use standstill_protocol::migration::MigrationState;
+use standstill_protocol::migration::{MigrationFlags, MigrationState};
 use standstill_testkit::{DROPPED_LOGS, Forgery, Packet, Pulse};
 use std::io::IoSlice;
 use std::mem::MaybeUninit;
@@ -36,6 +36,22 @@ pub(crate) fn send_packet(
             let mut whole = reached(Forgery::Nothing)?;
             whole.pop();
             whole
+        }
+        Packet::Complaint => {
+            bytes(&DeviceMessage::Event(DeviceEvent::Failed("\u{1b}".repeat(MAX_TEXT))))?
+        }
+        Packet::HugeHello => {
+            let mut hello = bytes(&DeviceMessage::Hello(hello()))?;
+            let list = hello.len() - 8;
+            hello[list..].copy_from_slice(&(1_u64 << 60).to_le_bytes());
+            hello
+        }
+        Packet::FullAck => {
+            let command = command.ok_or("only a command can be answered")?;
+            let mut reached = forge(command, Forgery::Nothing);
+            let counter = Counter { kind: CounterKind::Written, index: 1, value: u64::MAX };
+            reached.evidence.counters = vec![counter; MAX_COUNTERS];
+            bytes(&DeviceMessage::Reached(reached))?
         }
         Packet::Superseded => bytes(&DeviceMessage::Event(DeviceEvent::Superseded(Term(99))))?,
         Packet::ManyFds => return send_many_fds(socket),
@@ -108,6 +124,28 @@ fn forge(command: &Command, forgery: Forgery) -> Reached {
         Forgery::State => reached.state = state_before(command.phase),
     }
     reached
+}
+
+/// Of a device that has nothing to say of itself.
+fn hello() -> Hello {
+    Hello {
+        versions: VERSIONS,
+        kind: "rogue".into(),
+        program_version: String::new(),
+        capabilities: Capabilities {
+            migration: MigrationFlags::STOP_COPY_P2P,
+            peer_dma: PeerDma::Possible,
+            progress: false,
+            dirty_tracking: false,
+            fault_injection: false,
+        },
+        machine: None,
+        term: Term(0),
+        epoch: Epoch(0),
+        state: MigrationState::Running,
+        backing_files: 0,
+        memory: Vec::new(),
+    }
 }
 
 fn other_phase(phase: Phase) -> Phase {

@@ -1,0 +1,183 @@
+//! Invariant 9: a device process, whatever it sends, costs its coordinator no more than
+//! [`MOST_PER_DEVICE`] of the heap, no file descriptor and no thread; and the others go on.
+
+use crate::alone::alone;
+use crate::fixture::{LONG, assert_usable, builder, honest, remove_lost, start};
+use crate::memory::{live, peak};
+use crate::process::{names_of_fds, open_fds, threads};
+use standstill_coordinator::{DeviceStanding, Machine};
+use standstill_protocol::message::Phase;
+use standstill_testkit::{Forgery, Packet, Script, Step, Trace, Trigger, within};
+use std::time::Duration;
+
+/// What one hostile device may cost at any time, in bytes of the heap.
+const MOST_PER_DEVICE: usize = 64 * 1024;
+/// How many of a kind there are in one machine.
+const HOSTILE: usize = 4;
+
+/// Everything that is told of one kind.
+struct Kind {
+    name: &'static str,
+    /// What it does when it is told `PrepareStop` for the second time.
+    steps: Vec<Step>,
+}
+
+fn kind(name: &'static str, steps: impl IntoIterator<Item = Step>) -> Kind {
+    Kind { name, steps: steps.into_iter().collect() }
+}
+
+fn kinds() -> Vec<Kind> {
+    let send = Step::Send;
+    let many = |packet, count| std::iter::repeat_n(send(packet), count);
+    let trickle = [Step::Flood(40), Step::Delay(Duration::from_millis(50))];
+    let answer = || std::iter::once(Step::Ack);
+    vec![
+        kind("honest", answer()),
+        kind("no message", [send(Packet::Garbage)]),
+        kind("an empty packet", [send(Packet::Empty)]),
+        kind("a packet that is too long", [send(Packet::Oversized)]),
+        kind("a packet that is too short", [send(Packet::Truncated)]),
+        kind("20 fds with a message, 200 times", many(Packet::ManyFds, 200)),
+        kind("100,000 messages at once", [Step::Flood(100_000)].into_iter().chain(answer())),
+        kind(
+            "800 messages a second, for 2 s",
+            trickle.into_iter().cycle().take(80).chain(answer()),
+        ),
+        kind("500 events with texts", many(Packet::Complaint, 500).chain(answer())),
+        kind("a Hello with a list of 2^60", many(Packet::HugeHello, 2)),
+        kind("900 answers to other epochs", {
+            many(Packet::Forged(Forgery::LaterEpoch), 900).chain(answer())
+        }),
+        kind("answers with all counters", many(Packet::FullAck, 500)),
+        kind("the longest refusal", [Step::Refuse("\u{1b}".repeat(512))]),
+        kind("another coordinator has it, it says", [send(Packet::Superseded)]),
+        kind("100,000 lines of log", {
+            [Step::Shout { lines: 100_000, length: 40 }].into_iter().chain(answer())
+        }),
+        kind("2000 lines of log of 9000 bytes", {
+            [Step::Shout { lines: 2000, length: 9000 }].into_iter().chain(answer())
+        }),
+        kind("it ends", [Step::Crash]),
+    ]
+}
+
+/// What one kind has cost at most, in all, and left behind at the end.
+struct Cost {
+    peak: usize,
+    left: isize,
+    fds: isize,
+    threads: isize,
+}
+
+async fn pause(machine: &Machine) -> bool {
+    match within(LONG, "pause", machine.pause()).await {
+        Ok(stopped) => {
+            stopped.leave_stopped();
+            true
+        }
+        Err(_) => false,
+    }
+}
+
+/// Waits until nothing of lost devices is open any more: actors end on their own time.
+async fn settled(fds: usize, threads_before: usize) {
+    let settled = async {
+        while open_fds() > fds || threads() > threads_before {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    if tokio::time::timeout(LONG, settled).await.is_err() {
+        panic!("{fds} fds before, now {:#?}; {} threads", names_of_fds(), threads());
+    }
+}
+
+async fn cost(kind: &Kind) -> Cost {
+    let trace = Trace::new().unwrap();
+    let script = Script::honest().on_nth(Phase::PrepareStop, 2, kind.steps.clone());
+    let hostile = (0..HOSTILE).map(|n| script.clone().device(&format!("h{n}"), &trace).unwrap());
+    let machine = start(builder().device(honest("d0", &trace)).devices(hostile)).await;
+    // Events that nobody reads are kept.
+    let unread = machine.events();
+    // One round first: whatever is made on first use is there then.
+    assert!(pause(&machine).await, "{}: an honest pause", kind.name);
+    within(LONG, "resume", machine.resume()).await.unwrap();
+
+    let (fds, before, was) = (open_fds(), threads(), live());
+    peak();
+    let paused = pause(&machine).await;
+    let honest_ones = machine.status().await.unwrap().devices;
+    let ready = |standing| standing == DeviceStanding::Ready;
+    assert!(ready(honest_ones[0].standing), "{}: {honest_ones:?}", kind.name);
+    let peak = peak() - was;
+    remove_lost(&machine).await;
+    settled(fds, before).await;
+    let left = live().cast_signed() - was.cast_signed();
+    let cost = Cost {
+        peak,
+        left,
+        fds: open_fds().cast_signed() - fds.cast_signed(),
+        threads: threads().cast_signed() - before.cast_signed(),
+    };
+    // Whether it was paused or not: it can be.
+    assert_usable(&machine).await;
+    let _ = paused;
+    drop(unread);
+    within(LONG, "shutdown", machine.shutdown()).await.unwrap();
+    cost
+}
+
+#[test]
+fn invariant_9_a_hostile_device_costs_its_coordinator_less_than_64_kib() {
+    alone("hostile::invariant_9_a_hostile_device_costs_its_coordinator_less_than_64_kib", async {
+        println!("| each of {HOSTILE} devices sends | most | left | fds | threads |");
+        println!("|---|---|---|---|---|");
+        for kind in kinds() {
+            let Cost { peak, left, fds, threads } = cost(&kind).await;
+            let (name, each) = (kind.name, peak / HOSTILE);
+            let left = left / HOSTILE.cast_signed();
+            println!("| {name} | {each} | {left} | {fds:+} | {threads:+} |");
+            assert!(each <= MOST_PER_DEVICE, "{name}: {each} bytes of the heap each");
+            assert!(fds <= 0 && threads <= 0, "{name}: {fds} fds, {threads} threads");
+        }
+    });
+}
+
+/// One that is hostile from its first packet on.
+#[test]
+fn invariant_9_a_hostile_greeting_costs_its_coordinator_less_than_64_kib() {
+    alone(
+        "hostile::invariant_9_a_hostile_greeting_costs_its_coordinator_less_than_64_kib",
+        async {
+            for packet in [
+                Packet::Garbage,
+                Packet::Empty,
+                Packet::Oversized,
+                Packet::ManyFds,
+                Packet::HugeHello,
+                Packet::Complaint,
+                Packet::Superseded,
+            ] {
+                let trace = Trace::new().unwrap();
+                let machine = start(builder().device(honest("d0", &trace))).await;
+                assert!(pause(&machine).await);
+                within(LONG, "resume", machine.resume()).await.unwrap();
+                let bad = || {
+                    let script = Script::honest().on(Trigger::Hello, vec![Step::Send(packet); 300]);
+                    script.device("bad", &trace).unwrap()
+                };
+                // The first one may make what stays.
+                within(LONG, "the first", machine.add_device(bad())).await.unwrap_err();
+                remove_lost(&machine).await;
+                let (fds, before, was) = (open_fds(), threads(), live());
+                peak();
+                within(LONG, "the second", machine.add_device(bad())).await.unwrap_err();
+                let most = peak() - was;
+                assert!(most <= MOST_PER_DEVICE, "{packet:?}: {most} bytes of the heap");
+                remove_lost(&machine).await;
+                settled(fds, before).await;
+                assert!(pause(&machine).await, "{packet:?}");
+                within(LONG, "shutdown", machine.shutdown()).await.unwrap();
+            }
+        },
+    );
+}
