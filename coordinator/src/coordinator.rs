@@ -15,9 +15,12 @@ mod memory;
 mod owner;
 mod removal;
 mod roster;
+#[cfg(test)]
+mod schedules;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod script;
 mod shutdown;
+mod slips;
 mod start;
 mod state;
 mod superseded;
@@ -45,6 +48,7 @@ use tokio::sync::oneshot;
 
 use incarnation::Spawned;
 pub(crate) use owner::{Gap, Owner, Step, Ticket};
+use slips::Slip;
 pub(crate) use start::start;
 use state::{Standing, State};
 use supervision::Recovery;
@@ -175,7 +179,8 @@ impl Message {
 impl State {
     /// Does all that one message is for.
     async fn handle(&mut self, message: Message) {
-        if message.is_deadline_of_an_answer() {
+        let late = self.slips.is(Slip::DecidesBeforeReading);
+        if message.is_deadline_of_an_answer() && !late {
             // What has come by now counts: a device does not pay for a coordinator that was busy or
             // asleep. What comes later does not.
             self.read_ready();

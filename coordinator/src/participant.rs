@@ -87,6 +87,21 @@ impl<T> LocalThread<T> {
     }
 }
 
+/// What a test takes in the place of a thread: the calls, each with the number of holds by then, and
+/// that number.
+#[cfg(test)]
+pub(crate) type ScriptedCalls<T> = (Receiver<(u64, T)>, Arc<AtomicU64>);
+
+#[cfg(test)]
+impl<T> LocalThread<T> {
+    /// One whose calls a test takes.
+    pub(crate) fn scripted() -> (Self, ScriptedCalls<T>) {
+        let (calls, receiver) = channel();
+        let holds = Arc::new(AtomicU64::new(0));
+        (Self { calls, holds: Arc::clone(&holds) }, (receiver, holds))
+    }
+}
+
 /// Starts the thread of a local device.
 pub(crate) fn local_device(
     id: ParticipantId,

@@ -1,5 +1,6 @@
 //! Hello and Welcome.
 
+use super::Message;
 use super::join::Failure;
 use super::state::{EndingReply, Standing, Starting, State};
 use crate::device::Message as DeviceMessage;
@@ -147,6 +148,12 @@ impl State {
             if self.starting.is_some() {
                 self.greeting_failed(id, GreetingError::Silent(time));
             }
+        }
+        // Who is left was asked only now to show that it outlives this coordinator, and has as long
+        // for that.
+        let deadline = self.starting.is_some().then(|| self.after(time, || Message::HelloExpired));
+        if let (Some(starting), Some(deadline)) = (&mut self.starting, deadline) {
+            starting.deadline = deadline;
         }
     }
 }

@@ -1,6 +1,7 @@
 //! What comes from device processes: packets, and their ends.
 
 use super::join::Stage;
+use super::slips::Slip;
 use super::state::{Allowance, Device, Standing, State};
 use super::supervision::Recovery;
 use crate::device::{Message as DeviceActorMessage, ProcessEvent};
@@ -23,7 +24,9 @@ impl State {
     /// Reads what there is to read, in turns, so that one that floods delays nobody for long.
     pub(super) fn readable(&mut self) {
         if self.read_ready() {
-            self.poll.drained();
+            if !self.slips.is(Slip::ForgetsToWatch) {
+                self.poll.drained();
+            }
         } else {
             // Others may have something to say to this actor; then it goes on.
             let _ = self.myself.cast(super::Message::Readable);
@@ -208,7 +211,8 @@ impl State {
         let counts =
             |device: &mut Device| matches!(device.standing, Standing::Ready | Standing::Joining);
         let counted = self.device(id).is_some_and(counts);
-        if !counted || self.ending.is_some() || self.is_superseded() {
+        let heedless = self.slips.is(Slip::KillsWhatIsAnothers);
+        if !counted || self.ending.is_some() || !heedless && self.is_superseded() {
             self.close(id);
             return;
         }
@@ -240,7 +244,9 @@ impl State {
         match event {
             ProcessEvent::Exited(exit) => {
                 // Its last answers count: they were sent before it ended.
-                self.drain(id, usize::MAX);
+                if !self.slips.is(Slip::ForgetsLastAnswers) {
+                    self.drain(id, usize::MAX);
+                }
                 // Whoever took the machine over may have ended it.
                 if self.is_superseded() {
                     return;

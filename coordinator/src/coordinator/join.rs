@@ -10,6 +10,7 @@
 //! A device that was not welcomed serves nothing, so it does no DMA: it may wait.
 
 use super::Reply;
+use super::slips::Slip;
 use super::state::{Declared, Device, Purpose, Standing, State, Waiting};
 use crate::clock;
 use crate::control_directory::ControlDirectoryError;
@@ -224,6 +225,9 @@ impl State {
         }
         if let Some(device) = self.device(id) {
             device.standing = Standing::Joining;
+        }
+        if self.slips.is(Slip::CountsNewcomersAtOnce) {
+            return self.counted(id);
         }
         // What it writes before it is in STOP has no marks.
         if let Some(tracking) = &self.tracking {

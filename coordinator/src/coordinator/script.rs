@@ -13,7 +13,13 @@ mod device;
 )]
 pub mod packets;
 
-use device::Device;
+pub(super) use actor::{ScriptedActor, Started, process};
+pub(super) use calls::Call;
+#[cfg(test)]
+pub(super) use calls::{Answer, GAP};
+pub(super) use device::Device;
+#[cfg(test)]
+pub(super) use device::{Answered, Down};
 
 use super::Message;
 use crate::clock;
@@ -57,6 +63,8 @@ pub(super) enum Asked {
     Told(usize, DeviceMessage),
     /// It is sent SIGKILL.
     Killed(usize),
+    /// Nobody has its handle any more.
+    LetGo(usize),
     /// In the place of the first incarnation the process of the second is to be started, for the
     /// device of that name.
     Start(ParticipantId, ParticipantId, String),
@@ -134,6 +142,25 @@ impl Script {
         self.outside().mail.pop_front()
     }
 
+    /// How many messages wait.
+    #[cfg(test)]
+    pub(super) fn mails(&self) -> usize {
+        self.outside().mail.len()
+    }
+
+    /// How long it is since the beginning.
+    #[cfg(test)]
+    pub(super) fn now(&self) -> Duration {
+        self.outside().now
+    }
+
+    /// How many alarms are armed for messages of which that is true.
+    #[cfg(test)]
+    pub(super) fn alarms(&self, which: impl Fn(&Message) -> bool) -> usize {
+        let counts = |goes: &Goes| matches!(goes, Goes::Message(message) if which(message));
+        self.outside().alarms.values().filter(|(_, goes)| counts(goes)).count()
+    }
+
     /// Has the alarm go off that is due next, at its time; false if none is armed.
     pub(super) fn go_off(&self) -> bool {
         let mut outside = self.outside();
@@ -143,7 +170,9 @@ impl Script {
         clock::set(Some(outside.began + outside.now));
         match outside.alarms.remove(&number) {
             Some((_, Goes::Message(message))) => outside.mail.push_back(message),
-            Some((_, Goes::Kill(number))) => outside.asked.push_back(Asked::Killed(number)),
+            Some((_, Goes::Kill(number))) => {
+                outside.asked.push_back(Asked::Told(number, DeviceMessage::Kill));
+            }
             None => {}
         }
         true
@@ -202,5 +231,11 @@ impl ScriptedProcess {
     /// It is sent SIGKILL.
     pub(super) fn kill(&self) {
         self.script.ask(Asked::Killed(self.number));
+    }
+}
+
+impl Drop for ScriptedProcess {
+    fn drop(&mut self) {
+        self.script.ask(Asked::LetGo(self.number));
     }
 }

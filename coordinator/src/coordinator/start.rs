@@ -3,6 +3,7 @@
 use super::incarnation::{self, Spawned, Starter};
 use super::keep::Kept;
 use super::roster::{Ids, Roster};
+use super::slips::Slips;
 use super::state::{Device, EndingReply, HookEntry, Local, Standing, Starting, State};
 use super::take_over::Found;
 use super::{CoordinatorActor, Message};
@@ -256,6 +257,7 @@ impl Prepared {
             next_declaration: 1,
             events: listeners,
             paused_at: None,
+            slips: Slips::default(),
         };
         for (id, contact, files, unprovable) in all_found {
             state.found_files(id, files, unprovable);

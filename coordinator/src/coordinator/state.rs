@@ -3,6 +3,7 @@
 use super::incarnation::{Process, Starter};
 use super::keep::Kept;
 use super::roster::{Ids, Roster};
+use super::slips::Slips;
 use super::supervision::Care;
 use super::{Exits, Message, Owner, Reply, Request};
 use crate::clock;
@@ -92,6 +93,7 @@ pub(crate) struct State {
     pub(super) next_declaration: u64,
     pub(super) events: broadcast::Sender<MachineEvent>,
     pub(super) paused_at: Option<Instant>,
+    pub(super) slips: Slips,
 }
 
 /// One device, with its present process.

@@ -7,6 +7,7 @@
 use super::incarnation::{self, Spawned};
 use super::join::{Failure, Join, Stage};
 use super::removal::{LeaveStage, Leaving};
+use super::slips::Slip;
 use super::state::{Device, Standing, State};
 use super::{Message, Reply, Request};
 use crate::clock;
@@ -99,7 +100,8 @@ impl State {
             && self.superseded.is_none()
             && !self.over
         {
-            if let Some(request) = self.queue.pop_front() {
+            let forgets = self.slips.is(Slip::ForgetsTheQueue);
+            if !forgets && let Some(request) = self.queue.pop_front() {
                 self.request(request);
                 continue;
             }
@@ -327,8 +329,11 @@ impl State {
     /// A device does not count any more, and no transition deals with it: it is fenced.
     pub(super) fn fence_outside(&mut self, id: ParticipantId, loss: Loss, text: &str) {
         self.tell_loss(id, loss, text);
+        let forgets = self.slips.is(Slip::FencesNobodyOutside);
         let Some(device) = self.device(id) else { return };
-        device.tell(DeviceActorMessage::Fence);
+        if !forgets {
+            device.tell(DeviceActorMessage::Fence);
+        }
         self.await_fence(id, self.deadlines.fence);
     }
 

@@ -66,6 +66,12 @@ pub(super) struct Contact {
     log: OwnedFd,
 }
 
+impl Contact {
+    pub(super) fn new(channel: CoordinatorEnd, hello: Hello, version: u16, log: OwnedFd) -> Self {
+        Self { channel, hello, version, log }
+    }
+}
+
 /// Why there is no talking to a device process.
 pub(super) struct Unreachable {
     loss: Loss,
@@ -74,7 +80,7 @@ pub(super) struct Unreachable {
 }
 
 impl Unreachable {
-    fn new(loss: Loss, why: impl Into<String>) -> Self {
+    pub(super) fn new(loss: Loss, why: impl Into<String>) -> Self {
         Self { loss, why: why.into() }
     }
 }
@@ -414,7 +420,7 @@ fn find(
                             .map_err(|error| system("take charge of a device process", error))?;
                     let version = VERSIONS.negotiate(hello.versions).unwrap_or(VERSIONS.min);
                     let process = Child::Process(process);
-                    let contact = Ok(Contact { channel, hello, version, log });
+                    let contact = Ok(Contact::new(channel, hello, version, log));
                     let unprovable = None;
                     return Ok(Some(Found { process, incarnation, contact, files, unprovable }));
                 }

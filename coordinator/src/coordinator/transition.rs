@@ -2,6 +2,7 @@
 //! back.
 
 use super::owner::{GAP, GAP_NAME};
+use super::slips::Slip;
 use super::state::{Active, Device, Local, Purpose, Standing, State, Timers};
 use super::{Message, Owner};
 use crate::clock;
@@ -128,6 +129,7 @@ impl State {
     }
 
     fn carry_on(&mut self, operation: Operation, transition: Transition, purpose: Purpose) {
+        let transition = self.slips.transition(transition);
         let began = clock::now();
         self.transitions += 1;
         let devices = self.devices.iter().map(|device| {
@@ -520,7 +522,9 @@ impl State {
         let Active { transition, recorder, purpose, .. } = active;
         let report = Arc::new(recorder.finish(&transition, outcome, self.machine, downtime_ns));
         self.emit(MachineEvent::Transition(Arc::clone(&report)));
-        if let Purpose::Owner(owner) = purpose {
+        if let Purpose::Owner(owner) = purpose
+            && !self.slips.is(Slip::ForgetsTheOwner)
+        {
             // Whoever asked may have given up; the machine is where it is all the same.
             let _ = owner.reply.send(Ok(report));
         }

@@ -69,25 +69,35 @@ impl ScriptedActor {
         let prepared = Prepared { builder, starter, kept, events, beginning };
         let state = at_once(prepared.into_state(Mailbox::Script(script.clone())));
         let state = state.unwrap_or_else(|| Err(io::Error::other("it waits for something")))?;
-        let mut actor = Self { state: Some(state), script: script.clone(), told_readable: false };
-        actor.watch();
-        Ok(actor)
+        Ok(Self { state: Some(state), script: script.clone(), told_readable: false })
     }
 
-    /// Does what the task does that watches the sockets.
-    pub(in super::super) fn watch(&mut self) {
-        let Some(state) = &self.state else { return };
+    /// Whether the task that watches the sockets has something to say.
+    pub(in super::super) fn is_readable(&mut self) -> bool {
+        let Some(state) = &self.state else { return false };
         self.told_readable &= !state.poll.was_drained();
-        if !self.told_readable && !state.poll.ready().is_empty() {
+        !self.told_readable && !state.poll.ready().is_empty()
+    }
+
+    /// There is something to read, the actor was told, and has gone on without reading it all.
+    #[cfg(test)]
+    pub(in super::super) fn is_forgotten(&self) -> bool {
+        let Some(state) = &self.state else { return false };
+        self.told_readable && self.script.mails() == 0 && !state.poll.ready().is_empty()
+    }
+
+    /// Has it say so.
+    pub(in super::super) fn watch(&mut self) {
+        if self.is_readable() {
             self.told_readable = self.script.cast(Message::Readable).is_ok();
         }
     }
 
-    /// Has the actor handle the next message that waits. Returns what it was, for a person; `None`
-    /// if none waits.
-    pub(in super::super) fn handle(&mut self, tell: bool) -> Option<String> {
-        let message = self.script.mail()?;
-        let text = if tell { format!("{message:?}") } else { String::new() };
+    /// Has the actor handle the next message that waits, which may be looked at before; false if
+    /// none waits.
+    pub(in super::super) fn handle(&mut self, look: impl FnOnce(&Message)) -> bool {
+        let Some(message) = self.script.mail() else { return false };
+        look(&message);
         if let Some(state) = &mut self.state {
             // Nothing of it waits: what may block is the script's.
             at_once(state.handle(message));
@@ -95,8 +105,7 @@ impl ScriptedActor {
         if self.script.is_stopped() {
             self.end();
         }
-        self.watch();
-        Some(text)
+        true
     }
 
     /// The actor ends; what waits in its mailbox is dropped.

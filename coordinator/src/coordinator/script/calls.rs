@@ -4,6 +4,7 @@ use crate::description::DeviceSpec;
 use crate::error::MachineError;
 use crate::machine::Machine;
 use crate::report::TransitionReport;
+use crate::status::Status;
 use rustix::fs::{MemfdFlags, memfd_create};
 use std::future::poll_fn;
 use std::pin::Pin;
@@ -50,8 +51,26 @@ pub enum Ask {
     Shutdown,
 }
 
-/// What came of it: the transition's report, if it was one, or an error.
-pub(in super::super) type Answer = Result<Option<Arc<TransitionReport>>, MachineError>;
+/// What came of it.
+#[derive(Debug)]
+pub(in super::super) enum Answer {
+    Transition(Result<Arc<TransitionReport>, MachineError>),
+    Status(Result<Status, MachineError>),
+    Other(Result<(), MachineError>),
+}
+
+#[cfg(test)]
+impl Answer {
+    /// Why it was not done, if that was no transition's end.
+    pub(in super::super) fn error(&self) -> Option<&MachineError> {
+        match self {
+            Self::Transition(Err(error)) | Self::Status(Err(error)) | Self::Other(Err(error)) => {
+                Some(error)
+            }
+            _ => None,
+        }
+    }
+}
 
 /// How long the owner may take between the phases of what is done in steps.
 pub(in super::super) const GAP: Duration = Duration::from_secs(1);
@@ -105,32 +124,43 @@ impl Call {
                     ended(accepting.give_up().await)
                 }
             }),
-            Ask::Status => Box::pin(async move { machine.status().await.map(|_| None) }),
+            Ask::Status => Box::pin(async move { Answer::Status(machine.status().await) }),
             Ask::Cancel | Ask::GoOn | Ask::GiveUp => {
-                Box::pin(async move { machine.cancel().await.map(|()| None) })
+                Box::pin(async move { Answer::Other(machine.cancel().await) })
             }
-            Ask::AcceptHold => Box::pin(async move { machine.accept_hold().await.map(|()| None) }),
+            Ask::AcceptHold => Box::pin(async move { Answer::Other(machine.accept_hold().await) }),
             Ask::DeclareRam => Box::pin(async move {
                 let ram = match memfd_create("ram", MemfdFlags::CLOEXEC) {
                     Ok(ram) => ram,
                     Err(errno) => {
                         let source = errno.into();
-                        return Err(MachineError::Fd { source });
+                        return Answer::Other(Err(MachineError::Fd { source }));
                     }
                 };
-                machine.declare_ram(&ram).await.map(|()| None)
+                Answer::Other(machine.declare_ram(&ram).await)
             }),
             Ask::Add => Box::pin(async move {
-                machine.add_device(DeviceSpec::new(name, "scripted")).await.map(|()| None)
+                Answer::Other(machine.add_device(DeviceSpec::new(name, "scripted")).await)
             }),
             Ask::Restart(_) => {
-                Box::pin(async move { machine.restart_device(&name).await.map(|()| None) })
+                Box::pin(async move { Answer::Other(machine.restart_device(&name).await) })
             }
             Ask::Remove(_) => {
-                Box::pin(async move { machine.remove_device(&name).await.map(|_| None) })
+                Box::pin(async move { Answer::Other(machine.remove_device(&name).await.map(drop)) })
             }
-            Ask::Shutdown => Box::pin(async move { machine.shutdown().await.map(|_| None) }),
+            Ask::Shutdown => {
+                Box::pin(async move { Answer::Other(machine.shutdown().await.map(drop)) })
+            }
         };
+        Self { ask, gate, future }
+    }
+
+    /// Waits for the end of the take-over with which the machine began.
+    #[cfg(test)]
+    pub(in super::super) fn take_over(machine: &Machine) -> Self {
+        let machine = machine.clone();
+        let (ask, gate) = (Ask::Status, Arc::new(AtomicU8::new(0)));
+        let future = Box::pin(async move { ended(machine.finish_take_over().await) });
         Self { ask, gate, future }
     }
 
@@ -158,10 +188,10 @@ async fn goes_on(gate: Arc<AtomicU8>) -> bool {
 }
 
 fn ended(ended: Result<Arc<TransitionReport>, MachineError>) -> Answer {
-    match ended {
-        Ok(report) | Err(MachineError::Transition(report)) => Ok(Some(report)),
-        Err(error) => Err(error),
-    }
+    Answer::Transition(match ended {
+        Err(MachineError::Transition(report)) => Ok(report),
+        ended => ended,
+    })
 }
 
 fn stopped(stopped: Result<crate::machine::Stopped, MachineError>) -> Answer {

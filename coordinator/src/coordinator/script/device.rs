@@ -80,6 +80,12 @@ impl Device {
         })
     }
 
+    /// It is connected.
+    #[cfg(test)]
+    pub(in super::super) fn is_open(&self) -> bool {
+        self.end.is_some()
+    }
+
     /// Its end of the control channel.
     pub(super) fn end(&self) -> Option<&DeviceEnd> {
         self.end.as_ref()
@@ -183,6 +189,22 @@ impl Device {
         Some(down)
     }
 
+    /// A message that it has read comes once more.
+    #[cfg(test)]
+    pub(in super::super) fn read_again(&mut self, which: usize) {
+        let Some(message) = self.read.get(which % self.read.len().max(1)).cloned() else { return };
+        // A query is answered as often as it comes; memory is not the lifecycle's.
+        let counts = matches!(
+            message,
+            CoordinatorMessage::Welcome(_)
+                | CoordinatorMessage::Command(_)
+                | CoordinatorMessage::Abort(_)
+        );
+        if counts && self.hear(&message) {
+            self.wrong = Some(format!("a message that comes again changes something: {message:?}"));
+        }
+    }
+
     /// True if it was more than dropped.
     fn hear(&mut self, message: &CoordinatorMessage) -> bool {
         let before = self.lifecycle.clone();
@@ -228,6 +250,13 @@ impl Device {
                 self.step(Event::ArcFailed { refusal, restored });
             }
         }
+    }
+
+    /// Another coordinator has it.
+    #[cfg(test)]
+    pub(in super::super) fn welcome(&mut self, term: Term) {
+        let orphan = standstill_protocol::message::OrphanPolicy::Keep;
+        self.step(Event::Welcome { term, epoch: Epoch(0), orphan });
     }
 
     fn step(&mut self, event: Event) {

@@ -21,10 +21,9 @@
 //! the hostile one that comes to harm, or a coordinator that does not end.
 
 use super::super::Message;
-use super::actor::{ScriptedActor, Started, process};
 pub use super::calls::Ask;
 use super::calls::Call;
-use super::{Asked, Device, Script};
+use super::{Asked, Device, Script, ScriptedActor, Started, process};
 use crate::description::{DeviceSpec, MachineBuilder};
 use crate::device::{Message as ToProcess, ProcessEvent};
 use crate::events::MachineEvent;
@@ -251,7 +250,7 @@ impl World {
                 }
             }
             self.actor.watch();
-            if self.actor.handle(false).is_none() {
+            if !self.actor.handle(|_| {}) {
                 return;
             }
             self.ran.messages += 1;
@@ -277,7 +276,7 @@ impl World {
                 Asked::Told(number, ToProcess::Expect(grace)) => {
                     self.script.kill_after(grace, number);
                 }
-                Asked::Told(..) => {}
+                Asked::Told(..) | Asked::LetGo(_) => {}
                 Asked::Start(id, next, name) => {
                     let number = self.processes.len();
                     let made = process(&self.script, number, &name);

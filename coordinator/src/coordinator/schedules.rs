@@ -1,0 +1,146 @@
+//! Random schedules of the coordinator actor.
+//!
+//! The shipped actor, with real control sockets; everything else around it is played: its mailbox,
+//! its clock and alarms, processes and their fences, local devices, hooks, an owner who calls the
+//! public API, another coordinator. At each step a seeded random choice says what happens next.
+//! After each step it is checked what must always hold ([`oracle`]), and at the end that every call
+//! was answered and nobody was left behind. `docs/verification.md` says what that covers.
+//!
+//! A schedule that fails is made shorter as long as it still fails, and printed with its seed.
+//!
+//! `STANDSTILL_SCHEDULES` is how many to play, `STANDSTILL_SEED` where to begin.
+
+mod action;
+mod inside;
+mod kept;
+#[cfg(feature = "mutations")]
+mod mutations;
+mod oracle;
+mod search;
+mod stray;
+mod unit;
+mod world;
+
+use super::slips::Slips;
+use std::collections::BTreeSet;
+use std::time::Instant;
+
+/// How many schedules are part of the ordinary test run.
+const SCHEDULES: u64 = 10_000;
+/// On how many threads.
+const THREADS: u64 = 2;
+
+fn number(variable: &str) -> Option<u64> {
+    std::env::var(variable).ok()?.parse().ok()
+}
+
+/// Plays a seed, and says what is wrong with it, if anything is.
+fn play(seed: u64) -> Result<BTreeSet<String>, String> {
+    let slips = Slips::default();
+    let run = search::random(seed, slips).map_err(|error| format!("seed {seed}: {error}"))?;
+    if run.wrong.is_none() {
+        return Ok(run.reached);
+    }
+    let shrunk = search::shrink(run, slips).map_err(|error| format!("seed {seed}: {error}"))?;
+    Err(search::tell(seed, &shrunk))
+}
+
+/// Plays every so manieth seed, and says what was reached, and what is wrong with the first seeds of
+/// which something is.
+fn play_all(seeds: impl Iterator<Item = u64>, failures: usize) -> (BTreeSet<String>, Vec<String>) {
+    let (mut reached, mut wrong) = (BTreeSet::new(), Vec::new());
+    for seed in seeds {
+        match play(seed) {
+            Ok(run) => reached.extend(run),
+            Err(failure) => wrong.push(failure),
+        }
+        if wrong.len() >= failures {
+            break;
+        }
+    }
+    (reached, wrong)
+}
+
+#[test]
+fn whatever_comes_before_what_there_is_one_outcome_that_is_true_and_every_call_is_answered() {
+    let first = number("STANDSTILL_SEED").unwrap_or(0);
+    let count = number("STANDSTILL_SCHEDULES").unwrap_or(SCHEDULES);
+    let failures = number("STANDSTILL_FAILURES").unwrap_or(1);
+    let failures = usize::try_from(failures).unwrap();
+    let began = Instant::now();
+    let (mut reached, mut wrong) = (BTreeSet::new(), Vec::new());
+    std::thread::scope(|scope| {
+        let play = |thread| {
+            let seeds = (first..first + count).filter(move |seed| seed % THREADS == thread);
+            scope.spawn(move || play_all(seeds, failures))
+        };
+        let threads: Vec<_> = (0..THREADS).map(play).collect();
+        for thread in threads {
+            let (some, failed) = thread.join().unwrap();
+            reached.extend(some);
+            wrong.extend(failed);
+        }
+    });
+    let seconds = began.elapsed().as_secs_f64();
+    println!("{count} schedules in {seconds:.1} s; reached: {reached:?}");
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+    // They prove nothing about what they never reach.
+    if count >= SCHEDULES {
+        let missing: Vec<_> = REACHED.into_iter().filter(|end| !reached.contains(*end)).collect();
+        assert!(missing.is_empty(), "never reached: {missing:?}");
+    }
+}
+
+/// What must be among what the schedules reach.
+const REACHED: [&str; 28] = [
+    "pause Done",
+    "pause RolledBack",
+    "pause Stopped",
+    "pause Degraded",
+    "pause Held",
+    "resume Done",
+    "resume RolledBack",
+    "resume Stopped",
+    "resume Degraded",
+    "resume Held",
+    "take-over Done",
+    "take-over RolledBack",
+    "take-over Degraded",
+    "take-over Held",
+    "DeviceExited",
+    "DeviceFenced",
+    "DeviceHung",
+    "DeviceJoined",
+    "DeviceLost",
+    "DeviceNotRestarted",
+    "DeviceNotStarted",
+    "DeviceRemoved",
+    "DeviceRestarting",
+    "DeviceRestartsExhausted",
+    "FenceUnproven",
+    "HoldBegan",
+    "HoldEnded",
+    "Superseded",
+];
+
+/// Of three devices one is optional and says nothing, and one says Hello and nothing more.
+#[test]
+fn a_machine_does_not_wait_for_ever_for_one_that_does_not_show_that_it_outlives_its_coordinator() {
+    let kind = action::Kind::default();
+    let optional = action::Kind { optional: true, ..kind };
+    let case = action::Case {
+        devices: vec![kind, optional, kind],
+        hooks: Vec::new(),
+        locals: 0,
+        stay_stopped: false,
+        heartbeats: false,
+        kept: true,
+        taken_over: false,
+        faults: action::Faults { hang: 1, time: 1, ..action::Faults::default() },
+        plain: true,
+        steps: 0,
+    };
+    let actions = [action::Action::Hang(1), action::Action::Greet(0), action::Action::Hang(0)];
+    let run = search::replay(&case, &actions, Slips::default(), true).unwrap();
+    assert_eq!(run.wrong, None, "{}", search::tell(0, &run));
+}

@@ -1,0 +1,540 @@
+//! What must hold, seen from outside the coordinator: at what it sends, at what the devices do, and
+//! at what it says.
+
+use super::super::Message;
+use super::super::script::{Answer, packets::Ask};
+use super::super::state::Standing;
+use super::super::supervision::Recovery;
+use super::inside::{HookEnd, LocalEnd};
+use super::unit::Unit;
+use super::world::{Current, HOOK_BUDGET, World};
+use crate::description::Deadlines;
+use crate::error::MachineError;
+use crate::events::MachineEvent;
+use crate::report::{CommandAnswer, TransitionReport};
+use crate::status::{DeviceStanding, Status};
+use standstill_protocol::message::{Command, CoordinatorMessage, Epoch, Phase};
+use standstill_protocol::migration::{Activity, MigrationState};
+use standstill_protocol::transition::{HeldReason, Loss, MachineState, Operation, Outcome};
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// How many requests may wait in the coordinator.
+const QUEUE: usize = 64;
+
+/// What counts as reached when it is told.
+fn name(event: &MachineEvent) -> Option<&'static str> {
+    Some(match event {
+        MachineEvent::DeviceExited { .. } => "DeviceExited",
+        MachineEvent::DeviceFenced { .. } => "DeviceFenced",
+        MachineEvent::DeviceHung { .. } => "DeviceHung",
+        MachineEvent::DeviceJoined { .. } => "DeviceJoined",
+        MachineEvent::DeviceLost { .. } => "DeviceLost",
+        MachineEvent::DeviceNotRestarted { .. } => "DeviceNotRestarted",
+        MachineEvent::DeviceNotStarted { .. } => "DeviceNotStarted",
+        MachineEvent::DeviceRemoved { .. } => "DeviceRemoved",
+        MachineEvent::DeviceRestarting { .. } => "DeviceRestarting",
+        MachineEvent::DeviceRestartsExhausted { .. } => "DeviceRestartsExhausted",
+        MachineEvent::FenceUnproven { .. } => "FenceUnproven",
+        MachineEvent::HoldBegan { .. } => "HoldBegan",
+        MachineEvent::HoldEnded { .. } => "HoldEnded",
+        MachineEvent::Superseded { .. } => "Superseded",
+        _ => return None,
+    })
+}
+
+impl World {
+    /// The coordinator has sent these, in one go.
+    pub(super) fn told(&mut self, told: &[(usize, CoordinatorMessage)]) {
+        let commands = told.iter().filter_map(|(i, message)| match message {
+            CoordinatorMessage::Command(command) => Some((*i, *command)),
+            _ => None,
+        });
+        let commands: Vec<(usize, Command)> = commands.collect();
+        let aborts = told.iter().filter_map(|(i, message)| match message {
+            CoordinatorMessage::Abort(abort) => Some((*i, abort.epoch)),
+            _ => None,
+        });
+        let aborts: Vec<_> = aborts.collect();
+        let release = |units: &mut Vec<Unit>, before: Option<Epoch>| {
+            for &(i, epoch) in &aborts {
+                let told = units[i].told.is_some_and(|(told, _)| told <= epoch);
+                if told && before.is_none_or(|before| epoch < before) {
+                    units[i].told = None;
+                }
+            }
+        };
+        let phases: BTreeSet<_> =
+            commands.iter().map(|(_, command)| (command.epoch, command.phase)).collect();
+        for (epoch, phase) in phases {
+            let of_phase = commands.iter().filter(|(_, c)| (c.epoch, c.phase) == (epoch, phase));
+            let to: Vec<usize> = of_phase.map(|(i, _)| *i).collect();
+            release(&mut self.units, Some(epoch));
+            if self.current.is_some() {
+                self.check_phase(epoch.0, phase, &to);
+            }
+            for i in to {
+                if self.units[i].heard.contains(&(epoch, phase)) {
+                    self.is_wrong(|| format!("device {i} is told {phase} of epoch {epoch} twice"));
+                }
+                self.units[i].heard.push((epoch, phase));
+                self.units[i].told = Some((epoch, phase));
+            }
+        }
+        release(&mut self.units, None);
+        for (i, command) in commands {
+            let unit = &self.units[i];
+            if unit.was_pending {
+                self.is_wrong(|| format!("device {i} is told {} and is lost", command.phase));
+            }
+        }
+    }
+
+    /// Invariants 1, 4 and 6: when a phase may be told, and to whom.
+    fn check_phase(&mut self, epoch: u64, phase: Phase, to: &[usize]) {
+        let Some(current) = &self.current else { return };
+        let forward = epoch == current.first && current.operation != Operation::TakeOver;
+        let starts = matches!(phase, Phase::PrepareStart | Phase::Start);
+        let mut wrong = None;
+        if epoch > current.first + 3 {
+            wrong = Some(format!("epoch {epoch} of a transition that began at {}", current.first));
+        }
+        let stands = |unit: &Unit| unit.is_alive() && unit.counted && !unit.fence && unit.stands();
+        let take_over = current.operation == Operation::TakeOver;
+        if starts && take_over && self.units.iter().any(stands) {
+            wrong = Some("a take-over starts what was stopped".to_owned());
+        }
+        for (i, unit) in self.units.iter().enumerate() {
+            if let Some(told) = unit.told {
+                let answer = unit.answer(told);
+                let fenced = unit.proven || unit.fence && !forward;
+                let well = answer.is_some_and(|answer| answer.reached || !forward);
+                // One whose end was not read yet cannot be told that it is released.
+                let released = told.0.0 < epoch && !(unit.is_alive() && unit.device.is_open());
+                if !well && !fenced && !released && !unit.accepted {
+                    wrong = Some(format!(
+                        "{phase} of epoch {epoch} is told before device {i} has answered to {told:?}"
+                    ));
+                }
+            }
+            if starts && unit.was_pending && unit.counted && !unit.accepted {
+                wrong =
+                    Some(format!("{phase} is told while the fence of device {i} is not proven"));
+            }
+        }
+        let waits = |calls: usize| forward && calls > 0;
+        let calls = |hook: &HookEnd| !self.is_left_out(hook) && waits(hook.calls.waiting.len());
+        if self.hooks.iter().any(calls) {
+            wrong = Some(format!("{phase} is told while a hook has not returned"));
+        }
+        let second = matches!(phase, Phase::Stop | Phase::Start);
+        // Local devices are told in the same go, so of theirs only the second phase shows something.
+        let owes = |local: &LocalEnd| !local.calls.hung && local.calls.waiting.len() > 1;
+        if second && forward && self.locals.iter().any(owes) {
+            wrong = Some(format!("{phase} is told before a local device has answered"));
+        }
+        if let Some(state) = &self.actor.state
+            && forward
+        {
+            let missed = |(i, unit): (usize, &Unit)| {
+                let device = state.devices.get(unit.id?)?;
+                let ready = unit.was_ready && device.standing == Standing::Ready;
+                let counts = ready && !to.contains(&i);
+                // One whose end was not read yet cannot be sent anything.
+                (counts && unit.device.is_open() && unit.is_alive()).then_some(i)
+            };
+            let missed = self.units.iter().enumerate().find_map(missed);
+            if let Some(i) = missed.filter(|_| !self.superseded) {
+                wrong = Some(format!("device {i} is not told {phase} of epoch {epoch}"));
+            }
+        }
+        if let Some(wrong) = wrong {
+            self.is_wrong(|| wrong);
+        }
+    }
+
+    /// Something that the machine tells whoever listens.
+    pub(super) fn event(&mut self, event: MachineEvent) {
+        if let Some(name) = name(&event) {
+            self.reached.insert(name.to_owned());
+        }
+        match event {
+            MachineEvent::TransitionBegan { operation, epoch } => {
+                self.units.iter_mut().for_each(|unit| unit.told = None);
+                let counts =
+                    |unit: &Unit| unit.was_ready && self.standing(unit) == Some(Standing::Ready);
+                let units = self.units.iter().enumerate().filter(|(_, unit)| counts(unit));
+                let originals = units.map(|(i, unit)| (i, unit.device.lifecycle.state()));
+                let originals = originals.collect();
+                self.current = Some(Current {
+                    operation,
+                    first: epoch.0,
+                    began: (self.script.now(), self.lag),
+                    originals,
+                    hooks_were_stopped: self.hooks.iter().map(|hook| hook.stopped).collect(),
+                    lost: BTreeSet::new(),
+                    hold_expired: false,
+                });
+            }
+            MachineEvent::Transition(report) => {
+                self.ended(&report);
+                let current = self.current.take();
+                let given_up = current.is_some_and(|current| current.hold_expired);
+                match report.outcome {
+                    Outcome::Held { .. } => self.given_up |= given_up,
+                    Outcome::Done | Outcome::Degraded { .. } => self.given_up = false,
+                    Outcome::RolledBack | Outcome::Stopped => {}
+                }
+                self.units.iter_mut().for_each(|unit| unit.told = None);
+                self.reports.push(report);
+            }
+            MachineEvent::DeviceLost { device, loss, detail, during: Some(_), .. } => {
+                let lost = self.units.iter().rposition(|unit| unit.device.name == device);
+                if let (Some(current), Some(lost)) = (&mut self.current, lost) {
+                    current.lost.insert(lost);
+                }
+                let expired = self.expired;
+                let answered = |unit: &Unit| {
+                    let answer = expired.and_then(|asked| unit.answer(asked));
+                    unit.device.name == device && unit.is_pending() && answer.is_some()
+                };
+                let silence = loss == Loss::Timeout && detail == loss.to_string();
+                if silence && self.units.iter().any(answered) && !self.floods {
+                    self.is_wrong(|| format!("{device} has answered and is lost for its silence"));
+                }
+            }
+            MachineEvent::DeviceFenced { device, .. } => {
+                let mut units = self.units.iter();
+                if !units.any(|unit| unit.device.name == device && unit.proven) {
+                    self.is_wrong(|| format!("{device} is said to be fenced, and is not"));
+                }
+            }
+            MachineEvent::DeviceExited { device, .. } => {
+                let mut units = self.units.iter();
+                if !units.any(|unit| unit.device.name == device && !unit.is_alive()) {
+                    self.is_wrong(|| format!("{device} is said to have ended, and has not"));
+                }
+            }
+            _ => {}
+        }
+    }
+
+    pub(super) fn standing(&self, unit: &Unit) -> Option<Standing> {
+        let state = self.actor.state.as_ref()?;
+        Some(state.devices.get(unit.id?)?.standing.clone())
+    }
+
+    /// Invariants 5, 6 and 8: a transition has ended, and says where everybody is.
+    fn ended(&mut self, report: &TransitionReport) {
+        let Some(current) = &self.current else {
+            return self.is_wrong(|| "a transition ends that has not begun".to_owned());
+        };
+        self.reached.insert(format!("{} {}", current.operation, report.outcome.name()));
+        let problem = self.problem(current, report);
+        if let Some(problem) = problem {
+            self.is_wrong(|| {
+                format!("{} ends in {:?}: {problem}", report.operation, report.outcome)
+            });
+        }
+    }
+
+    fn problem(&self, current: &Current, report: &TransitionReport) -> Option<String> {
+        let took = self.script.now() - current.began.0;
+        let late = self.lag - current.began.1;
+        let longest = self.longest() + late;
+        if took > longest {
+            return Some(format!("it took {took:?}, more than {longest:?}"));
+        }
+        if let Some(state) = &self.actor.state
+            && state.active.is_none()
+        {
+            let left = self.script.alarms(|message| matches!(message, Message::Expired(..)));
+            if left > 0 {
+                return Some(format!("{left} of its deadlines are still armed"));
+            }
+        }
+        if report.last_epoch.0 > current.first + 3 {
+            return Some("it has more than four epochs".to_owned());
+        }
+        for participant in &report.participants {
+            let unit = self.units.iter().find(|unit| unit.id == Some(participant.id))?;
+            let Some(command) = participant.commands.last() else { continue };
+            let exited = participant.fence.as_ref().is_some_and(|fence| fence.why == Loss::Exited);
+            let answered = unit.answer((command.epoch, command.phase)).is_some();
+            if exited && answered && command.answer == CommandAnswer::None && !self.floods {
+                return Some(format!("the last answer of {} is not in it", participant.name));
+            }
+        }
+        // What one believes that has lost its machine is not compared with it.
+        let superseded = |reason: &HeldReason| *reason == HeldReason::Superseded;
+        if self.superseded
+            || matches!(&report.outcome, Outcome::Held { reasons, .. } if reasons.iter().any(superseded))
+        {
+            return None;
+        }
+        self.fences_are_told(current, report).or_else(|| self.everybody_is_there(current, report))
+    }
+
+    /// The longest that a transition may take; see `docs/transitions.md`.
+    fn longest(&self) -> Duration {
+        let Deadlines { first_phase, second_phase, undo, fence, .. } = Deadlines::default();
+        let many = |count: usize, time: Duration| time * u32::try_from(count).unwrap_or(u32::MAX);
+        let hooks = many(self.hooks.len(), HOOK_BUDGET) + super::super::script::GAP;
+        hooks + first_phase + second_phase + many(self.units.len(), fence) + undo * 2
+    }
+
+    fn fences_are_told(&self, current: &Current, report: &TransitionReport) -> Option<String> {
+        let fenced = match &report.outcome {
+            Outcome::Degraded { fenced, .. } | Outcome::Held { fenced, .. } => fenced.as_slice(),
+            Outcome::Done | Outcome::RolledBack | Outcome::Stopped => &[],
+        };
+        let held = matches!(report.outcome, Outcome::Held { .. });
+        for &i in &current.lost {
+            let unit = &self.units[i];
+            let named = fenced.iter().any(|(id, _)| Some(*id) == unit.id);
+            let member = report.participants.iter().any(|one| Some(one.id) == unit.id);
+            if member && !named && !held {
+                return Some(format!("device {i} was fenced, and it does not say so"));
+            }
+        }
+        let proven = |id| self.units.iter().any(|unit| unit.id == Some(id) && unit.proven);
+        let unproven = fenced.iter().find(|(id, _)| !proven(*id));
+        unproven.map(|(id, _)| format!("{id:?} is said to be fenced, and is not"))
+    }
+
+    fn everybody_is_there(&self, current: &Current, report: &TransitionReport) -> Option<String> {
+        let state = self.actor.state.as_ref()?;
+        let original = |i: usize| {
+            let mut originals = current.originals.iter();
+            originals.find(|(number, _)| *number == i).map(|(_, state)| *state)
+        };
+        let stops = match (&report.outcome, current.operation) {
+            (Outcome::RolledBack, Operation::TakeOver) => Some(false),
+            (Outcome::RolledBack, _) => None,
+            (Outcome::Done, Operation::Pause) | (Outcome::Stopped, _) => Some(true),
+            (Outcome::Done, _) => Some(false),
+            (Outcome::Degraded { machine, .. }, _) => Some(*machine == MachineState::Stopped),
+            (Outcome::Held { .. }, _) if current.hold_expired => return None,
+            (Outcome::Held { .. }, _) => Some(true),
+        };
+        for (i, unit) in self.units.iter().enumerate() {
+            let Some(device) = unit.id.and_then(|id| state.devices.get(id)) else { continue };
+            let (is, does) = (unit.device.lifecycle.state(), unit.device.may_do());
+            if device.standing != Standing::Ready || original(i).is_none() {
+                continue;
+            }
+            if device.state != is {
+                return Some(format!("device {i} is in {is}, and said to be in {}", device.state));
+            }
+            // Whom an undo finds where it leads, or has not moved, is left there.
+            let degraded = matches!(report.outcome, Outcome::Degraded { .. });
+            let left = degraded && original(i) == Some(is) && does == is.activity();
+            let fits = match stops {
+                Some(true) if current.operation == Operation::Resume && left => true,
+                Some(true) => does == Activity::Stopped,
+                Some(false) if left => true,
+                Some(false) => does == Activity::Full,
+                None => {
+                    original(i) == Some(is)
+                        && (does == is.activity() || is == MigrationState::Error)
+                }
+            };
+            if !fits {
+                return Some(format!("device {i} is in {is} and does {does:?}"));
+            }
+        }
+        self.the_vmm_is_there(current, report, stops)
+    }
+
+    fn the_vmm_is_there(
+        &self,
+        current: &Current,
+        report: &TransitionReport,
+        stops: Option<bool>,
+    ) -> Option<String> {
+        let held = matches!(report.outcome, Outcome::Held { .. });
+        if held || current.operation == Operation::TakeOver {
+            return None;
+        }
+        let hung = |id| {
+            let state = self.actor.state.as_ref();
+            state.is_none_or(|state| state.locals.iter().any(|local| local.id == id && local.hung))
+        };
+        for local in self.locals.iter().filter(|local| !hung(local.id)) {
+            let stopped = local.state.activity() == Activity::Stopped;
+            if stops.is_some_and(|stops| stops != stopped) || !local.calls.waiting.is_empty() {
+                return Some(format!("a local device is in {}", local.state));
+            }
+        }
+        let hooks = self.hooks.iter().zip(&current.hooks_were_stopped);
+        for (hook, &was) in hooks.filter(|(hook, _)| !self.is_left_out(hook)) {
+            let expected = match report.outcome {
+                Outcome::Done => stops,
+                Outcome::RolledBack => Some(was),
+                _ => None,
+            };
+            if expected.is_some_and(|expected| expected != hook.stopped) {
+                return Some(format!("hook {} stands: {}", hook.id.0, hook.stopped));
+            }
+        }
+        None
+    }
+
+    /// Every call of the owner is answered once, with what has happened.
+    pub(super) fn answers(&mut self) {
+        let mut answered = Vec::new();
+        self.calls.retain_mut(|call| match call.answer() {
+            Some(answer) => {
+                answered.push((call.ask, answer));
+                false
+            }
+            None => true,
+        });
+        for (ask, answer) in answered {
+            self.say(|| match &answer {
+                Answer::Transition(Ok(report)) => format!("  {ask:?} ends in {:?}", report.outcome),
+                answer => format!("  {ask:?} is answered: {:?}", answer.error()),
+            });
+            let ended = self.is_ended() || self.script.is_stopped();
+            if let Some(MachineError::Gone) = answer.error()
+                && !ended
+                && !self.shuts_down()
+            {
+                self.is_wrong(|| format!("{ask:?} is never answered"));
+            }
+            match answer {
+                Answer::Transition(Ok(report)) => {
+                    let at = self.reports.iter().position(|told| Arc::ptr_eq(told, &report));
+                    match at {
+                        Some(at) => drop(self.reports.remove(at)),
+                        None => self.is_wrong(|| format!("{ask:?} has a report that nobody told")),
+                    }
+                }
+                Answer::Status(Ok(status)) => self.status_is_true(&status),
+                Answer::Other(Ok(())) if ask == Ask::AcceptHold => {
+                    let pending = self.units.iter_mut().filter(|unit| unit.is_pending());
+                    pending.for_each(|unit| unit.accepted = true);
+                }
+                _ => {}
+            }
+        }
+    }
+
+    fn shuts_down(&self) -> bool {
+        self.actor.state.as_ref().is_none_or(|state| state.ending.is_some() || state.over)
+    }
+
+    fn status_is_true(&mut self, status: &Status) {
+        let mut wrong = None;
+        for device in &status.devices {
+            let mut units = self.units.iter().rev();
+            let Some(unit) = units.find(|unit| unit.device.name == device.name) else { continue };
+            let is = unit.device.lifecycle.state();
+            let lies = match (device.standing, device.state) {
+                (DeviceStanding::Ready, Some(state)) => status.operation.is_none() && state != is,
+                (DeviceStanding::Fenced | DeviceStanding::Restarting, _) => {
+                    unit.id.is_some() && !unit.proven && !unit.accepted
+                }
+                _ => false,
+            };
+            if lies && !self.superseded {
+                wrong = Some(format!("{device:?} is not true: it is in {is}"));
+            }
+        }
+        if let Some(wrong) = wrong {
+            self.is_wrong(|| wrong);
+        }
+    }
+
+    /// A hook that hangs, and that the owner has taken as it is.
+    fn is_left_out(&self, hook: &HookEnd) -> bool {
+        let state = self.actor.state.as_ref();
+        state.is_none_or(|state| state.hooks.iter().any(|e| e.hook.id == hook.id && e.hung))
+    }
+
+    /// What is known of each device before it is looked at what the coordinator has done.
+    pub(super) fn know(&mut self) {
+        let Some(state) = &self.actor.state else { return };
+        for unit in &mut self.units {
+            unit.was_pending = unit.is_pending();
+            let device = unit.id.and_then(|id| state.devices.get(id));
+            unit.counted |= device.is_some_and(|device| device.standing == Standing::Ready);
+            let recovery = device.map(|device| &device.care.recovery);
+            unit.accepted |= matches!(recovery, Some(Recovery::Unproven));
+        }
+    }
+
+    /// Who counts after this step.
+    pub(super) fn remember(&mut self) {
+        let Some(state) = &self.actor.state else { return };
+        for unit in &mut self.units {
+            let device = unit.id.and_then(|id| state.devices.get(id));
+            unit.was_ready = device.is_some_and(|device| device.standing == Standing::Ready);
+        }
+    }
+
+    /// What must hold after each action.
+    pub(super) fn check(&mut self) {
+        if let Some(state) = &self.actor.state {
+            let (queue, declarations) = (state.queue.len(), state.declarations.len());
+            if queue > QUEUE || declarations > self.calls.len() + self.units.len() {
+                self.is_wrong(|| format!("{queue} requests and {declarations} declarations wait"));
+            }
+        }
+        let mut units = self.units.iter().enumerate();
+        let wrong = units.find_map(|(i, unit)| Some((i, unit.device.wrong.clone()?)));
+        if let Some((i, wrong)) = wrong {
+            self.is_wrong(|| format!("device {i}: {wrong}"));
+        }
+        if self.actor.is_forgotten() {
+            self.is_wrong(|| "there is something to read, and nobody says so any more".to_owned());
+        }
+        if let Some((writer, stopped)) = self.mixed() {
+            self.is_wrong(|| format!("{writer} may write into {stopped}, which is stopped"));
+        }
+    }
+
+    /// One that may write into one that stands.
+    fn mixed(&self) -> Option<(String, String)> {
+        let state = self.actor.state.as_ref()?;
+        if self.superseded || self.given_up {
+            return None;
+        }
+        let device = |unit: &Unit| unit.id.and_then(|id| state.devices.get(id));
+        let leaves = |unit: &Unit| {
+            let leaves = |device: &super::super::state::Device| {
+                device.care.leaving.is_some() || device.standing == Standing::Leaving
+            };
+            device(unit).is_none_or(leaves)
+        };
+        let counts = |unit: &&Unit| unit.counted && !leaves(unit);
+        let writes =
+            |unit: &&Unit| !unit.proven && !unit.given_up && !unit.accepted && unit.may_write();
+        let hung = |id| state.locals.iter().any(|local| local.id == id && local.hung);
+        let locals = || {
+            let given_up = |id| {
+                hung(id)
+                    || state.held.contains(&HeldReason::LocalHung(id))
+                    || state.active.as_ref().is_some_and(|a| a.transition.state(id).is_none())
+            };
+            self.locals.iter().filter(move |local| !given_up(local.id))
+        };
+        let named = |unit: &Unit| unit.device.name.clone();
+        let writer = self.units.iter().filter(counts).find(writes).map(named).or_else(|| {
+            let mut locals = locals();
+            let local = locals.find(|local| local.state.activity() == Activity::Full)?;
+            Some(format!("local device {}", local.id.0))
+        })?;
+        let ready =
+            |unit: &&Unit| device(unit).is_some_and(|device| device.standing == Standing::Ready);
+        let mut units = self.units.iter().filter(counts).filter(ready);
+        let stands = units.find(|unit| unit.is_alive() && unit.stands()).map(named);
+        let stands = stands.or_else(|| {
+            let mut locals = locals();
+            let local = locals.find(|local| local.state.activity() == Activity::Stopped)?;
+            Some(format!("local device {}", local.id.0))
+        })?;
+        Some((writer, stands))
+    }
+}
