@@ -4,7 +4,7 @@ use super::state::State;
 use crate::error::MachineError;
 use crate::fault::{ArmError, ArmRequest};
 use standstill_protocol::message::{Arm, CoordinatorMessage};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 
 impl State {
     /// Whatever is under way: it belongs to no transition.
@@ -15,12 +15,7 @@ impl State {
         let _ = reply.send(armed);
     }
 
-    fn send_arm(
-        &self,
-        name: String,
-        arm: Arm,
-        journal: std::os::fd::BorrowedFd<'_>,
-    ) -> Result<(), ArmError> {
+    fn send_arm(&self, name: String, arm: Arm, journal: BorrowedFd<'_>) -> Result<(), ArmError> {
         let Some(device) = self.devices.iter().find(|device| device.spec.name == name) else {
             return Err(MachineError::NoDevice { device: name }.into());
         };
