@@ -110,7 +110,17 @@ fn ten_thousand_transitions_with_refusals_and_losses_leave_nothing_behind() {
             while tally.transitions < WARM {
                 round(&machine, &mut events, &mut tally).await;
             }
-            let (fds, all_threads) = (open_fds(), threads());
+            // Nothing of a lost process is on its way out while this is looked at.
+            let fds = loop {
+                let (fds, lost) = (open_fds(), tally.lost);
+                for _ in 0..5 {
+                    round(&machine, &mut events, &mut tally).await;
+                }
+                if (open_fds(), tally.lost) == (fds, lost) {
+                    break fds;
+                }
+            };
+            let all_threads = threads();
             let mut looks = vec![live()];
             while tally.transitions < TRANSITIONS {
                 let next = tally.transitions + STRETCH;
@@ -120,7 +130,9 @@ fn ten_thousand_transitions_with_refusals_and_losses_leave_nothing_behind() {
                 as_before(fds).await;
                 looks.push(live());
             }
-            assert_eq!((open_fds(), threads()), (fds, all_threads), "fds and threads");
+            assert_eq!(open_fds(), fds);
+            // The runtime ends a thread that had nothing to do for 10 s.
+            assert!(threads() <= all_threads, "{} threads, before {all_threads}", threads());
             let drift = drift(&looks);
             println!(
                 "{tally:?}; {fds} fds, {all_threads} threads, the heap drifts by {drift:.0} bytes"

@@ -51,11 +51,11 @@ fn kinds() -> Vec<Kind> {
         kind("answers with all counters", many(Packet::FullAck, 500)),
         kind("the longest refusal", [Step::Refuse("\u{1b}".repeat(512))]),
         kind("another coordinator has it, it says", [send(Packet::Superseded)]),
-        kind("100,000 lines of log", {
-            [Step::Shout { lines: 100_000, length: 40 }].into_iter().chain(answer())
+        kind("20,000 lines of log", {
+            [Step::Shout { lines: 20_000, length: 40 }].into_iter().chain(answer())
         }),
-        kind("2000 lines of log of 9000 bytes", {
-            [Step::Shout { lines: 2000, length: 9000 }].into_iter().chain(answer())
+        kind("200 lines of log of 9000 bytes", {
+            [Step::Shout { lines: 200, length: 9000 }].into_iter().chain(answer())
         }),
         kind("it ends", [Step::Crash]),
     ]
@@ -104,7 +104,8 @@ async fn cost(kind: &Kind) -> Cost {
 
     let (fds, before, was) = (open_fds(), threads(), live());
     peak();
-    let paused = pause(&machine).await;
+    // Whether it comes to pass or not: it ends.
+    let _ = pause(&machine).await;
     let honest_ones = machine.status().await.unwrap().devices;
     let ready = |standing| standing == DeviceStanding::Ready;
     assert!(ready(honest_ones[0].standing), "{}: {honest_ones:?}", kind.name);
@@ -118,9 +119,7 @@ async fn cost(kind: &Kind) -> Cost {
         fds: open_fds().cast_signed() - fds.cast_signed(),
         threads: threads().cast_signed() - before.cast_signed(),
     };
-    // Whether it was paused or not: it can be.
     assert_usable(&machine).await;
-    let _ = paused;
     drop(unread);
     within(LONG, "shutdown", machine.shutdown()).await.unwrap();
     cost
