@@ -335,3 +335,32 @@ fn transition(report: &TransitionReport) -> String {
 fn during(operation: &Option<Operation>) -> String {
     operation.map_or_else(String::new, |operation| format!(", and a {operation} is under way"))
 }
+
+/// An error and its sources, as one text that people are told why something is so. A source that an
+/// error tells itself is not told again.
+pub(crate) fn with_sources(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let sources = std::iter::successors(error.source(), |&error| error.source());
+    for source in sources.map(ToString::to_string) {
+        if !text.contains(&source) {
+            text.push_str(": ");
+            text.push_str(&source);
+        }
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_source_is_told_once() {
+        let source = io::Error::other("no room");
+        let path = "/run/vm/machine.json".into();
+        let written = ControlDirectoryError::System { what: "write", path, source };
+        let text = with_sources(&GreetingError::Keep(Box::new(written)));
+        assert!(text.starts_with("cannot be kept for a later coordinator: "), "{text}");
+        assert_eq!(text.matches("no room").count(), 1, "{text}");
+    }
+}

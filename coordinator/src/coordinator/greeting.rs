@@ -4,7 +4,7 @@ use super::Message;
 use super::join::Failure;
 use super::state::{EndingReply, Standing, Starting, State};
 use crate::device::Message as DeviceMessage;
-use crate::error::{GreetingError, ProtocolError};
+use crate::error::{GreetingError, ProtocolError, with_sources};
 use crate::events::MachineEvent;
 use crate::policy::Presence;
 use crate::process::BackingFile;
@@ -119,7 +119,7 @@ impl State {
             return self.join_failed(id, Failure::Greeting(error));
         }
         if self.policies.resolve(&device.spec).1 == Presence::Optional {
-            return self.not_started(id, &error.to_string());
+            return self.not_started(id, &with_sources(&error));
         }
         if let Some(Starting { reply, deadline, .. }) = self.starting.take() {
             deadline.abort();

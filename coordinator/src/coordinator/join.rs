@@ -16,7 +16,7 @@ use crate::clock;
 use crate::control_directory::ControlDirectoryError;
 use crate::description::DeviceSpec;
 use crate::dirty::Untracked;
-use crate::error::{GreetingError, MachineError, StartError};
+use crate::error::{GreetingError, MachineError, StartError, with_sources};
 use crate::events::MachineEvent;
 use crate::mailbox::Alarm;
 use crate::process::BackingFile;
@@ -181,13 +181,13 @@ impl State {
                     GreetingError::Version { .. } | GreetingError::Protocol(_) => Loss::Protocol,
                     GreetingError::Keep(_) => Loss::Refused,
                 };
-                (loss, format!("it {error}"))
+                (loss, format!("it {}", with_sources(error)))
             }
             Failure::Plan(_, error) => (Loss::Refused, format!("it does not fit in: {error}")),
             Failure::Untracked => {
                 (Loss::Refused, "it cannot tell which pages of RAM it writes".to_owned())
             }
-            Failure::Start(error) => (Loss::Exited, error.to_string()),
+            Failure::Start(error) => (Loss::Exited, with_sources(&**error)),
         };
         device.care.failure = Some(failure);
         device.standing = Standing::Lost(text.clone());
@@ -335,7 +335,7 @@ impl State {
             Failure::Plan(device, source) => StartError::Plan { device, source },
             Failure::Untracked => StartError::Untracked { device: self.names.participant(id) },
         };
-        let why = error.to_string();
+        let why = with_sources(&error);
         let Some(device) = self.device(id) else { return };
         let name = device.spec.name.clone();
         let (added, owner) = (device.care.added, device.care.owner.take());
