@@ -13,8 +13,16 @@ use std::time::Duration;
 const PATIENCE: Duration = Duration::from_secs(120);
 
 /// The examples that play the VMM. `scratch_device` is run by `own_binary`.
-const VMMS: [&str; 7] =
-    ["embed", "embed_blocking", "failures", "launch_join", "local_device", "own_binary", "vcpus"];
+const VMMS: [&str; 8] = [
+    "embed",
+    "embed_blocking",
+    "failures",
+    "foreign_device",
+    "launch_join",
+    "local_device",
+    "own_binary",
+    "vcpus",
+];
 
 /// Where cargo has put an example: beside the folder of this test's program.
 fn program(example: &str) -> PathBuf {
@@ -31,7 +39,12 @@ fn program(example: &str) -> PathBuf {
 
 /// Runs an example to its good end; what it has printed.
 fn run(example: &str) -> String {
+    run_with(example, &[])
+}
+
+fn run_with(example: &str, arguments: &[&str]) -> String {
     let child = Command::new(program(example))
+        .args(arguments)
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
@@ -85,8 +98,9 @@ fn there_is_no_example_that_is_not_run() {
 }
 
 #[test]
-fn a_vmm_has_thirty_lines_and_a_device_that_can_migrate_has_fifty() {
+fn a_vmm_has_thirty_lines_a_sweep_forty_and_a_device_that_can_migrate_fifty() {
     assert!(lines("embed") <= 30, "embed has {} lines", lines("embed"));
+    assert!(lines("foreign_device") < 40, "foreign_device has {}", lines("foreign_device"));
     assert!(lines("scratch_device") <= 50, "scratch_device has {}", lines("scratch_device"));
 }
 
@@ -129,6 +143,15 @@ fn a_local_device_takes_part_in_both_phases() {
 fn a_device_with_a_program_of_its_own_is_started_and_ends() {
     let words = ["scratch1 is scratch", "resume: Done", "scratch0: exited with status 0"];
     says("own_binary", &words);
+}
+
+/// A part of the sweep; `standstill chaos --sweep` and the kit's own tests do it whole.
+#[test]
+fn a_foreign_device_goes_through_the_sweep() {
+    let text = run_with("foreign_device", &["12"]);
+    for words in ["faults have happened", "Done", "Degraded running", "Degraded stopped"] {
+        assert!(text.contains(words), "{words:?} is not in\n{text}");
+    }
 }
 
 #[test]

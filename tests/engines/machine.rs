@@ -229,7 +229,13 @@ impl Guest {
 
     /// Connects to all engines and maps everything into everything.
     pub(crate) fn connect(&mut self) {
-        self.engines = (0..ENGINES).map(|n| Engine::connect(&self.description.socket(n))).collect();
+        let description = self.description.clone();
+        self.connect_at(|number| description.socket(number));
+    }
+
+    /// The same at other paths than the engines' own.
+    pub(crate) fn connect_at(&mut self, path: impl Fn(usize) -> PathBuf) {
+        self.engines = (0..ENGINES).map(|number| Engine::connect(&path(number))).collect();
         for number in 0..ENGINES {
             self.wire(number);
         }

@@ -6,13 +6,16 @@
 #![expect(clippy::unwrap_used, clippy::panic, reason = "a panic is how a test fails")]
 
 mod dirty;
+mod disk;
 mod driver;
 mod hang;
+mod limits;
 mod log;
 mod machine;
 mod restart;
 mod take_over;
 mod tracer;
+mod wire;
 
 /// Not a test: the coordinator that is lost. Without its variable it is empty.
 #[test]

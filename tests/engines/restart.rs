@@ -8,7 +8,7 @@ use standstill::device_proc::devices::copy_engine::registers::*;
 use standstill::protocol::migration::MigrationState;
 
 /// Waits until the engine counts again; where it is then.
-async fn joined(events: &mut Events, name: &str) -> (MigrationState, u64) {
+pub(crate) async fn joined(events: &mut Events, name: &str) -> (MigrationState, u64) {
     loop {
         let event = tokio::time::timeout(LONG, events.recv()).await.unwrap().unwrap();
         if let MachineEvent::DeviceJoined { device, state, incarnation, .. } = event {

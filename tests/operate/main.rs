@@ -4,6 +4,7 @@
 #![expect(clippy::unwrap_used, clippy::panic, reason = "a panic is how a test fails")]
 
 mod attach;
+mod disk;
 mod ending;
 mod files;
 mod fixture;

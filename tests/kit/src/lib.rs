@@ -1,35 +1,55 @@
-//! For tests of machines of device processes: devices that misbehave as they are told, a trace of
-//! what happened in which order, and checks of deadlines and processes.
+//! Tests of device processes, ours or anybody's: machines of real processes, what befalls them in the
+//! field done to them on purpose, and checks of what becomes of them. `docs/testkit.md` begins at the
+//! beginning.
 //!
-//! ```no_run
-//! # async fn example() -> Result<(), Box<dyn std::error::Error>> {
-//! use standstill_coordinator::MachineBuilder;
+//! ```standalone_crate
 //! use standstill_protocol::message::Phase;
-//! use standstill_testkit::{Script, Step, Trace};
+//! use standstill_testkit::plan::{Moment, OutsideAction};
+//! use standstill_testkit::{Script, TestMachine};
 //!
-//! let trace = Trace::new()?;
-//! let machine = MachineBuilder::new("vm0")
-//!     .device(Script::honest().device("nic0", &trace)?)
-//!     .device(Script::honest().on(Phase::Stop, [Step::Freeze]).device("disk0", &trace)?)
+//! # async fn example() -> Result<(), Box<dyn std::error::Error>> {
+//! // Scripted devices here; `device` takes any program.
+//! let machine = TestMachine::builder()?
+//!     .scripted("nic0", Script::honest())
+//!     .scripted("disk0", Script::honest())
+//!     .relay("disk0")
 //!     .start()
 //!     .await?;
-//! assert!(machine.pause().await.is_err(), "disk0 froze when it was told to stop");
-//! println!("{}", trace.text());
+//! machine.pause().await?.resume().await?;
+//!
+//! // disk0 is killed when the next Stop is on its way to it.
+//! let relay = machine.relay("disk0");
+//! relay.arm(Moment::Command(Phase::Stop), 1, OutsideAction::Kill)?;
+//! let error = machine.pause().await.expect_err("a required device was lost");
+//! println!("{error}");
+//! assert_eq!(relay.fired()?.len(), 1, "the fault has happened");
+//! machine.end().await;
 //! # Ok(())
+//! # }
+//! # fn main() -> Result<std::process::ExitCode, Box<dyn std::error::Error>> {
+//! #     if let Some(exit) = standstill_testkit::programs::serve() {
+//! #         return Ok(exit);
+//! #     }
+//! #     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+//! #     runtime.block_on(example())?;
+//! #     Ok(std::process::ExitCode::SUCCESS)
 //! # }
 //! ```
 //!
-//! - [`plan`]: which faults hit which device of a machine, and when;
-//! - [`outside`]: faults that befall a device process, whatever its program is;
-//! - [`mod@programs`]: the programs of this kit, in a test of another package too;
-//! - [`sweep`]: tries them on machines of any device programs, and judges what comes of it;
-//! - [`script`]: what a device process does at which message; the program is `rogue-device`, built
-//!   with this package. Where nothing else was said it keeps to the protocol;
-//! - [`trace`]: who was told and answered what, when, in one order over all processes and threads;
-//! - [`gate`]: holds a device, a local device or a hook until a test lets it go;
-//! - [`participant`]: hooks and local devices that write to the trace;
-//! - [`deadline`]: calls must end in time;
+//! **Machines and faults**
+//! - [`machine`]: machines of any device programs, with all that a test needs around them;
+//! - [`outside`]: faults that befall a device process or its coordinator, whatever its program is;
+//! - [`plan`]: which faults hit whom and when, as data;
+//! - [`sweep`]: tries plans on machines of any device programs, and judges what comes of them;
+//! - [`script`]: a device process without a device, that does at which message what you say;
 //! - [`pilot`]: a coordinator in a process of its own, to be killed or stopped;
+//! - [`mod@programs`]: the programs of this kit, in a test of another package too.
+//!
+//! **What happened**
+//! - [`trace`]: who was told and answered what, when, in one order over all processes and threads;
+//! - [`participant`]: hooks and local devices that write to the trace;
+//! - [`gate`]: holds a device, a local device or a hook until a test lets it go;
+//! - [`deadline`]: calls must end in time;
 //! - [`process`]: processes must be gone, and none of them a zombie.
 //!
 //! Checks panic where they fail, as tests do.
@@ -38,6 +58,7 @@
 
 pub mod deadline;
 pub mod gate;
+pub mod machine;
 pub mod outside;
 pub mod participant;
 pub mod pilot;
@@ -50,8 +71,9 @@ pub mod trace;
 
 pub use deadline::{GRACE, within};
 pub use gate::{Gate, GateKey};
+pub use machine::{TestMachine, TestMachineBuilder};
 pub use participant::{TracedHook, TracedLocal};
-pub use pilot::{Course, Pilot};
+pub use pilot::{Course, CourseDevice, Pilot};
 pub use process::Processes;
 pub use script::{DROPPED_LOGS, Forgery, Packet, Pulse, Script, Step, Trigger};
 pub use trace::{Call, Entry, Trace, What};

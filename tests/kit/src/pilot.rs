@@ -5,13 +5,16 @@
 
 #![expect(clippy::panic, reason = "a check fails by a panic")]
 
-use crate::script::{RogueError, Script, program};
+use crate::outside::SmallDisk;
+use crate::programs::Program;
+use crate::script::{RogueError, Script};
 use serde::{Deserialize, Serialize};
-use standstill_coordinator::{Deadlines, MachineBuilder, Presence};
+use standstill_coordinator::{Deadlines, DeviceSpec, MachineBuilder, Presence};
+use std::ffi::OsString;
 use std::fmt;
 use std::io::{self, BufRead, BufReader, Write};
 use std::path::PathBuf;
-use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
+use std::process::{Child, ChildStdin, ExitStatus, Stdio};
 use std::time::Duration;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
@@ -25,12 +28,44 @@ pub const SUPERSEDED: u8 = 7;
 pub struct Course {
     /// The control directory; without one the devices end with the pilot.
     pub directory: Option<PathBuf>,
-    /// The devices, each with its name.
+    /// The devices that follow a script, each with its name.
     pub devices: Vec<Script>,
+    /// Devices of any programs.
+    #[serde(default)]
+    pub programs: Vec<CourseDevice>,
     /// The deadline of each phase.
     pub phase: Duration,
     /// Every other deadline.
     pub other: Duration,
+}
+
+/// A device of any program. It travels as the rest of a course does.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CourseDevice {
+    /// The name of the device.
+    pub name: String,
+    /// Its program.
+    pub program: PathBuf,
+    /// The program's arguments.
+    pub arguments: Vec<OsString>,
+}
+
+impl From<&DeviceSpec> for CourseDevice {
+    /// Its name, program and arguments; nothing else of it.
+    fn from(device: &DeviceSpec) -> Self {
+        let process = device.process();
+        Self {
+            name: device.name().to_owned(),
+            program: process.program().to_owned(),
+            arguments: process.arguments().to_vec(),
+        }
+    }
+}
+
+impl CourseDevice {
+    fn spec(&self) -> DeviceSpec {
+        DeviceSpec::new(&self.name, &self.program).args(self.arguments.iter().cloned())
+    }
 }
 
 impl Course {
@@ -40,7 +75,7 @@ impl Course {
     ///
     /// If the program of the devices is not there.
     pub fn builder(&self) -> Result<MachineBuilder, RogueError> {
-        let Self { directory, devices, phase, other } = self;
+        let Self { directory, devices, programs, phase, other } = self;
         let specs = devices.iter().map(Script::spec).collect::<Result<Vec<_>, _>>()?;
         let deadlines = Deadlines {
             hello: *other,
@@ -54,7 +89,8 @@ impl Course {
         let builder = MachineBuilder::new("vm")
             .deadlines(deadlines)
             .presence(Presence::Optional)
-            .devices(specs);
+            .devices(specs)
+            .devices(programs.iter().map(CourseDevice::spec));
         Ok(match directory {
             Some(directory) => builder.keep(directory),
             None => builder,
@@ -90,12 +126,24 @@ impl Pilot {
     ///
     /// If its machine does not start.
     pub async fn start(course: &Course) -> io::Result<Self> {
-        let argument = serde_json::to_string(course)?;
-        let mut child = Command::new(program("pilot").map_err(io::Error::other)?)
-            .arg(argument)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()?;
+        let mut pilot = Self::begin(course, None)?;
+        pilot.hear("started").await;
+        Ok(pilot)
+    }
+
+    /// Starts a pilot, whose machine may not start; on a small disk, if one is given. Its
+    /// [first line](Self::hear) is `started`, or it ends.
+    ///
+    /// # Errors
+    ///
+    /// As [`start`](Self::start).
+    pub fn begin(course: &Course, disk: Option<&SmallDisk>) -> io::Result<Self> {
+        let arguments = vec![serde_json::to_string(course)?.into()];
+        let mut command = Program::Pilot.command(arguments).map_err(io::Error::other)?;
+        if let Some(disk) = disk {
+            command = disk.command(&command);
+        }
+        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
         let stdin = child.stdin.take();
         let stdout = child.stdout.take();
         let (send, lines) = unbounded_channel();
@@ -106,9 +154,7 @@ impl Pilot {
                 let _ = send.send(line);
             }
         });
-        let mut pilot = Self { child, stdin, lines, heard: Vec::new() };
-        pilot.hear("started").await;
-        Ok(pilot)
+        Ok(Self { child, stdin, lines, heard: Vec::new() })
     }
 
     /// Its process id.

@@ -422,6 +422,12 @@ impl Cause {
 }
 
 impl OutsideAction {
+    /// Whether it is done to the coordinator, and not to the device or its packets.
+    #[must_use]
+    pub const fn hits_the_coordinator(self) -> bool {
+        matches!(self, Self::KillCoordinator | Self::StopCoordinatorMs(_))
+    }
+
     /// Whether it is done to a packet, and not to a process.
     #[must_use]
     pub const fn needs_a_packet(self) -> bool {

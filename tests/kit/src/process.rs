@@ -65,6 +65,16 @@ impl Processes {
         Self(processes.map(watch).collect())
     }
 
+    /// Adds a process.
+    ///
+    /// # Panics
+    ///
+    /// As [`of_trace`](Self::of_trace).
+    pub fn add(&mut self, name: &str, process: Pid) {
+        let pid = process.as_raw_pid().unsigned_abs();
+        self.0.extend(Self::new([(name.to_owned(), pid)].into_iter()).0);
+    }
+
     /// How many there are.
     #[must_use]
     pub fn len(&self) -> usize {

@@ -11,7 +11,9 @@
 //!
 //! or, if it has a `main` of its own, calls [`serve`] there before anything else.
 
+mod pilot;
 mod relay;
+mod rogue_device;
 
 use serde::{Deserialize, Serialize};
 use standstill_coordinator::process::ProcessSpec;
@@ -47,6 +49,10 @@ macro_rules! programs {
 pub enum Program {
     /// Stands between a coordinator and a device process: `relay FOLDER PROGRAM ARGUMENT…`.
     Relay,
+    /// A device process that follows a [script](crate::script): `rogue-device SCRIPT`.
+    RogueDevice,
+    /// A coordinator in a process of its own: see [`crate::pilot`].
+    Pilot,
 }
 
 impl Program {
@@ -55,6 +61,8 @@ impl Program {
     pub const fn name(self) -> &'static str {
         match self {
             Self::Relay => "relay",
+            Self::RogueDevice => "rogue-device",
+            Self::Pilot => "pilot",
         }
     }
 
@@ -63,6 +71,8 @@ impl Program {
     pub fn run(self, arguments: &[OsString]) -> u8 {
         match self {
             Self::Relay => relay::main(arguments),
+            Self::RogueDevice => rogue_device::main(arguments),
+            Self::Pilot => pilot::main(arguments),
         }
     }
 
@@ -97,9 +107,21 @@ impl Program {
         Ok(["--exact", TEST, "--nocapture", &role].map(OsString::from).into())
     }
 
+    /// Where its file is: beside the running test's program, or in the folder above (tests run from
+    /// `target/<profile>/deps`).
+    ///
+    /// # Errors
+    ///
+    /// [`ProgramError::Missing`] if it is in neither.
+    pub fn file(self) -> Result<PathBuf, ProgramError> {
+        match self.place()? {
+            Place::File(path) => Ok(path),
+            Place::Inside(path) => Err(ProgramError::Missing(path.with_file_name(self.name()))),
+        }
+    }
+
     fn place(self) -> Result<Place, ProgramError> {
         let this = std::env::current_exe().map_err(ProgramError::Lost)?;
-        // Tests run from `target/<profile>/deps`, examples from `…/examples`.
         let folders = this.ancestors().skip(1).take(2);
         let files: Vec<_> = folders.map(|folder: &Path| folder.join(self.name())).collect();
         if let Some(file) = files.iter().find(|file| file.is_file()) {

@@ -24,13 +24,13 @@
 //! ```
 
 use crate::gate::{Gate, GateKey};
+use crate::programs::{Program, ProgramError};
 use crate::trace::Trace;
 use serde::{Deserialize, Serialize};
 use standstill_coordinator::DeviceSpec;
 use standstill_protocol::message::{FileIdentity, PeerDma, Phase, VERSIONS, VersionRange};
 use standstill_protocol::migration::MigrationFlags;
-use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 use thiserror::Error;
 
@@ -206,15 +206,8 @@ pub enum Forgery {
 #[derive(Debug, Error)]
 pub enum RogueError {
     /// Its program is not there.
-    #[error(
-        "{} is missing: build it with `cargo build -p standstill-testkit --bins`, in the profile \
-         and target directory of this test (`cargo test --workspace` does)",
-        .0.display()
-    )]
-    Missing(PathBuf),
-    /// The running program does not know where it is.
-    #[error("cannot find the folder of this test's program: {0}")]
-    Lost(#[source] io::Error),
+    #[error(transparent)]
+    Program(#[from] ProgramError),
     /// The script cannot be written down.
     #[error("the script cannot be an argument: {0}")]
     Script(#[from] serde_json::Error),
@@ -346,30 +339,21 @@ impl Script {
     ///
     /// If the program is not there.
     pub fn spec(&self) -> Result<DeviceSpec, RogueError> {
-        let argument = serde_json::to_string(self)?;
-        Ok(DeviceSpec::new(&self.name, rogue_device()?).arg(argument))
+        let arguments = vec![serde_json::to_string(self)?.into()];
+        // The program that is named here is another one in a moment.
+        let device = DeviceSpec::new(&self.name, "rogue-device");
+        let launched = Program::RogueDevice.launched(device.process().clone(), arguments)?;
+        Ok(device.launched_by(|_| launched))
     }
 }
 
-/// Where the program `rogue-device` is: beside the running test's program, or in the folder above
-/// (tests run from `target/<profile>/deps`).
+/// Where the program `rogue-device` is, as [`Program::file`].
 ///
 /// # Errors
 ///
-/// If it is in neither.
+/// As [`Program::file`].
 pub fn rogue_device() -> Result<PathBuf, RogueError> {
-    program("rogue-device")
-}
-
-/// Where a program of this package is, as [`rogue_device`].
-pub(crate) fn program(name: &str) -> Result<PathBuf, RogueError> {
-    let test = std::env::current_exe().map_err(RogueError::Lost)?;
-    let folders = test.ancestors().skip(1).take(2);
-    let programs: Vec<_> = folders.map(|folder: &Path| folder.join(name)).collect();
-    match programs.iter().find(|program| program.is_file()) {
-        Some(program) => Ok(program.clone()),
-        None => Err(RogueError::Missing(programs.into_iter().next_back().unwrap_or_default())),
-    }
+    Ok(Program::RogueDevice.file()?)
 }
 
 #[cfg(test)]

@@ -18,7 +18,7 @@
 //! let programs = DevicePrograms::new(|number, socket| {
 //!     DeviceSpec::new(format!("nic{number}"), "/usr/bin/my-nic").arg("--socket").arg(socket)
 //! });
-//! let tally = Sweep::from_outside()?.run(programs).await?;
+//! let tally = Sweep::from_outside()?.run(programs).await;
 //! assert!(tally.failures().is_empty(), "{tally}");
 //! # Ok(())
 //! # }

@@ -109,6 +109,13 @@ pub enum Call {
     Start,
 }
 
+/// Nanoseconds of `CLOCK_MONOTONIC`.
+pub(crate) fn now_ns() -> u64 {
+    let now = clock_gettime(ClockId::Monotonic);
+    let seconds = u64::try_from(now.tv_sec).unwrap_or(0);
+    seconds * 1_000_000_000 + u64::try_from(now.tv_nsec).unwrap_or(0)
+}
+
 /// Appends to a trace, from any process.
 #[derive(Clone, Debug)]
 pub struct TraceWriter {
@@ -133,10 +140,7 @@ impl TraceWriter {
     ///
     /// If it cannot: a trace with holes proves nothing.
     pub fn write(&self, what: What) {
-        let now = clock_gettime(ClockId::Monotonic);
-        let seconds = u64::try_from(now.tv_sec).unwrap_or(0);
-        let at_ns = seconds * 1_000_000_000 + u64::try_from(now.tv_nsec).unwrap_or(0);
-        let entry = Entry { at_ns, who: self.who.clone(), what };
+        let entry = Entry { at_ns: now_ns(), who: self.who.clone(), what };
         let line = serde_json::to_string(&entry).map(|text| text + "\n");
         // One write with O_APPEND: lines of several writers do not mix.
         let written = line.map_err(io::Error::from).and_then(|line| {

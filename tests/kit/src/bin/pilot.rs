@@ -1,91 +1,11 @@
 //! A coordinator that does what it is told, line by line; see [`standstill_testkit::pilot`].
 
 #![forbid(unsafe_code)]
-#![expect(clippy::print_stdout, clippy::print_stderr, reason = "it speaks to a test")]
 
-use standstill_coordinator::{Events, Machine, MachineError, MachineEvent};
-use standstill_testkit::pilot::SUPERSEDED;
-use standstill_testkit::{Course, chain};
+use standstill_testkit::programs::Program;
 use std::process::ExitCode;
-use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
-
-type Error = Box<dyn std::error::Error>;
 
 fn main() -> ExitCode {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    match runtime.map_err(Error::from).and_then(|runtime| runtime.block_on(run())) {
-        Ok(code) => code,
-        Err(error) => {
-            eprintln!("pilot: {}", chain(&*error));
-            ExitCode::FAILURE
-        }
-    }
-}
-
-async fn run() -> Result<ExitCode, Error> {
-    let argument = std::env::args().nth(1).ok_or("usage: pilot COURSE (JSON)")?;
-    let course: Course = serde_json::from_str(&argument)?;
-    let machine = course.builder()?.start().await?;
-    let events = machine.events();
-    println!("started");
-    let (send, orders) = unbounded_channel();
-    std::thread::spawn(move || {
-        for line in std::io::stdin().lines() {
-            let Ok(line) = line else { return };
-            if send.send(line).is_err() {
-                return;
-            }
-        }
-    });
-    tokio::select! {
-        superseded = superseded(events) => {
-            println!("superseded {}", superseded?);
-            // Whatever it is asked now is refused, and the devices live on.
-            let refused = machine.resume().await;
-            assert!(matches!(refused, Err(MachineError::Superseded { .. })), "{refused:?}");
-            drop(machine);
-            Ok(ExitCode::from(SUPERSEDED))
-        }
-        done = obey(&machine, orders) => {
-            done?;
-            Ok(ExitCode::SUCCESS)
-        }
-    }
-}
-
-/// Waits until another coordinator has the machine; its term.
-async fn superseded(mut events: Events) -> Result<u64, Error> {
-    loop {
-        match events.recv().await {
-            Some(MachineEvent::Superseded { term }) => return Ok(term.0),
-            Some(_) => {}
-            // The machine has ended; the other branch knows why.
-            None => std::future::pending().await,
-        }
-    }
-}
-
-/// Does what it is told until it is told to end.
-async fn obey(machine: &Machine, mut orders: UnboundedReceiver<String>) -> Result<(), Error> {
-    while let Some(order) = orders.recv().await {
-        match order.as_str() {
-            "pause" => match machine.pause().await {
-                Ok(stopped) => {
-                    println!("pause {}", stopped.report().outcome.name());
-                    stopped.leave_stopped();
-                }
-                Err(error) => println!("pause failed: {error}"),
-            },
-            "resume" => match machine.resume().await {
-                Ok(report) => println!("resume {}", report.outcome.name()),
-                Err(error) => println!("resume failed: {error}"),
-            },
-            "status" => println!("status {}", machine.status().await?.machine),
-            "leave" => return Ok(()),
-            _ => break,
-        }
-    }
-    machine.shutdown().await?;
-    println!("ended");
-    Ok(())
+    let arguments: Vec<_> = std::env::args_os().skip(1).collect();
+    ExitCode::from(Program::Pilot.run(&arguments))
 }

@@ -16,9 +16,8 @@
 //! The device's own files pass through. The relay ends as the device does, with its status or by its
 //! signal.
 //!
-//! A machine that is [taken over](standstill_coordinator::MachineBuilder::take_over) has a new
-//! coordinator, which comes by the device's own socket: the relay is not on that way, waits for the
-//! end of the device and ends with it.
+//! A relay of a machine that is kept stays between the device and later coordinators too: it listens
+//! in the device's place.
 //!
 //! ```no_run
 //! use standstill_coordinator::DeviceSpec;
@@ -74,6 +73,14 @@ pub enum RelayError {
         /// What.
         action: OutsideAction,
     },
+    /// It would end or stop this process, which is the coordinator itself.
+    #[error(
+        "{action:?} would hit this process itself: it is for a coordinator in another one (`Pilot`)"
+    )]
+    Oneself {
+        /// What.
+        action: OutsideAction,
+    },
     /// A file of the relay cannot be used.
     #[error("{}: {source}", path.display())]
     Io {
@@ -97,6 +104,8 @@ pub(crate) struct Order {
     /// From 1; each time if 0.
     pub(crate) nth: u32,
     pub(crate) action: OutsideAction,
+    /// Who has armed it: a coordinator of that process number is spared.
+    pub(crate) owner: u32,
 }
 
 /// What a test has of a relay. Copies of it are the same relay; with the last one its files go.
@@ -153,13 +162,20 @@ impl Relay {
     /// # Errors
     ///
     /// [`RelayError::NoPacket`] if it needs a packet, and none is under way at that moment;
-    /// [`RelayError::Io`].
+    /// [`RelayError::Oneself`] if it is done to the coordinator, and that is this process (a relay
+    /// that learns so only later ends in its place); [`RelayError::Io`].
     pub fn arm(&self, moment: Moment, nth: u32, action: OutsideAction) -> Result<u32, RelayError> {
-        if action.needs_a_packet() && matches!(moment, Moment::Running | Moment::Stopped) {
+        // A channel can be cut at any time.
+        let needs_one = action.needs_a_packet() && action != OutsideAction::Cut;
+        if needs_one && matches!(moment, Moment::Running | Moment::Stopped) {
             return Err(RelayError::NoPacket { moment, action });
         }
+        let owner = std::process::id();
+        if action.hits_the_coordinator() && self.coordinator()? == Some(owner) {
+            return Err(RelayError::Oneself { action });
+        }
         let mut orders = self.orders.lock().unwrap_or_else(PoisonError::into_inner);
-        orders.push(Order { moment, nth, action });
+        orders.push(Order { moment, nth, action, owner });
         let (path, new) = (self.path(ORDERS), self.path("orders.new"));
         let text = serde_json::to_vec(&*orders)?;
         let written = std::fs::write(&new, text).and_then(|()| std::fs::rename(&new, &path));
@@ -214,6 +230,13 @@ impl Relay {
     pub fn device(&self) -> Result<Option<Pid>, RelayError> {
         let text = self.journal()?;
         let pid = |line: &str| Pid::from_raw(line.strip_prefix("device ")?.parse().ok()?);
+        Ok(text.lines().rev().find_map(pid))
+    }
+
+    /// The coordinator that came last.
+    fn coordinator(&self) -> Result<Option<u32>, RelayError> {
+        let text = self.journal()?;
+        let pid = |line: &str| line.strip_prefix("coordinator ")?.parse().ok();
         Ok(text.lines().rev().find_map(pid))
     }
 

@@ -4,38 +4,36 @@ mod child;
 mod lane;
 mod orders;
 mod packet;
+mod session;
 
 use crate::chain;
+use crate::outside::relay::Order;
 use crate::plan::{Moment, OutsideAction};
 use child::Child;
-use lane::{Fate, Lane};
+use lane::Fate;
 use orders::Orders;
-use packet::{Packet, Seen};
+use packet::Packet;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
-use rustix::process::{Pid, Signal, getppid, kill_process, set_parent_process_death_signal};
-use standstill_protocol::channel::{DeviceEnd, Frame};
+use rustix::process::{Pid, Signal, getppid, set_parent_process_death_signal};
+use session::{Coordinator, Session, Way, moment};
+use standstill_protocol::channel::{ControlListener, CoordinatorEnd, DeviceEnd, Frame, bind};
 use standstill_protocol::codec::{HANDSHAKE_VERSION, HEADER};
 use standstill_protocol::message::{
-    CoordinatorMessage, DeviceMessage, Hello, MAX_FDS, OrphanPolicy,
+    CoordinatorMessage, DeviceMessage, Hello, MAX_FDS, OrphanPolicy, Welcome,
 };
 use std::ffi::{OsStr, OsString};
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
-use std::path::Path;
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
 use std::time::{Duration, Instant};
 
-pub(super) type Error = Box<dyn std::error::Error>;
+type Error = Box<dyn std::error::Error>;
 
-/// How long a coordinator that was sent SIGSTOP may take to stand.
-const STANDS: Duration = Duration::from_secs(5);
-
-/// What is to be done at a time.
-enum Later {
-    ContinueDevice,
-    ContinueCoordinator,
-}
+/// Where the device process listens for later coordinators, in the relay's folder.
+const SOCKET: &str = "control.sock";
 
 /// Runs the relay; what to exit with.
 #[expect(clippy::print_stderr, reason = "standard error is how a device process says why it ends")]
@@ -56,8 +54,7 @@ fn run(folder: &Path, program: &OsStr, arguments: &[OsString]) -> Result<u8, Err
     rustix::stdio::dup2_stdin(std::fs::File::open("/dev/null")?)?;
     // Until the coordinator has said that the device may live without it.
     set_parent_process_death_signal(Some(Signal::KILL))?;
-    let coordinator = getppid().ok_or("the coordinator is gone")?;
-    if coordinator.as_raw_pid() != channel.peer_credentials()?.pid {
+    if getppid().map(Pid::as_raw_pid) != Some(channel.peer_credentials()?.pid) {
         return Err("the coordinator is gone".into());
     }
     let orders = Orders::open(folder)?;
@@ -65,34 +62,41 @@ fn run(folder: &Path, program: &OsStr, arguments: &[OsString]) -> Result<u8, Err
         socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
     let child = Child::start(folder, program, arguments, theirs)?;
     orders.write(&format!("device {}", child.pid()))?;
+    let session = Session::new(channel, ours)?;
+    orders.write(&format!("coordinator {}", session.coordinator.pid()))?;
     let relay = Relay {
         child,
         orders,
-        coordinator,
-        version: HANDSHAKE_VERSION,
-        ends: Ends { coordinator: Some(channel.into_fd()), device: Some(ours) },
-        to_device: Lane::default(),
-        to_coordinator: Lane::default(),
+        sessions: vec![session],
+        listener: None,
+        socket: folder.join(SOCKET),
         later: Vec::new(),
     };
     relay.pass_on()
 }
 
-/// The relay's ends of the two control channels; `None` once one is closed.
-struct Ends {
-    coordinator: Option<OwnedFd>,
-    device: Option<OwnedFd>,
+/// What is to be done at a time.
+enum Later {
+    ContinueDevice,
+    ContinueCoordinator(Rc<Coordinator>),
+}
+
+/// What is to be done to a packet.
+struct Done {
+    delay: Duration,
+    fate: Fate,
+    cut: bool,
 }
 
 struct Relay {
     child: Child,
     orders: Orders,
-    coordinator: Pid,
-    /// The protocol version that was agreed on; 0 before.
-    version: u16,
-    ends: Ends,
-    to_device: Lane,
-    to_coordinator: Lane,
+    /// One for each coordinator that is connected.
+    sessions: Vec<Session>,
+    /// Where later coordinators find the device, if they may.
+    listener: Option<ControlListener>,
+    /// Where the device listens, for the relay.
+    socket: PathBuf,
     later: Vec<(Instant, Later)>,
 }
 
@@ -101,99 +105,62 @@ impl Relay {
     fn pass_on(mut self) -> Result<u8, Error> {
         let mut child_ended = false;
         loop {
-            let at_once = self.orders.due_at_once()?;
-            if self.act(at_once)?.cut {
-                self.cut();
+            self.do_what_is_due()?;
+            self.accept()?;
+            for mut session in std::mem::take(&mut self.sessions) {
+                self.serve(&mut session, child_ended)?;
+                if !session.is_over() {
+                    self.sessions.push(session);
+                }
             }
-            self.read_from_coordinator()?;
-            self.read_from_device(child_ended)?;
-            self.deliver()?;
-            if child_ended && self.to_coordinator.is_done() {
+            if child_ended && self.sessions.is_empty() {
                 return self.child.end_likewise();
             }
             child_ended |= self.wait(child_ended)?;
-            self.do_what_is_due()?;
         }
     }
 
-    /// Waits until there is something to do. True if the device process has ended.
-    fn wait(&self, child_ended: bool) -> Result<bool, Error> {
-        let now = Instant::now();
-        let blocked = |lane: &Lane| lane.due().is_some_and(|due| due <= now);
-        let flags = |reads: &Lane, writes: &Lane| {
-            let read = if reads.has_room() { PollFlags::IN } else { PollFlags::empty() };
-            if blocked(writes) { read | PollFlags::OUT } else { read }
-        };
-        let coordinator = flags(&self.to_device, &self.to_coordinator);
-        let device = flags(&self.to_coordinator, &self.to_device);
-        let ends = [(&self.ends.coordinator, coordinator), (&self.ends.device, device)];
-        // A hang-up is told whatever is asked for, and again and again.
-        let ends = ends.into_iter().filter(|(_, flags)| !flags.is_empty());
-        let mut fds: Vec<_> =
-            ends.filter_map(|(end, flags)| Some(PollFd::new(end.as_ref()?, flags))).collect();
-        fds.push(PollFd::from_borrowed_fd(self.orders.watch(), PollFlags::IN));
-        if !child_ended {
-            fds.push(PollFd::from_borrowed_fd(self.child.pidfd(), PollFlags::IN));
-        }
-        let dues = [self.to_device.due(), self.to_coordinator.due()].into_iter().flatten();
-        let dues = dues.filter(|due| *due > now).chain(self.later.iter().map(|(due, _)| *due));
-        let left = dues.min().map(|due| due.saturating_duration_since(now));
-        let timeout = left.map(Timespec::try_from).transpose()?;
-        match poll(&mut fds, timeout.as_ref()) {
-            Ok(_) => {}
-            Err(Errno::INTR) => return Ok(false),
-            Err(error) => return Err(error.into()),
-        }
-        Ok(!child_ended && fds.last().is_some_and(|fd| fd.revents().contains(PollFlags::IN)))
-    }
-
-    fn do_what_is_due(&mut self) -> Result<(), Error> {
-        let now = Instant::now();
-        while let Some(at) = self.later.iter().position(|(due, _)| *due <= now) {
-            match self.later.swap_remove(at).1 {
-                Later::ContinueDevice => self.child.go_on()?,
-                Later::ContinueCoordinator => self.signal_coordinator(Signal::CONT)?,
+    fn serve(&mut self, session: &mut Session, child_ended: bool) -> Result<(), Error> {
+        while let Some(mut packet) = session.read(Way::ToDevice, child_ended)? {
+            let message = packet::command(&packet.bytes, session.version);
+            if let Some((CoordinatorMessage::Welcome(welcome), _)) = &message {
+                session.version = welcome.version;
+                self.welcomed(welcome, &mut packet)?;
             }
+            self.meet(session, Way::ToDevice, packet, moment(message.as_ref()))?;
+        }
+        while let Some(mut packet) = session.read(Way::ToCoordinator, child_ended)? {
+            let message = packet::answer(&packet.bytes, session.version);
+            if let Some((DeviceMessage::Hello(hello), _)) = &message {
+                self.add_backing_file(hello, &mut packet)?;
+            }
+            self.meet(session, Way::ToCoordinator, packet, moment(message.as_ref()))?;
+        }
+        session.deliver()
+    }
+
+    /// The device may outlive its coordinator; the relay stays between it and later ones.
+    fn welcomed(&mut self, welcome: &Welcome, packet: &mut Packet) -> Result<(), Error> {
+        if welcome.orphan == OrphanPolicy::Keep {
+            set_parent_process_death_signal(None)?;
+        }
+        if let Some(listener) = packet.fds.first_mut().filter(|_| welcome.listener) {
+            let theirs = std::mem::replace(listener, bind(&self.socket)?);
+            self.listener = Some(ControlListener::from_fd(theirs)?);
         }
         Ok(())
     }
 
-    fn read_from_coordinator(&mut self) -> Result<(), Error> {
-        while self.to_device.has_room() {
-            let Some(end) = &self.ends.coordinator else { return Ok(()) };
-            match Packet::receive(end.as_fd())? {
-                Seen::Packet(packet) => {
-                    let message = packet::command(&packet.bytes, self.version);
-                    if let Some((CoordinatorMessage::Welcome(welcome), _)) = &message {
-                        self.version = welcome.version;
-                        if welcome.orphan == OrphanPolicy::Keep {
-                            set_parent_process_death_signal(None)?;
-                        }
-                    }
-                    self.meet(Way::ToDevice, packet, message.and_then(|(_, moment)| moment))?;
-                }
-                Seen::Nothing => return Ok(()),
-                Seen::End => self.to_device.ended = true,
-            }
-        }
-        Ok(())
-    }
-
-    fn read_from_device(&mut self, child_ended: bool) -> Result<(), Error> {
-        while self.to_coordinator.has_room() {
-            let Some(end) = &self.ends.device else { return Ok(()) };
-            match Packet::receive(end.as_fd())? {
-                Seen::Packet(mut packet) => {
-                    let message = packet::answer(&packet.bytes, self.version);
-                    if let Some((DeviceMessage::Hello(hello), _)) = &message {
-                        self.add_backing_file(hello, &mut packet)?;
-                    }
-                    self.meet(Way::ToCoordinator, packet, message.and_then(|(_, moment)| moment))?;
-                }
-                Seen::Nothing if !child_ended => return Ok(()),
-                // A child of its own may have the socket still.
-                Seen::Nothing | Seen::End => self.to_coordinator.ended = true,
-            }
+    /// Lets later coordinators in.
+    fn accept(&mut self) -> Result<(), Error> {
+        let Some(listener) = &self.listener else { return Ok(()) };
+        while let Some(coordinator) = listener.try_accept()? {
+            // One that cannot be passed on sees the end of its connection.
+            let Ok(device) = CoordinatorEnd::connect(&self.socket) else { continue };
+            // One that is gone already is nobody's coordinator.
+            let Ok(session) = Session::new(coordinator, device.into_fd()) else { continue };
+            self.orders.write(&format!("coordinator {}", session.coordinator.pid()))?;
+            self.sessions.push(session);
         }
         Ok(())
     }
@@ -212,23 +179,32 @@ impl Relay {
     }
 
     /// A packet has come: does to it what is armed.
-    fn meet(&mut self, way: Way, packet: Packet, moment: Option<Moment>) -> Result<(), Error> {
-        let actions = moment.map(|moment| self.orders.due(moment)).transpose()?;
-        let Done { delay, fate, cut } = self.act(actions.unwrap_or_default())?;
+    fn meet(
+        &mut self,
+        session: &mut Session,
+        way: Way,
+        packet: Packet,
+        moment: Option<Moment>,
+    ) -> Result<(), Error> {
+        let orders = moment.map(|moment| self.orders.due(moment)).transpose()?;
+        let coordinator = Rc::clone(&session.coordinator);
+        let Done { delay, fate, cut } = self.act(orders.unwrap_or_default(), &coordinator)?;
         if cut {
-            self.cut();
+            session.cut();
             return Ok(());
         }
-        match way {
-            Way::ToDevice => self.to_device.push(packet, fate, delay),
-            Way::ToCoordinator => self.to_coordinator.push(packet, fate, delay),
-        }
+        session.push(way, packet, fate, delay)
     }
 
     /// Does what is done to processes; says what is to be done to the packet and the channel.
-    fn act(&mut self, actions: Vec<OutsideAction>) -> Result<Done, Error> {
+    fn act(&mut self, orders: Vec<Order>, coordinator: &Rc<Coordinator>) -> Result<Done, Error> {
         let mut done = Done { delay: Duration::ZERO, fate: Fate::Deliver, cut: false };
-        for action in actions {
+        for Order { action, owner, .. } in orders {
+            if action.hits_the_coordinator() && u32::try_from(coordinator.pid()) == Ok(owner) {
+                return Err(
+                    "the coordinator is the test itself, and not a process of its own".into()
+                );
+            }
             match action {
                 OutsideAction::Kill => self.child.kill()?,
                 OutsideAction::StopMs(ms) => {
@@ -236,10 +212,10 @@ impl Relay {
                     self.later(ms, Later::ContinueDevice);
                 }
                 OutsideAction::Limit(limit) => self.child.limit(limit)?,
-                OutsideAction::KillCoordinator => self.signal_coordinator(Signal::KILL)?,
+                OutsideAction::KillCoordinator => coordinator.signal(Signal::KILL)?,
                 OutsideAction::StopCoordinatorMs(ms) => {
-                    self.stop_coordinator()?;
-                    self.later(ms, Later::ContinueCoordinator);
+                    coordinator.stop()?;
+                    self.later(ms, Later::ContinueCoordinator(Rc::clone(coordinator)));
                 }
                 OutsideAction::DelayMs(ms) => done.delay += Duration::from_millis(ms.into()),
                 OutsideAction::Drop => done.fate = Fate::Drop,
@@ -256,13 +232,6 @@ impl Relay {
         Ok(done)
     }
 
-    /// Closes both channels.
-    fn cut(&mut self) {
-        self.ends = Ends { coordinator: None, device: None };
-        self.to_device.give_up();
-        self.to_coordinator.give_up();
-    }
-
     /// 0 ms: never.
     fn later(&mut self, ms: u32, what: Later) {
         if ms > 0 {
@@ -270,71 +239,48 @@ impl Relay {
         }
     }
 
-    fn deliver(&mut self) -> Result<(), Error> {
-        let Ends { coordinator, device } = &mut self.ends;
-        if let Some(end) = device {
-            if !self.to_device.deliver(end.as_fd())? {
-                // What it has sent before it went counts.
-                self.to_device.discard();
-            }
-            // As if the coordinator had closed its channel: it has.
-            if self.to_device.is_done() {
-                *device = None;
-                self.to_coordinator.ended = true;
+    /// What was armed to be done at once, and what was put off until now.
+    fn do_what_is_due(&mut self) -> Result<(), Error> {
+        let at_once = self.orders.due_at_once()?;
+        // The one that came last has the device.
+        if let Some(last) = self.sessions.last() {
+            let coordinator = Rc::clone(&last.coordinator);
+            if self.act(at_once, &coordinator)?.cut {
+                self.sessions.iter_mut().for_each(Session::cut);
             }
         }
-        if let Some(end) = coordinator {
-            let receives = self.to_coordinator.deliver(end.as_fd())?;
-            if !receives {
-                self.to_coordinator.give_up();
+        let now = Instant::now();
+        while let Some(at) = self.later.iter().position(|(due, _)| *due <= now) {
+            match self.later.swap_remove(at).1 {
+                Later::ContinueDevice => self.child.go_on()?,
+                Later::ContinueCoordinator(coordinator) => coordinator.signal(Signal::CONT)?,
             }
-            if !receives || self.to_coordinator.is_done() {
-                *coordinator = None;
-                self.to_device.ended = true;
-            }
-        } else {
-            self.to_coordinator.give_up();
         }
         Ok(())
     }
 
-    fn signal_coordinator(&self, signal: Signal) -> Result<(), Error> {
-        // Its number is not another one's: this process would have another parent by then.
-        if getppid() != Some(self.coordinator) {
-            return Ok(());
+    /// Waits until there is something to do. True if the device process has ended.
+    fn wait(&self, child_ended: bool) -> Result<bool, Error> {
+        let now = Instant::now();
+        let sessions = self.sessions.iter().flat_map(Session::polled);
+        let listener = self.listener.iter().map(|listener| (listener.as_fd(), PollFlags::IN));
+        let orders = [(self.orders.watch(), PollFlags::IN)];
+        let child = (!child_ended).then(|| (self.child.pidfd(), PollFlags::IN));
+        let mut fds: Vec<_> = sessions
+            .chain(listener)
+            .chain(orders)
+            .chain(child)
+            .map(|(fd, flags)| PollFd::from_borrowed_fd(fd, flags))
+            .collect();
+        let dues = self.sessions.iter().flat_map(Session::dues);
+        let dues = dues.chain(self.later.iter().map(|(due, _)| *due));
+        let left = dues.min().map(|due| due.saturating_duration_since(now));
+        let timeout = left.map(Timespec::try_from).transpose()?;
+        match poll(&mut fds, timeout.as_ref()) {
+            Ok(_) => {}
+            Err(Errno::INTR) => return Ok(false),
+            Err(error) => return Err(error.into()),
         }
-        match kill_process(self.coordinator, signal) {
-            Ok(()) | Err(Errno::SRCH) => Ok(()),
-            Err(error) => Err(error.into()),
-        }
+        Ok(!child_ended && fds.last().is_some_and(|fd| fd.revents().contains(PollFlags::IN)))
     }
-
-    /// SIGSTOP, and waits until it stands.
-    #[expect(clippy::disallowed_methods, reason = "nothing tells whoever is not its parent")]
-    fn stop_coordinator(&self) -> Result<(), Error> {
-        self.signal_coordinator(Signal::STOP)?;
-        let stat = format!("/proc/{}/stat", self.coordinator.as_raw_pid());
-        let end = Instant::now() + STANDS;
-        while !crate::process::stands(&std::fs::read_to_string(&stat)?) {
-            if Instant::now() >= end {
-                return Err("the coordinator does not stand".into());
-            }
-            std::thread::sleep(Duration::from_millis(1));
-        }
-        Ok(())
-    }
-}
-
-/// What is to be done to a packet.
-struct Done {
-    delay: Duration,
-    fate: Fate,
-    cut: bool,
-}
-
-/// Which way a packet goes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Way {
-    ToDevice,
-    ToCoordinator,
 }

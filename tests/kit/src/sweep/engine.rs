@@ -99,6 +99,10 @@ pub async fn run(
     times: &Times,
 ) -> Result<Observation, RunError> {
     plan.check()?;
+    if let Some(hook) = plan.hooks.first() {
+        let why = "machines that are swept have no hooks; a test machine has (`hook_faults`)";
+        return Err(PlanError::Impossible { fault: 1, what: hook.to_string(), why }.into());
+    }
     let mut run = Run::start(subject, plan, times).await?;
     for round in 1..=plan.rounds + 1 {
         if !run.round(round).await? {

@@ -32,6 +32,7 @@ impl Left {
         let course = Course {
             directory: Some(folder.path().join("vm")),
             devices: devices.collect(),
+            programs: Vec::new(),
             phase: LONG,
             other: LONG,
         };

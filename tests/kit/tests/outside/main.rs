@@ -6,5 +6,11 @@
     reason = "a panic is how a test fails, in the functions that tests share too"
 )]
 
+mod coordinators;
+mod disks;
 mod fixture;
+mod machines;
 mod relays;
+mod strangers;
+
+standstill_testkit::programs!();

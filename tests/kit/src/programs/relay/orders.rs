@@ -2,9 +2,9 @@
 
 use super::Error;
 use crate::outside::relay::{JOURNAL, ORDERS, Order};
-use crate::plan::{Moment, OutsideAction};
+use crate::plan::Moment;
+use crate::trace::now_ns;
 use rustix::fs::inotify;
-use rustix::time::{ClockId, clock_gettime};
 use standstill_protocol::fault::JournalLine;
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -56,18 +56,18 @@ impl Orders {
     }
 
     /// What is to be done without a packet, in order.
-    pub(super) fn due_at_once(&mut self) -> Result<Vec<OutsideAction>, Error> {
+    pub(super) fn due_at_once(&mut self) -> Result<Vec<Order>, Error> {
         // What has changed is seen in the file itself.
         while matches!(rustix::io::read(&self.watch, &mut [0; 4096]), Ok(1..)) {}
         self.take(|moment| matches!(moment, Moment::Running | Moment::Stopped))
     }
 
     /// What is to be done at this moment, in order. It is written down before it is done.
-    pub(super) fn due(&mut self, moment: Moment) -> Result<Vec<OutsideAction>, Error> {
+    pub(super) fn due(&mut self, moment: Moment) -> Result<Vec<Order>, Error> {
         self.take(|armed| armed == moment)
     }
 
-    fn take(&mut self, is_now: impl Fn(Moment) -> bool) -> Result<Vec<OutsideAction>, Error> {
+    fn take(&mut self, is_now: impl Fn(Moment) -> bool) -> Result<Vec<Order>, Error> {
         self.refresh()?;
         let mut due = Vec::new();
         for index in 0..self.orders.len() {
@@ -79,11 +79,10 @@ impl Orders {
             let occurrence = self.counts[index];
             let each_time = order.nth == 0;
             if each_time || (order.nth == occurrence && !self.done.contains(&index)) {
-                let now = clock_gettime(ClockId::Monotonic);
-                let at_ns = u64::try_from(now.tv_sec * 1_000_000_000 + now.tv_nsec)?;
                 let index = u32::try_from(index)?;
-                self.write(&JournalLine::Fired { index, occurrence, at_ns }.to_string())?;
-                due.push(order.action);
+                let fired = JournalLine::Fired { index, occurrence, at_ns: now_ns() };
+                self.write(&fired.to_string())?;
+                due.push(order);
             }
         }
         Ok(due)

@@ -1,6 +1,6 @@
 //! What a device process needs to outlive its coordinator.
 
-use crate::Error;
+use super::Error;
 use rustix::process::{geteuid, set_parent_process_death_signal};
 use standstill_protocol::channel::{ControlListener, DeviceEnd};
 use standstill_protocol::message::{OrphanPolicy, Welcome};
@@ -9,16 +9,16 @@ use uuid::Uuid;
 
 /// Its machine, and those who may become its coordinator.
 #[derive(Default)]
-pub(crate) struct Orphan {
-    pub(crate) machine: Option<Uuid>,
+pub(super) struct Orphan {
+    pub(super) machine: Option<Uuid>,
     listener: Option<ControlListener>,
     /// They were told Hello and have not answered.
-    pub(crate) candidates: Vec<DeviceEnd>,
+    pub(super) candidates: Vec<DeviceEnd>,
 }
 
 impl Orphan {
     /// Takes from a Welcome what it needs.
-    pub(crate) fn welcome(&mut self, welcome: &Welcome, fds: Vec<OwnedFd>) -> Result<(), Error> {
+    pub(super) fn welcome(&mut self, welcome: &Welcome, fds: Vec<OwnedFd>) -> Result<(), Error> {
         self.machine = Some(welcome.machine);
         if welcome.orphan == OrphanPolicy::Keep {
             set_parent_process_death_signal(None)?;
@@ -36,12 +36,12 @@ impl Orphan {
     }
 
     /// True if another coordinator can come.
-    pub(crate) fn waits(&self) -> bool {
+    pub(super) fn waits(&self) -> bool {
         self.listener.is_some()
     }
 
     /// A connection of somebody who may be a coordinator.
-    pub(crate) fn accept(&self) -> Result<Option<DeviceEnd>, Error> {
+    pub(super) fn accept(&self) -> Result<Option<DeviceEnd>, Error> {
         let Some(listener) = &self.listener else { return Ok(None) };
         while let Some(candidate) = listener.try_accept()? {
             let uid = candidate.peer_credentials()?.uid;
@@ -53,7 +53,7 @@ impl Orphan {
     }
 
     /// What is to be watched.
-    pub(crate) fn fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+    pub(super) fn fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
         let listener = self.listener.iter().map(AsFd::as_fd);
         listener.chain(self.candidates.iter().map(AsFd::as_fd))
     }

@@ -1,8 +1,11 @@
 //! The device process: an event loop around a real [`Lifecycle`], and the steps of the script.
 
-use crate::Error;
-use crate::orphan::Orphan;
-use crate::packet::{heartbeat, send_message, send_packet};
+use super::Error;
+use super::orphan::Orphan;
+use super::packet::{heartbeat, send_message, send_packet};
+use crate::gate::GateWatch;
+use crate::trace::{Entry, TraceWriter};
+use crate::{Pulse, Script, Step, Trigger, What};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::process::{Signal, getpid, kill_process};
@@ -12,9 +15,6 @@ use standstill_protocol::message::{
     Capabilities, Command, CoordinatorMessage, DeviceEvent, DeviceMessage, Evidence, Hello,
     MemoryAccepted, Reached, Refusal, RefusalKind, Refused, Timings, Welcome,
 };
-use standstill_testkit::gate::GateWatch;
-use standstill_testkit::trace::{Entry, TraceWriter};
-use standstill_testkit::{Pulse, Script, Step, Trigger, What};
 use std::collections::{HashMap, VecDeque};
 use std::fs::File;
 use std::io::Write;
@@ -61,7 +61,7 @@ struct Performance {
 }
 
 /// The device process.
-pub(crate) struct RogueDevice {
+pub(super) struct RogueDevice {
     script: Script,
     /// `None` once it was closed on purpose.
     channel: Option<DeviceEnd>,
@@ -104,7 +104,7 @@ fn began(trace: &Path, name: &str) -> Result<u32, Error> {
 }
 
 impl RogueDevice {
-    pub(crate) fn new(script: Script, channel: DeviceEnd) -> Result<Self, Error> {
+    pub(super) fn new(script: Script, channel: DeviceEnd) -> Result<Self, Error> {
         let open = |path| TraceWriter::open(path, script.name.clone());
         let trace = script.trace.as_deref().map(open).transpose()?;
         let began = script.trace.as_deref().map_or(Ok(0), |path| began(path, &script.name))?;
@@ -127,7 +127,7 @@ impl RogueDevice {
     }
 
     /// Runs until the end; the exit status.
-    pub(crate) fn run(mut self) -> Result<u8, Error> {
+    pub(super) fn run(mut self) -> Result<u8, Error> {
         self.trace(What::Began { pid: std::process::id() });
         self.perform(Cause::Hello);
         loop {

@@ -1,6 +1,7 @@
 //! Packets as bytes, right and wrong.
 
-use crate::Error;
+use super::Error;
+use crate::{DROPPED_LOGS, Forgery, Packet, Pulse};
 use rustix::io::Errno;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, send, sendmsg};
 use standstill_protocol::channel::Frame;
@@ -10,7 +11,6 @@ use standstill_protocol::message::{
     Heartbeat, Hello, MAX_COUNTERS, MAX_TEXT, PeerDma, Phase, Reached, Term, Timings, VERSIONS,
 };
 use standstill_protocol::migration::{MigrationFlags, MigrationState};
-use standstill_testkit::{DROPPED_LOGS, Forgery, Packet, Pulse};
 use std::io::IoSlice;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -19,7 +19,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 const MANY: usize = 20;
 
 /// Sends a packet that should not be sent. `command` is what it is an answer to, if it is one.
-pub(crate) fn send_packet(
+pub(super) fn send_packet(
     socket: impl AsFd,
     packet: Packet,
     command: Option<&Command>,
@@ -61,11 +61,11 @@ pub(crate) fn send_packet(
 }
 
 /// Sends what is a message.
-pub(crate) fn send_message(socket: impl AsFd, message: &DeviceMessage) -> Result<(), Error> {
+pub(super) fn send_message(socket: impl AsFd, message: &DeviceMessage) -> Result<(), Error> {
     send_bytes(socket, &bytes(message)?)
 }
 
-pub(crate) fn heartbeat(sequence: u64, pulse: Pulse) -> DeviceMessage {
+pub(super) fn heartbeat(sequence: u64, pulse: Pulse) -> DeviceMessage {
     let (progress, pending) = match pulse {
         Pulse::Idle => (0, false),
         Pulse::Working => (sequence, true),

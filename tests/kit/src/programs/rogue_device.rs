@@ -1,36 +1,33 @@
 //! A device process without a device that misbehaves as its script says; see
-//! [`standstill_testkit::script`].
-
-#![forbid(unsafe_code)]
+//! [`crate::script`].
 
 mod device;
 mod orphan;
 mod packet;
 
+use crate::script::Script;
 use device::RogueDevice;
 use rustix::process::{Signal, getppid, set_parent_process_death_signal};
 use standstill_protocol::channel::DeviceEnd;
-use standstill_testkit::Script;
+use std::ffi::OsString;
 use std::io;
 use std::os::fd::AsFd;
-use std::process::ExitCode;
 
 type Error = Box<dyn std::error::Error>;
 
+/// Runs the device; what to exit with.
 #[expect(clippy::print_stderr, reason = "standard error is how a device process says why it ends")]
-fn main() -> ExitCode {
-    match run() {
-        Ok(status) => ExitCode::from(status),
-        Err(error) => {
-            eprintln!("rogue-device: {error}");
-            ExitCode::FAILURE
-        }
-    }
+pub(super) fn main(arguments: &[OsString]) -> u8 {
+    run(arguments).unwrap_or_else(|error| {
+        eprintln!("rogue-device: {error}");
+        1
+    })
 }
 
-fn run() -> Result<u8, Error> {
-    let argument = std::env::args().nth(1).ok_or("usage: rogue-device SCRIPT (JSON)")?;
-    let script: Script = serde_json::from_str(&argument)?;
+fn run(arguments: &[OsString]) -> Result<u8, Error> {
+    let argument = arguments.first().and_then(|argument| argument.to_str());
+    let argument = argument.ok_or("usage: rogue-device SCRIPT (JSON)")?;
+    let script: Script = serde_json::from_str(argument)?;
     let channel = DeviceEnd::from_fd(io::stdin().as_fd().try_clone_to_owned()?)?;
     // The control channel must end with the one fd that is used from here on.
     rustix::stdio::dup2_stdin(std::fs::File::open("/dev/null")?)?;
