@@ -14,9 +14,8 @@ mod device;
 pub mod packets;
 
 pub(super) use actor::{ScriptedActor, Started, process};
-pub(super) use calls::Call;
 #[cfg(test)]
-pub(super) use calls::{Answer, GAP};
+pub(super) use calls::{Answer, Call, GAP};
 pub(super) use device::Device;
 #[cfg(test)]
 pub(super) use device::{Answered, Down};
@@ -64,7 +63,7 @@ pub(super) enum Asked {
     /// It is sent SIGKILL.
     Killed(usize),
     /// Nobody has its handle any more.
-    LetGo(usize),
+    LetGo(#[cfg_attr(not(test), expect(dead_code, reason = "for schedules alone"))] usize),
     /// In the place of the first incarnation the process of the second is to be started, for the
     /// device of that name.
     Start(ParticipantId, ParticipantId, String),

@@ -361,7 +361,10 @@ impl World {
             let state = self.actor.state.as_ref();
             state.is_none_or(|state| state.locals.iter().any(|local| local.id == id && local.hung))
         };
-        for local in self.locals.iter().filter(|local| !hung(local.id)) {
+        // One that the owner has taken as it is, hanging, may come back while it is left out.
+        let takes_part = |id| report.participants.iter().any(|one| one.id == id);
+        let locals = self.locals.iter().filter(|local| takes_part(local.id) && !hung(local.id));
+        for local in locals {
             let stopped = local.state.activity() == Activity::Stopped;
             if stops.is_some_and(|stops| stops != stopped) || !local.calls.waiting.is_empty() {
                 return Some(format!("a local device is in {}", local.state));

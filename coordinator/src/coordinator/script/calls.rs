@@ -53,6 +53,7 @@ pub enum Ask {
 
 /// What came of it.
 #[derive(Debug)]
+#[cfg_attr(not(test), expect(dead_code, reason = "only schedules look at what is answered"))]
 pub(in super::super) enum Answer {
     Transition(Result<Arc<TransitionReport>, MachineError>),
     Status(Result<Status, MachineError>),
