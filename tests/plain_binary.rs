@@ -151,3 +151,12 @@ fn a_program_that_was_not_built_for_it_has_no_trace_of_it() {
         assert_eq!(program.contains(text), BUILT_FOR_IT, "{text}");
     }
 }
+
+#[test]
+fn a_program_that_was_not_built_for_it_says_how_to_build_one_for_chaos() {
+    let output = Command::new(PROGRAM).args(["chaos", "--rounds", "1"]).output().unwrap();
+    let errors = String::from_utf8_lossy(&output.stderr);
+    let code = if BUILT_FOR_IT { 0 } else { 3 };
+    assert_eq!(output.status.code(), Some(code), "{errors}");
+    assert_eq!(errors.contains("--features fault-injection"), !BUILT_FOR_IT, "{errors}");
+}

@@ -4,8 +4,8 @@ use super::options::ChaosArgs;
 use super::subject::Engines;
 use super::summary::{Failure, Summary};
 use crate::progress::Progress;
-use standstill_testkit::plan::{Plan, PlanError, Policy};
-use standstill_testkit::sweep::cases::{self, Victims};
+use standstill_testkit::plan::{Plan, PlanError};
+use standstill_testkit::sweep::cases;
 use standstill_testkit::sweep::resources::Resources;
 use standstill_testkit::sweep::seeded::Seeded;
 use standstill_testkit::sweep::{
@@ -184,7 +184,7 @@ async fn try_all(args: &ChaosArgs) -> Result<Summary, ChaosError> {
     }
     let after = Resources::settled(Some(before)).await;
     let seed = args.plan.is_none().then_some(seed);
-    Ok(Summary::new(seed, tally, failures, before, after))
+    Ok(Summary::new(seed, tally, failures, judge.expected, before, after))
 }
 
 /// Tells at once what failed; the plan comes later, when it is as small as it can be.
@@ -215,13 +215,7 @@ fn plans(args: &ChaosArgs, seed: u64, judge: &Judge) -> Vec<Plan> {
     let causes = [cases::inside(times), cases::outside(times)].concat();
     let mut plans = Vec::new();
     if args.sweep {
-        // On each device under the default; on one after another where only what is done about it
-        // differs.
-        let of = |policy, victims| cases::plans(&causes, SWEPT, policy, victims, expected, times);
-        plans.extend(of(Policy::Rollback, &Victims::Each));
-        for policy in [Policy::StayStopped, Policy::ContinueWithout, Policy::Restart] {
-            plans.extend(of(policy, &Victims::InTurn));
-        }
+        plans = cases::sweep(&causes, SWEPT, expected, times);
     }
     let rounds = args.rounds.unwrap_or(if args.sweep { 0 } else { ROUNDS });
     let mut seeded = Seeded::new(seed, args.devices, ROUNDS_OF_ONE, &causes, expected, times);

@@ -2,6 +2,7 @@
 
 use crate::engines::machine::{Blueprint, Vmm};
 use crate::engines::oracle::{self, Proof, Sight};
+use crate::engines::pairs::Pair;
 use standstill::coordinator::DeviceSpec;
 use standstill::coordinator::report::{ParticipantReport, TransitionReport};
 use standstill::protocol::message::Phase;
@@ -26,6 +27,7 @@ impl Subject for Engines {
         let blueprint = Blueprint::new(devices.into(), BLOCK)?.rest(REST);
         Ok(Box::new(EngineRig {
             at: At::Paper(blueprint),
+            wrote: Vec::new(),
             sights: Vec::new(),
             interrupts: Vec::new(),
         }))
@@ -34,6 +36,9 @@ impl Subject for Engines {
 
 struct EngineRig {
     at: At,
+    /// Pairs that have written since the machine was last put together: only of those it is known what
+    /// the receiver should have.
+    wrote: Vec<Pair>,
     /// What was seen since the last pause.
     sights: Vec<Sight>,
     /// Interrupts of each engine between the first look and the last.
@@ -99,7 +104,11 @@ impl Rig for EngineRig {
             |pair| vmm.has(pair) && devices.contains(&pair.writer),
             PATIENCE,
         )?;
-        let idle = |pair: &crate::engines::pairs::Pair| {
+        let wrote = vmm.pairs().iter().copied().filter(|pair| {
+            vmm.has(pair) && devices.contains(&pair.writer) && !silent.contains(pair)
+        });
+        self.wrote = wrote.collect();
+        let idle = |pair: &Pair| {
             format!("engine{} does not write to engine{} any more", pair.writer, pair.receiver)
         };
         Ok(silent.iter().map(idle).collect())
@@ -134,8 +143,15 @@ impl Rig for EngineRig {
         let (Some(after_stop), Some(before_start)) = (sights.first(), sights.last()) else {
             return Err("nobody has looked at the memory".into());
         };
-        let vmm = self.vmm()?;
-        let pairs: Vec<_> = vmm.pairs().to_vec();
+        let all = self.vmm()?.pairs().to_vec();
+        let (pairs, at): (Vec<_>, Vec<_>) =
+            all.into_iter().zip(0..).filter(|(pair, _)| self.wrote.contains(pair)).unzip();
+        // What was seen is in the order of all pairs.
+        let of_pairs = |sight: &Sight| Sight {
+            mailboxes: at.iter().filter_map(|&n: &usize| sight.mailboxes.get(n).copied()).collect(),
+            ..sight.clone()
+        };
+        let (after_stop, before_start) = (&of_pairs(after_stop), &of_pairs(before_start));
         let proofs: Vec<_> =
             (0..after_stop.memory.len()).map(|engine| proof(engine, pause, resume)).collect();
         let verdict = oracle::check(&oracle::Round {

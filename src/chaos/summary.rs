@@ -3,9 +3,35 @@
 use serde::Serialize;
 use standstill_testkit::plan::Plan;
 use standstill_testkit::sweep::resources::Resources;
-use standstill_testkit::sweep::{Ends, Tally, Tried};
+use standstill_testkit::sweep::{Ends, Expected, Tally, Tried};
 use std::collections::BTreeMap;
 use std::fmt;
+
+/// What stands before the tables of `--markdown`.
+const PAGE: &str = "\
+# What becomes of a machine when a device fails
+
+What happened on a machine of three copy engines at work, in which one of them did wrong, on each of
+them in turn. `standstill chaos --sweep --markdown docs/faults.md` makes this page; a test makes it anew
+and compares it with this one, and what it says with [the table](../tests/expected-outcomes) that was
+written by hand beforehand.
+
+- *Done*: a pause has stopped the machine, a resume has started it.
+- *RolledBack*: nobody was fenced; all are where they were.
+- *Stopped*: nobody was fenced; all are stopped.
+- *Degraded running*, *Degraded stopped*: the faulty device, and nobody else, was fenced; all others run,
+  or are stopped.
+- *lost*: outside of any transition the faulty device was lost, and fenced.
+- *refused*: a declaration of RAM was not accepted; it may be declared again.
+- *late*: bytes were written while the machine stood still.
+
+What comes after a comma came next; whatever is not said was *Done*. Where two things are possible (\"or\"),
+nobody outside can decide which one comes first; the table says why. A cell with \"-\" cannot be. *receipt*,
+*before-ack* and *after-ack* are points in the device process: it has read the command, would answer, has
+answered while others have not; *command* and *answer*: the packet is on its way. With the policy
+`restart` it is as with `rollback`, and the device comes back. The words of the faults are those of
+[fault injection](fault-injection.md).
+";
 
 /// What came of all plans. Its fields are the keys of the JSON object.
 #[derive(Clone, Debug, Serialize)]
@@ -32,6 +58,8 @@ pub(super) struct Summary {
     failures: Vec<Failure>,
     #[serde(skip)]
     tally: Tally,
+    #[serde(skip)]
+    expected: Expected,
 }
 
 /// A plan that failed.
@@ -61,6 +89,7 @@ impl Summary {
         seed: Option<u64>,
         tally: Tally,
         failures: Vec<Failure>,
+        expected: Expected,
         before: Resources,
         after: Resources,
     ) -> Self {
@@ -79,6 +108,7 @@ impl Summary {
             threads_left,
             failures,
             tally,
+            expected,
         }
     }
 
@@ -96,7 +126,7 @@ impl Summary {
 
     /// What came of each fault, as tables.
     pub(super) fn to_markdown(&self) -> String {
-        self.tally.to_markdown()
+        format!("{PAGE}{}", self.tally.to_markdown(&self.expected))
     }
 }
 

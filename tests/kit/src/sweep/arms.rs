@@ -271,10 +271,17 @@ impl Arms {
 
     /// A device is another process now: it was not told anything.
     pub(super) fn is_new(&mut self, device: usize) {
+        self.read();
         for fault in self.faults.iter_mut().filter(|fault| fault.device == device) {
             // What is to come in a later round is told to the new one.
             fault.over |= fault.armed || fault.fired;
         }
+    }
+
+    /// A device is no part of the machine any more: what was to come in later rounds does not.
+    pub(super) fn is_gone(&mut self, device: usize) {
+        self.read();
+        self.faults.iter_mut().filter(|fault| fault.device == device).for_each(|f| f.over = true);
     }
 
     /// Whether that device can be expected to work.

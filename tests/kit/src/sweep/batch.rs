@@ -1,6 +1,6 @@
 //! Many plans, several at the same time.
 
-use super::cases::{self, Victims};
+use super::cases;
 use super::engine::run;
 use super::expected::{Expected, TableError};
 use super::observation::Observation;
@@ -8,7 +8,7 @@ use super::oracle::{Judge, Violation};
 use super::subject::Subject;
 use super::tally::Tally;
 use super::{Times, shrink};
-use crate::plan::{Plan, Policy};
+use crate::plan::Plan;
 use std::sync::Arc;
 use tokio::task::JoinSet;
 
@@ -46,8 +46,8 @@ impl Sweep {
         Ok(Self { plans: plans.into_iter().collect(), judge, at_once: AT_ONCE })
     }
 
-    /// Everything that can be done to device programs of any kind from outside: machines of three, each
-    /// device in turn, under the policies `rollback`, `stay-stopped` and `continue-without`.
+    /// Everything that can be done to device programs of any kind from outside, as
+    /// [`cases::sweep`] gives it: machines of three.
     ///
     /// # Errors
     ///
@@ -71,10 +71,7 @@ impl Sweep {
     fn of(causes: &[crate::plan::Cause]) -> Result<Self, TableError> {
         let mut sweep = Self::new([])?;
         let Judge { expected, times, .. } = &sweep.judge;
-        for policy in [Policy::Rollback, Policy::StayStopped, Policy::ContinueWithout] {
-            let plans = cases::plans(causes, 3, policy, &Victims::InTurn, expected, times);
-            sweep.plans.extend(plans);
-        }
+        sweep.plans = cases::sweep(causes, 3, expected, times);
         Ok(sweep)
     }
 

@@ -113,6 +113,20 @@ pub fn plan(cause: &Cause, device: u16, devices: u16, policy: Policy, times: &Ti
     plan.fault((device + 1) % devices, held)
 }
 
+/// Every fault, in every phase, on every device, each once: one device under `rollback`, the next one
+/// under `stay-stopped`, the next one under `continue-without`. Every tenth is tried under `restart` too,
+/// which differs from `rollback` in what comes after.
+#[must_use]
+pub fn sweep(causes: &[Cause], devices: u16, expected: &Expected, times: &Times) -> Vec<Plan> {
+    let of =
+        |policy, from| plans(causes, devices, policy, &Victims::InTurn { from }, expected, times);
+    let mut all = of(Policy::Rollback, 0);
+    all.extend(of(Policy::StayStopped, 1));
+    all.extend(of(Policy::ContinueWithout, 2));
+    all.extend(of(Policy::Restart, 0).into_iter().step_by(10));
+    all
+}
+
 /// A plan of each fault that the table says can be.
 #[must_use]
 pub fn plans(
@@ -133,7 +147,10 @@ pub fn plans(
     for (at, cause) in (0_u16..).zip(causes.iter().filter(possible)) {
         let victims = match victims {
             Victims::Each => 0..devices,
-            Victims::InTurn => at % devices..at % devices + 1,
+            Victims::InTurn { from } => {
+                let victim = (at + from) % devices;
+                victim..victim + 1
+            }
         };
         plans.extend(victims.map(|victim| plan(cause, victim, devices, policy, times)));
     }
@@ -146,7 +163,10 @@ pub enum Victims {
     /// One after another, in a plan for each.
     Each,
     /// One in each plan, the next one in the next.
-    InTurn,
+    InTurn {
+        /// Which in the first plan.
+        from: u16,
+    },
 }
 
 #[cfg(test)]
@@ -178,7 +198,16 @@ mod tests {
             let own = all.iter().filter(|plan| plan.faults[0].device == victim);
             assert_eq!(own.count() * 3, all.len());
         }
-        let turns = plans(&causes, 3, Policy::Rollback, &Victims::InTurn, &expected, &times);
+        let swept = sweep(&causes, 3, &expected, &times);
+        for cause in
+            causes.iter().filter(|cause| all.iter().any(|plan| plan.faults[0].cause == **cause))
+        {
+            let own = swept.iter().filter(|plan| plan.faults[0].cause == *cause);
+            let victims: std::collections::BTreeSet<_> = own.map(|p| p.faults[0].device).collect();
+            assert_eq!(victims.len(), 3, "{cause}");
+        }
+        let turns =
+            plans(&causes, 3, Policy::Rollback, &Victims::InTurn { from: 1 }, &expected, &times);
         assert_eq!(turns.len() * 3, all.len());
     }
 

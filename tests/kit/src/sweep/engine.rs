@@ -381,6 +381,7 @@ impl<'a> Run<'a> {
             if self.plan.policy != Policy::Restart {
                 let removed = self.machine.remove_device(&name).await;
                 removed.map_err(cannot("remove a lost device"))?;
+                self.arms.is_gone(device);
                 self.removed.insert(device);
                 self.to_remove.insert(device);
                 continue;
@@ -413,13 +414,15 @@ impl<'a> Run<'a> {
     async fn back_to_work(&mut self, round: u32) -> Result<(), RunError> {
         self.arms.read();
         let work = self.at_work();
+        let mut strangers = std::mem::take(&mut self.to_restore);
         for device in std::mem::take(&mut self.to_remove) {
-            let others = work.clone();
+            let others = &work - &strangers;
             let remove = move |rig: &mut dyn Rig| rig.remove(device, &others);
             self.bench.with("go on without a device", remove).await?;
         }
-        for device in std::mem::take(&mut self.to_restore) {
-            let others = work.clone();
+        while let Some(device) = strangers.pop_first() {
+            // Who is to be connected to after this one has an old connection yet.
+            let others = &work - &strangers;
             let restore = move |rig: &mut dyn Rig| rig.restore(device, &others);
             self.bench.with("connect to a new device", restore).await?;
         }

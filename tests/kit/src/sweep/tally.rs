@@ -2,8 +2,8 @@
 
 use super::Times;
 use super::batch::Tried;
-use super::expected::{Course, Seen, trim};
-use super::nature;
+use super::expected::{Course, Expected, Seen, trim};
+use super::nature::{self, Place};
 use super::observation::Event;
 use super::oracle::{self, principals};
 use crate::plan::Policy;
@@ -138,20 +138,22 @@ impl Tally {
     }
 
     /// What came of each fault, as tables: by policy, with faults of which the same came in one line.
+    /// Where several things are possible, all of them are said, if what came is one of them. `restart`
+    /// is left out: it is `rollback` and what comes after.
     #[must_use]
-    pub fn to_markdown(&self) -> String {
+    pub fn to_markdown(&self, expected: &Expected) -> String {
         let mut text = String::new();
         let policies: BTreeSet<_> = self.cells.keys().map(|cell| cell.policy).collect();
-        for policy in policies {
+        for policy in policies.into_iter().filter(|policy| *policy != Policy::Restart) {
             text.push_str(&format!("\n## {policy}\n"));
             for columns in COLUMNS {
-                self.table(policy, columns, &mut text);
+                self.table(policy, columns, expected, &mut text);
             }
         }
         text
     }
 
-    fn table(&self, policy: Policy, columns: &[&str], text: &mut String) {
+    fn table(&self, policy: Policy, columns: &[&str], expected: &Expected, text: &mut String) {
         let own = |cell: &&Cell| cell.policy == policy && columns.contains(&cell.column);
         let rows: BTreeSet<_> =
             self.cells.keys().filter(own).map(|cell| (cell.row, cell.word)).collect();
@@ -164,8 +166,13 @@ impl Tally {
                 });
                 known.map_or_else(
                     || "-".to_owned(),
-                    |(_, courses)| {
-                        courses.keys().map(String::as_str).collect::<Vec<_>>().join(" or ")
+                    |(cell, courses)| {
+                        let place = Place { row: cell.row, column: cell.column };
+                        let possible = expected.courses(policy, word, place).unwrap_or_default();
+                        let possible: Vec<_> = possible.iter().map(ToString::to_string).collect();
+                        let seen: Vec<_> = courses.keys().cloned().collect();
+                        let one_of = seen.iter().all(|course| possible.contains(course));
+                        (if one_of { possible } else { seen }).join(" or ")
                     },
                 )
             };
