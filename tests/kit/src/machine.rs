@@ -5,16 +5,17 @@
 //! coordinator and devices. Deadlines are so long that they never expire on a busy machine, except
 //! those of devices that a test expects to miss them ([`impatient`](TestMachineBuilder::impatient)).
 //!
-//! ```no_run
+//! ```standalone_crate
 //! use standstill_coordinator::Slot;
 //! use standstill_protocol::message::Phase;
-//! use standstill_testkit::TestMachine;
 //! use standstill_testkit::plan::{Moment, OutsideAction, Policy};
+//! use standstill_testkit::{Script, TestMachine};
 //!
 //! # async fn example() -> Result<(), Box<dyn std::error::Error>> {
 //! let machine = TestMachine::builder()?
-//!     .device("nic0", "/usr/bin/my-nic", |spec, socket| spec.arg(socket))
-//!     .device("disk0", "/usr/bin/my-disk", |spec, socket| spec.arg(socket))
+//!     // Any program: .device("nic0", "/usr/bin/my-nic", |spec, socket| spec.arg(socket))
+//!     .scripted("nic0", Script::honest())
+//!     .scripted("disk0", Script::honest())
 //!     .relay("disk0")
 //!     .impatient("disk0")
 //!     .hook("vcpus", Slot::Before)
@@ -27,6 +28,14 @@
 //! assert_eq!(machine.relay("disk0").fired()?.len(), 1);
 //! machine.end().await;
 //! # Ok(())
+//! # }
+//! # fn main() -> Result<std::process::ExitCode, Box<dyn std::error::Error>> {
+//! #     if let Some(exit) = standstill_testkit::programs::serve() {
+//! #         return Ok(exit);
+//! #     }
+//! #     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+//! #     runtime.block_on(example())?;
+//! #     Ok(std::process::ExitCode::SUCCESS)
 //! # }
 //! ```
 

@@ -56,13 +56,14 @@ pub enum Program {
 }
 
 impl Program {
-    /// The name of the program's file.
+    /// The name of the program's file. It says whose it is: a file beside a stranger's test program
+    /// that has it is one of these.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
-            Self::Relay => "relay",
-            Self::RogueDevice => "rogue-device",
-            Self::Pilot => "pilot",
+            Self::Relay => "standstill-testkit-relay",
+            Self::RogueDevice => "standstill-testkit-rogue-device",
+            Self::Pilot => "standstill-testkit-pilot",
         }
     }
 
@@ -114,23 +115,28 @@ impl Program {
     ///
     /// [`ProgramError::Missing`] if it is in neither.
     pub fn file(self) -> Result<PathBuf, ProgramError> {
-        match self.place()? {
-            Place::File(path) => Ok(path),
-            Place::Inside(path) => Err(ProgramError::Missing(path.with_file_name(self.name()))),
-        }
+        self.beside(&std::env::current_exe().map_err(ProgramError::Lost)?)
+    }
+
+    fn beside(self, this: &Path) -> Result<PathBuf, ProgramError> {
+        let folders = this.ancestors().skip(1).take(2);
+        let files: Vec<_> = folders.map(|folder| folder.join(self.name())).collect();
+        let missing = || files.last().cloned().unwrap_or_default();
+        let file = files.iter().find(|file| file.is_file()).cloned();
+        file.ok_or_else(|| ProgramError::Missing(missing()))
     }
 
     fn place(self) -> Result<Place, ProgramError> {
         let this = std::env::current_exe().map_err(ProgramError::Lost)?;
-        let folders = this.ancestors().skip(1).take(2);
-        let files: Vec<_> = folders.map(|folder: &Path| folder.join(self.name())).collect();
-        if let Some(file) = files.iter().find(|file| file.is_file()) {
-            return Ok(Place::File(file.clone()));
-        }
-        if SERVED.load(Ordering::Acquire) || role().is_some() || is_a_test_with_programs(&this) {
+        // What this program is itself was built with it; a file may be left from an earlier build.
+        if SERVED.load(Ordering::Acquire) || role().is_some() {
             return Ok(Place::Inside(this));
         }
-        Err(ProgramError::Missing(files.into_iter().next_back().unwrap_or_default()))
+        match self.beside(&this) {
+            Ok(file) => Ok(Place::File(file)),
+            Err(_) if is_a_test_with_programs(&this) => Ok(Place::Inside(this)),
+            Err(missing) => Err(missing),
+        }
     }
 }
 
@@ -185,8 +191,10 @@ fn role() -> Option<Role> {
 fn is_a_test_with_programs(this: &Path) -> bool {
     static KNOWN: OnceLock<bool> = OnceLock::new();
     *KNOWN.get_or_init(|| {
-        // Only test programs take this argument well, and only they are in such a folder.
-        if this.parent().is_none_or(|folder| !folder.ends_with("deps")) {
+        // Only test programs take this argument well, and only they are in such a folder. One with a
+        // `main` of its own may do with it what it always does, down to this question.
+        let asked = std::env::args_os().any(|argument| argument == "--list");
+        if asked || this.parent().is_none_or(|folder| !folder.ends_with("deps")) {
             return false;
         }
         let list =

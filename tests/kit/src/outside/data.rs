@@ -8,15 +8,25 @@
 //! on, message by message: each protocol says how long its messages are. What is armed for a message is
 //! done to exactly that one.
 //!
-//! ```no_run
+//! ```
 //! use standstill_testkit::outside::data::{DataAction, DataFault, DataRelay, Framing, Way};
-//! # use std::path::Path;
-//! # let (listen, device) = (Path::new("/tmp/relay.sock"), Path::new("/tmp/device.sock"));
+//! use std::io::{Read, Write};
+//! use std::os::unix::net::{UnixListener, UnixStream};
 //!
-//! let relay = DataRelay::start(listen, device, Framing::VfioUser)?;
-//! // The third message of the client ends in the middle of its header, and so does the connection.
-//! relay.arm(DataFault { way: Way::ToDevice, message: 3, action: DataAction::CutAt(7) });
-//! // … let a client connect to `listen`, and then:
+//! let folder = tempfile::tempdir()?;
+//! let (listen, path) = (folder.path().join("relay"), folder.path().join("device"));
+//! let device = UnixListener::bind(&path)?;
+//! let relay = DataRelay::start(&listen, &path, Framing::VfioUser)?;
+//! // The second message of the client ends in the middle of its header, and so does the connection.
+//! let _ = relay.arm(DataFault { way: Way::ToDevice, message: 2, action: DataAction::CutAt(7) });
+//!
+//! let mut client = UnixStream::connect(relay.path())?;
+//! let message = [1, 0, 13, 0, 16, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+//! client.write_all(&message)?;
+//! client.write_all(&message)?;
+//! let mut received = Vec::new();
+//! device.accept()?.0.read_to_end(&mut received)?;
+//! assert_eq!(received.len(), 16 + 7);
 //! assert_eq!(relay.fired().len(), 1);
 //! # Ok::<_, std::io::Error>(())
 //! ```
@@ -25,8 +35,9 @@ use super::Fired;
 use crate::trace::now_ns;
 use rustix::io::Errno;
 use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
-    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType, connect, recvmsg,
+    sendmsg, socket_with,
 };
 use serde::{Deserialize, Serialize};
 use std::io::{self, IoSlice, IoSliceMut};
@@ -47,6 +58,8 @@ const LONGEST: usize = 16 << 20;
 const ALONE: Duration = Duration::from_micros(500);
 /// How many bytes of a message are alone, from its beginning: more than any header has.
 const ALONE_BYTES: usize = 64;
+/// How often a device is tried whose queue of clients is full; nothing tells when there is room.
+const AGAIN: Duration = Duration::from_millis(2);
 
 /// How messages are told from each other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -162,7 +175,7 @@ impl DataRelay {
         let listening = std::thread::spawn(move || {
             for client in accepts.incoming().map_while(Result::ok) {
                 // A client whose device is not there sees the end of its connection.
-                let Ok(device) = UnixStream::connect(&device) else { continue };
+                let Ok(device) = known.connect(&device) else { continue };
                 let _ = known.relay(client, device, framing);
             }
         });
@@ -222,6 +235,25 @@ impl Shared {
         if *ended { Err(io::ErrorKind::Interrupted.into()) } else { Ok(()) }
     }
 
+    /// Connects to a device, which may take its time, at most until the relay is dropped.
+    fn connect(&self, device: &Path) -> io::Result<UnixStream> {
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+        let address = SocketAddrUnix::new(device)?;
+        loop {
+            match connect(&socket, &address) {
+                Ok(()) => break,
+                // A device that stands accepts nobody.
+                Err(Errno::AGAIN) => self.wait(AGAIN)?,
+                Err(Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        let stream = UnixStream::from(socket);
+        stream.set_nonblocking(false)?;
+        Ok(stream)
+    }
+
     fn relay(
         self: &Arc<Self>,
         client: UnixStream,
@@ -271,14 +303,12 @@ impl Shared {
                     message.send(to)?;
                 }
                 Some(DataAction::Split) => {
-                    let mut fds = std::mem::take(&mut message.fds);
-                    let alone = message.bytes.len().min(ALONE_BYTES);
-                    for byte in &message.bytes[..alone] {
-                        let bytes = vec![*byte];
-                        Message { bytes, fds: std::mem::take(&mut fds) }.send(to)?;
+                    let (alone, rest) = message.split();
+                    for byte in alone {
+                        byte.send(to)?;
                         self.wait(ALONE)?;
                     }
-                    Message { bytes: message.bytes.split_off(alone), fds }.send(to)?;
+                    rest.send(to)?;
                 }
                 Some(DataAction::Merge) => held = Some(message),
                 Some(DataAction::CutAt(length)) => {
@@ -375,6 +405,15 @@ impl Message {
         Ok(())
     }
 
+    /// Its first bytes, each alone, the first one with all fds; and the rest.
+    fn split(mut self) -> (Vec<Self>, Self) {
+        let rest = self.bytes.split_off(self.bytes.len().min(ALONE_BYTES));
+        let mut fds = self.fds;
+        let alone = |byte| Self { bytes: vec![byte], fds: std::mem::take(&mut fds) };
+        let alone = self.bytes.into_iter().map(alone).collect();
+        (alone, Self { bytes: rest, fds })
+    }
+
     fn merged(mut self, mut next: Self) -> Self {
         self.bytes.append(&mut next.bytes);
         self.fds.append(&mut next.fds);
@@ -394,6 +433,7 @@ impl Message {
 mod tests {
     use super::*;
     use std::io::{Read, Write};
+    use std::time::Instant;
 
     /// A message of vfio-user with that payload.
     fn message(payload: &[u8]) -> Vec<u8> {
@@ -469,22 +509,57 @@ mod tests {
     }
 
     #[test]
+    fn a_message_is_split_into_single_bytes_the_fds_with_the_first_and_a_rest() {
+        let (fd, _) = UnixStream::pair().unwrap();
+        let bytes: Vec<_> = (0..100).collect();
+        let (alone, rest) = Message { bytes, fds: vec![fd.into()] }.split();
+        assert_eq!(alone.iter().map(|byte| byte.fds.len()).collect::<Vec<_>>()[..3], [1, 0, 0]);
+        let bytes: Vec<_> = alone.into_iter().map(|byte| byte.bytes).collect();
+        assert_eq!(bytes, (0..64).map(|byte| vec![byte]).collect::<Vec<_>>());
+        assert_eq!((rest.bytes, rest.fds.len()), ((64..100).collect(), 0));
+    }
+
+    #[test]
     fn a_split_message_comes_byte_by_byte_and_merged_ones_by_one_write() {
         let mut wire = wire();
         let split = DataFault { way: Way::ToDevice, message: 1, action: DataAction::Split };
         let merge = DataFault { way: Way::ToDevice, message: 2, action: DataAction::Merge };
         let _ = (wire.relay.arm(split), wire.relay.arm(merge));
+        let began = Instant::now();
         wire.client.write_all(&message(b"in pieces")).unwrap();
-        let mut byte = [0; 64];
-        assert!(wire.device.read(&mut byte).unwrap() < 25, "it came at once");
-        let mut rest = Vec::new();
-        while rest.last() != Some(&b's') {
-            let read = wire.device.read(&mut byte).unwrap();
-            rest.extend_from_slice(&byte[..read]);
-        }
+        assert_eq!(exactly(&wire.device, 25), message(b"in pieces"));
+        // However long this test was held up: before the last byte each of the others was alone.
+        assert!(began.elapsed() >= 24 * ALONE, "it came at once");
         wire.client.write_all(&message(b"a")).unwrap();
         wire.client.write_all(&message(b"b")).unwrap();
         let mut both = [0; 64];
         assert_eq!(wire.device.read(&mut both).unwrap(), 34);
+    }
+
+    #[test]
+    fn a_client_waits_for_a_device_that_stands_and_the_end_of_the_relay_does_not() {
+        let folder = tempfile::tempdir().unwrap();
+        let (listen, at) = (folder.path().join("relay"), folder.path().join("device"));
+        // One client is in its queue, and there is room for no other.
+        let device =
+            socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None);
+        let device = UnixListener::from(device.unwrap());
+        rustix::net::bind(&device, &SocketAddrUnix::new(&at).unwrap()).unwrap();
+        rustix::net::listen(&device, 0).unwrap();
+        let _fills = UnixStream::connect(&at).unwrap();
+        let relay = DataRelay::start(&listen, &at, Framing::VfioUser).unwrap();
+        let mut late = UnixStream::connect(relay.path()).unwrap();
+        late.write_all(&message(b"late")).unwrap();
+        device.accept().unwrap();
+        assert_eq!(exactly(&device.accept().unwrap().0, 20), message(b"late"));
+
+        let _fills = UnixStream::connect(&at).unwrap();
+        let _waits = UnixStream::connect(relay.path()).unwrap();
+        let (ended, end) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            drop(relay);
+            ended.send(()).unwrap();
+        });
+        end.recv_timeout(Duration::from_secs(30)).unwrap();
     }
 }

@@ -1,8 +1,9 @@
 //! A small disk, which is full when a test wants it to be. Needs no root.
 //!
 //! The program gets a mount namespace of its own (`unshare(1)` of util-linux, with a user namespace
-//! where it is not root), in which a tmpfs of a few pages is over one folder. Nobody else sees it; a
-//! test fills it and frees it from outside, through `/proc/<pid>/root`.
+//! where it may not mount otherwise), in which a tmpfs of a few pages is over one folder. Nobody else
+//! sees it; a test fills it and frees it from outside, through `/proc/<pid>/root`. Where the system
+//! lets it have none of that, the program does not start, and standard error says why.
 //!
 //! ```
 //! use standstill_testkit::outside::SmallDisk;
@@ -30,10 +31,18 @@ use std::process::Command;
 const FILLER: &str = "filler";
 /// How much it grows by at a time, in bytes.
 const BLOCK: usize = 4096;
-/// What mounts the disk and becomes the program; its arguments are the size, the folder, the program
-/// and what the program is given.
-const SCRIPT: &str =
-    "mount -t tmpfs -o size=\"$1\",mode=0700 small \"$2\" && shift 2 && exec \"$@\"";
+/// What makes the namespaces, mounts the disk and becomes the program; its arguments are the size, the
+/// folder, the program and what the program is given. Whether there are namespaces is tried first:
+/// `unshare` does not say that it was they that were refused.
+const SCRIPT: &str = r#"
+as=; unshare --mount true </dev/null 2>/dev/null || as='--user --map-root-user'
+unshare $as --mount true </dev/null || {
+    echo "a small disk needs a mount namespace, as root or with a user namespace" >&2; exit 125; }
+exec unshare $as --mount sh -c '
+    mount -t tmpfs -o size="$1",mode=0700 small "$2" || {
+        echo "a small disk needs a tmpfs, which cannot be mounted over $2" >&2; exit 125; }
+    shift 2; exec "$@"' sh "$@"
+"#;
 
 /// A disk of a few pages over one folder, for one program and what that starts.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -48,12 +57,9 @@ impl SmallDisk {
         Self { folder: folder.into(), bytes }
     }
 
-    /// The arguments of `unshare` with which a program has the disk.
+    /// The arguments of `sh` with which a program has the disk.
     fn arguments(&self, program: &Path) -> Vec<OsString> {
-        let mut arguments: Vec<OsString> =
-            ["--user", "--map-root-user", "--mount", "sh", "-c", SCRIPT, "sh"]
-                .map(OsString::from)
-                .into();
+        let mut arguments: Vec<OsString> = ["-c", SCRIPT, "sh"].map(OsString::from).into();
         arguments.push(self.bytes.to_string().into());
         arguments.push(self.folder.clone().into());
         arguments.push(program.into());
@@ -64,7 +70,7 @@ impl SmallDisk {
     /// and working directory.
     #[must_use]
     pub fn command(&self, of: &Command) -> Command {
-        let mut command = Command::new("unshare");
+        let mut command = Command::new("sh");
         command.args(self.arguments(Path::new(of.get_program()))).args(of.get_args());
         for (name, value) in of.get_envs() {
             match value {
@@ -84,7 +90,7 @@ impl SmallDisk {
         device.launched_by(|process| {
             let given = process.arguments().to_vec();
             let arguments = self.arguments(process.program()).into_iter().chain(given);
-            process.replaced("unshare", arguments)
+            process.replaced("sh", arguments)
         })
     }
 

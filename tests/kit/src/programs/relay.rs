@@ -101,7 +101,8 @@ struct Relay {
 }
 
 impl Relay {
-    /// Passes packets on until the device process has ended and its last words are delivered.
+    /// Passes packets on until the device process has ended, its last words are delivered, and no
+    /// coordinator waits to be let go on.
     fn pass_on(mut self) -> Result<u8, Error> {
         let mut child_ended = false;
         loop {
@@ -113,11 +114,19 @@ impl Relay {
                     self.sessions.push(session);
                 }
             }
-            if child_ended && self.sessions.is_empty() {
+            if child_ended && self.sessions.is_empty() && self.standing().next().is_none() {
                 return self.child.end_likewise();
             }
             child_ended |= self.wait(child_ended)?;
         }
+    }
+
+    /// Coordinators that were stopped for a time that is not over.
+    fn standing(&self) -> impl Iterator<Item = &Coordinator> {
+        self.later.iter().filter_map(|(_, what)| match what {
+            Later::ContinueCoordinator(coordinator) => Some(&**coordinator),
+            Later::ContinueDevice => None,
+        })
     }
 
     fn serve(&mut self, session: &mut Session, child_ended: bool) -> Result<(), Error> {
@@ -282,5 +291,15 @@ impl Relay {
             Err(error) => return Err(error.into()),
         }
         Ok(!child_ended && fds.last().is_some_and(|fd| fd.revents().contains(PollFlags::IN)))
+    }
+}
+
+/// Whatever ends the relay, no coordinator stands for ever that was to stand for a while.
+impl Drop for Relay {
+    fn drop(&mut self) {
+        for coordinator in self.standing() {
+            // Nothing more can be done about it.
+            let _ = coordinator.signal(Signal::CONT);
+        }
     }
 }

@@ -2,6 +2,7 @@
 //! harm then.
 
 use crate::fixture::honest;
+use rustix::process::{Pid, kill_process};
 use standstill_coordinator::{Outcome, TakenOver};
 use standstill_protocol::message::Phase;
 use standstill_protocol::migration::MigrationState;
@@ -69,6 +70,23 @@ impl Kept {
         let stale = |what| matches!(what, What::Stale { .. });
         let entries = self.trace.entries();
         assert!(!entries.iter().any(|entry| stale(entry.what)), "{}", self.trace.text());
+    }
+}
+
+/// Whatever a test comes to, no device lives on.
+impl Drop for Kept {
+    fn drop(&mut self) {
+        for entry in self.trace.entries() {
+            let What::Began { pid } = entry.what else { continue };
+            // It is the device still: its script has the path of the trace.
+            let its = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            let path = self.trace.path().to_string_lossy().into_owned();
+            if String::from_utf8_lossy(&its).contains(&path) {
+                let pid = i32::try_from(pid).ok().and_then(Pid::from_raw);
+                // It may end by itself just now.
+                let _ = pid.map(|pid| kill_process(pid, Signal::KILL));
+            }
+        }
     }
 }
 
@@ -152,6 +170,20 @@ async fn a_coordinator_that_hangs_for_a_while_goes_on_as_if_nothing_had_been() {
     assert_eq!(kept.relay.fired().unwrap().len(), 1);
     pilot.tell("resume");
     pilot.hear("resume Done").await;
+    pilot.tell("shutdown");
+    assert!(pilot.ended().await.success());
+}
+
+#[tokio::test]
+async fn a_coordinator_that_hangs_goes_on_also_if_the_device_has_ended_meanwhile() {
+    let kept = Kept::new();
+    let stop = Moment::Command(Phase::Stop);
+    kept.relay.arm(stop, 1, OutsideAction::StopCoordinatorMs(500)).unwrap();
+    kept.relay.arm(stop, 1, OutsideAction::Kill).unwrap();
+    let mut pilot = Pilot::start(&kept.course).await.unwrap();
+    pilot.tell("pause");
+    pilot.hear("pause").await;
+    assert_eq!(kept.relay.fired().unwrap().len(), 2);
     pilot.tell("shutdown");
     assert!(pilot.ended().await.success());
 }

@@ -5,6 +5,7 @@ use standstill_coordinator::TakeOverError;
 use standstill_testkit::machine::LONG;
 use standstill_testkit::outside::{SmallDisk, signals};
 use standstill_testkit::{Course, Pilot, Script, Trace, What};
+use std::process::Command;
 
 /// Enough for the sockets and a record, and for one to be written beside another one.
 const SMALL: u64 = 64 << 10;
@@ -55,7 +56,7 @@ async fn a_machine_whose_record_cannot_be_written_does_not_start_and_leaves_noth
     let disk = place.disk(4096);
     let full = place.folder.path().join("full");
     // A file of one page is all that there is room for.
-    let mut shell = std::process::Command::new("sh");
+    let mut shell = Command::new("sh");
     let script = format!("head -c 4096 /dev/zero > {} && exec \"$@\"", full.display());
     let mut course = place.course();
     course.programs.clear();
@@ -69,6 +70,20 @@ async fn a_machine_whose_record_cannot_be_written_does_not_start_and_leaves_noth
     // Its devices were not even started, or are gone.
     let began = standstill_testkit::Processes::of_trace(&place.trace);
     began.assert_gone_within(LONG).await;
+}
+
+/// The system lets nobody have a mount namespace.
+#[test]
+fn a_small_disk_that_cannot_be_had_is_told_as_the_reason() {
+    let place = Place::new();
+    let command = place.disk(SMALL).command(&Command::new("true"));
+    let script = "echo 0 > /proc/sys/user/max_mnt_namespaces && exec \"$@\"";
+    let mut none = Command::new("unshare");
+    none.args(["--user", "--map-root-user", "sh", "-c", script, "sh"]);
+    let output = none.arg(command.get_program()).args(command.get_args()).output().unwrap();
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(125), "{text}");
+    assert!(text.contains("a small disk needs a mount namespace"), "{text}");
 }
 
 /// Nothing is written in a pause: a full disk does not keep a machine from stopping, nor its devices

@@ -13,7 +13,7 @@ use standstill_protocol::migration::MigrationState;
 use standstill_protocol::transition::{Loss, MachineState};
 use standstill_testkit::outside::Relay;
 use standstill_testkit::plan::{Moment, OutsideAction, PacketKind};
-use standstill_testkit::{Processes, Script, Trace, What, within};
+use standstill_testkit::{Packet, Processes, Script, Step, Trace, What, within};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -217,6 +217,22 @@ async fn what_a_device_has_said_before_it_is_killed_counts() {
     assert!(line.contains("RUNNING → RUNNING_P2P"), "{text}");
     assert!(line.contains("signal 9"), "its end is told as its own: {text}");
     assert_eq!(relay.fired().unwrap().len(), 1);
+}
+
+#[tokio::test]
+async fn what_the_system_lets_through_to_nobody_is_lost_on_the_way() {
+    let trace = Trace::new().unwrap();
+    let relay = Relay::new().unwrap();
+    let fds = [Step::Send(Packet::ManyFds), Step::Ack];
+    let machine = three(&trace, &relay, Script::honest().on(Phase::Stop, fds)).await;
+    match pause(&machine).await {
+        Ok(report) => assert_eq!(report.outcome, Outcome::Done, "{report}"),
+        // A kernel older than 6.16 lets them through.
+        Err(error) => {
+            let text = report_of(&error).to_string();
+            assert!(text.contains("file descriptors"), "{text}");
+        }
+    }
 }
 
 #[tokio::test]

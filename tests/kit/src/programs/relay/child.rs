@@ -118,7 +118,7 @@ impl Child {
     }
 
     /// Waits for its end, and ends in the same way: by its signal, or with this status.
-    pub(super) fn end_likewise(mut self) -> Result<u8, Error> {
+    pub(super) fn end_likewise(&mut self) -> Result<u8, Error> {
         let status = self.process.wait()?;
         let Some(signal) = status.signal() else {
             return Ok(u8::try_from(status.code().unwrap_or(1)).unwrap_or(1));

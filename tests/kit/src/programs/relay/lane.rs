@@ -90,7 +90,7 @@ impl Lane {
                 break;
             }
             match packet.send(to)? {
-                Sent::Whole => drop(self.queue.pop_front()),
+                Sent::Whole | Sent::Lost => drop(self.queue.pop_front()),
                 Sent::Later => break,
                 Sent::Gone => return Ok(false),
             }

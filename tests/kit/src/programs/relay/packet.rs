@@ -36,6 +36,8 @@ pub(super) enum Seen {
 /// What became of a packet that was to be sent.
 pub(super) enum Sent {
     Whole,
+    /// The system lets its fds through to nobody: it is lost on the way.
+    Lost,
     /// The receiver's queue is full.
     Later,
     /// There is no receiver any more.
@@ -89,6 +91,8 @@ impl Packet {
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => return Ok(Sent::Later),
                 Err(Errno::PIPE | Errno::CONNRESET) => return Ok(Sent::Gone),
+                // The receiver takes no fds, or too many are on their way.
+                Err(Errno::PERM | Errno::TOOMANYREFS) => return Ok(Sent::Lost),
                 Err(error) => return Err(error.into()),
             }
         }

@@ -43,7 +43,7 @@ impl Coordinator {
         }
     }
 
-    /// SIGSTOP, and waits until it stands.
+    /// SIGSTOP, and waits until it stands; one that does not is let go on.
     #[expect(clippy::disallowed_methods, reason = "nothing tells whoever is not its parent")]
     pub(super) fn stop(&self) -> Result<(), Error> {
         self.signal(Signal::STOP)?;
@@ -51,6 +51,7 @@ impl Coordinator {
         let end = Instant::now() + STANDS;
         while !crate::process::stands(&std::fs::read_to_string(&stat)?) {
             if Instant::now() >= end {
+                self.signal(Signal::CONT)?;
                 return Err("the coordinator does not stand".into());
             }
             std::thread::sleep(Duration::from_millis(1));
