@@ -180,24 +180,33 @@ pub fn serve<D: Device>(
     build: impl FnOnce(Handles) -> Result<(D, DeviceInfo), DeviceError>,
 ) -> Result<(), ServeError> {
     panics::abort_on_panic();
-    let control = greeting::take_control_channel()?;
-    log::start(if control.is_some() { LogFormat::Json } else { LogFormat::Text });
-    let listener = Listener::bind(&options.socket)?;
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .map_err(|error| ServeError::setup("tokio", error))?;
-
-    let served = greet_and_serve(&runtime, options, &listener, control, build);
+    let control = greeting::take_control_channel();
+    // What cannot be taken is a control channel all the same.
+    log::start(if matches!(control, Ok(None)) { LogFormat::Text } else { LogFormat::Json });
+    let served = control.and_then(|control| listen_and_serve(options, control, build));
     match &served {
         Ok(ended) => tracing::info!(?ended, "the device process ends"),
         Err(error) => {
             tracing::error!(error = log::with_causes(error), "the device process ends");
         }
     }
+    served.map(|_| ())
+}
+
+fn listen_and_serve<D: Device>(
+    options: ServeOptions,
+    control: Option<DeviceEnd>,
+    build: impl FnOnce(Handles) -> Result<(D, DeviceInfo), DeviceError>,
+) -> Result<Ended, ServeError> {
+    let listener = Listener::bind(&options.socket)?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| ServeError::setup("tokio", error))?;
+    let served = greet_and_serve(&runtime, options, &listener, control, build);
     // Threads of the device that block must not keep the process.
     runtime.shutdown_background();
-    served.map(|_| ())
+    served
 }
 
 fn greet_and_serve<D: Device>(

@@ -15,6 +15,7 @@ use standstill_protocol::message::{Capabilities, Epoch, PeerDma, Refusal, Term, 
 use standstill_protocol::migration::{MigrationFlags, MigrationState};
 use std::marker::PhantomData;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
@@ -23,6 +24,15 @@ use tokio::task::JoinHandle;
 
 /// The hooks of a device, in the order of [`Fate`]s.
 const HOOKS: [&str; 4] = ["prepare_stop", "stop", "prepare_start", "start"];
+
+/// Set by the first [`Session`]. That this is built with `cfg(fuzzing)` does not say it: whoever fuzzes
+/// a program of their own that has a device process in it builds all of it so, and needs the threads.
+static READS_IN_PLACE: AtomicBool = AtomicBool::new(false);
+
+/// True if connections are read by a [`Session`], and by no thread.
+pub(super) fn reads_in_place() -> bool {
+    READS_IN_PLACE.load(Ordering::Relaxed)
+}
 
 /// What becomes of the next call of one hook.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -105,6 +115,7 @@ impl Session {
         welcome: Welcome,
         fds: Vec<OwnedFd>,
     ) -> Self {
+        READS_IN_PLACE.store(true, Ordering::Relaxed);
         let deeds = HOOKS.into_iter().zip(fates).filter_map(|(hook, fate)| match fate {
             Fate::Succeeds => None,
             Fate::Fails => Some((hook, Deed::Fails)),

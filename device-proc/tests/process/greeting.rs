@@ -1,6 +1,6 @@
 //! From start to welcome, and every way to end.
 
-use crate::child::{Device, PATIENCE, spawn, wait, welcome};
+use crate::child::{Device, PATIENCE, program, spawn, wait, welcome};
 use crate::client::Client;
 use crate::probe::{DOORBELL, NUMBER};
 use rustix::fs::{FlockOperation, flock};
@@ -154,11 +154,15 @@ fn a_device_that_cannot_be_built_ends() {
 }
 
 #[test]
-fn a_data_socket_that_is_in_use_ends_the_second_device() {
+fn a_data_socket_that_is_in_use_ends_the_second_device_which_says_so() {
     let device = Device::welcomed("");
-    let mut second = spawn(&device.socket(), "", Stdio::null());
+    let mut second = program(&device.socket(), "", Stdio::null());
+    let mut second = second.stderr(Stdio::piped()).spawn().unwrap();
     assert_eq!(wait(&mut second).code(), Some(EXIT_SOCKET.into()));
     assert!(device.socket().exists());
+    let log = std::io::read_to_string(second.stderr.take().unwrap()).unwrap();
+    let socket = device.socket().display().to_string();
+    assert!(log.contains("the device process ends") && log.contains(&socket), "{log:?}");
 }
 
 #[test]
