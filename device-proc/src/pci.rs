@@ -1,6 +1,6 @@
 //! The PCI view of a device: which region is what, and its configuration space.
 //!
-//! [`PciLayout`] says what is behind each BAR; [`ConfigSpace`] is the 256-byte type 0
+//! [`PciLayout`] says what is behind each BAR; [`ConfigSpace`] is the type 0
 //! configuration space (PCI Local Bus Specification 3.0, chapter 6) with its write masks. Both
 //! are pure: nothing here knows sockets or devices.
 //!
@@ -14,12 +14,13 @@
 #![forbid(unsafe_code)]
 
 use crate::device::{BarBacking, DeviceInfo};
+use std::ops::Range;
 use thiserror::Error;
 
 #[cfg(test)]
 mod tests;
 
-/// Size of the configuration space in bytes.
+/// Size of a conventional configuration space in bytes.
 pub const CONFIG_SIZE: usize = 256;
 
 const COMMAND: usize = 0x04;
@@ -166,34 +167,47 @@ impl PciLayout {
 
 /// An access that does not lie inside the configuration space.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
-#[error("access of {length} bytes at {offset:#x} leaves the configuration space of 256 bytes")]
+#[error("access of {length} bytes at {offset:#x} leaves the configuration space of {size} bytes")]
 pub struct OutsideConfig {
     /// Where it began.
     pub offset: u64,
     /// How long it was, in bytes.
     pub length: usize,
+    /// Size of the configuration space, in bytes.
+    pub size: usize,
 }
 
 /// A saved configuration space is not this device's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
-#[error(
-    "configuration space differs at {offset:#x}: {saved:#04x} was saved, this device has {own:#04x}"
-)]
-pub struct ForeignConfig {
-    /// The first byte that differs.
-    pub offset: usize,
-    /// What was saved.
-    pub saved: u8,
-    /// What this device has there; it cannot be written.
-    pub own: u8,
+pub enum ForeignConfig {
+    /// It has another size.
+    #[error("configuration space of {saved} bytes, this device's has {own}")]
+    Size {
+        /// Of what was saved, in bytes.
+        saved: usize,
+        /// Of this device's, in bytes.
+        own: usize,
+    },
+    /// It differs where no client can write.
+    #[error(
+        "configuration space differs at {offset:#x}: {saved:#04x} was saved, this device has {own:#04x}"
+    )]
+    Byte {
+        /// The first byte that differs.
+        offset: usize,
+        /// What was saved.
+        saved: u8,
+        /// What this device has there.
+        own: u8,
+    },
 }
 
-/// A type 0 configuration space of 256 bytes.
+/// A type 0 configuration space.
 #[derive(Clone, Debug)]
 pub struct ConfigSpace {
-    bytes: [u8; CONFIG_SIZE],
-    /// The bits that a client can change.
-    writable: [u8; CONFIG_SIZE],
+    bytes: Box<[u8]>,
+    /// The bits that a client can change; as long as `bytes`.
+    writable: Box<[u8]>,
 }
 
 impl ConfigSpace {
@@ -203,7 +217,8 @@ impl ConfigSpace {
     ///
     /// [`PciError::Class`] if the class code has more than 24 bits.
     pub fn new(info: &DeviceInfo, layout: &PciLayout) -> Result<Self, PciError> {
-        let mut space = Self { bytes: [0; CONFIG_SIZE], writable: [0; CONFIG_SIZE] };
+        let none = || vec![0; CONFIG_SIZE].into_boxed_slice();
+        let mut space = Self { bytes: none(), writable: none() };
         let pci = &info.pci;
         if pci.class >> 24 != 0 {
             return Err(PciError::Class(pci.class));
@@ -272,7 +287,7 @@ impl ConfigSpace {
     ///
     /// [`OutsideConfig`] if they do not all lie inside.
     pub fn read(&self, offset: u64, data: &mut [u8]) -> Result<(), OutsideConfig> {
-        let range = inside(offset, data.len())?;
+        let range = self.inside(offset, data.len())?;
         data.copy_from_slice(&self.bytes[range]);
         Ok(())
     }
@@ -283,7 +298,7 @@ impl ConfigSpace {
     ///
     /// [`OutsideConfig`] if the bytes do not all lie inside; then nothing was written.
     pub fn write(&mut self, offset: u64, data: &[u8]) -> Result<(), OutsideConfig> {
-        for (at, new) in inside(offset, data.len())?.zip(data) {
+        for (at, new) in self.inside(offset, data.len())?.zip(data) {
             let mask = self.writable[at];
             self.bytes[at] = (self.bytes[at] & !mask) | (new & mask);
         }
@@ -292,7 +307,7 @@ impl ConfigSpace {
 
     /// All of it, to be saved.
     #[must_use]
-    pub fn bytes(&self) -> &[u8; CONFIG_SIZE] {
+    pub fn bytes(&self) -> &[u8] {
         &self.bytes
     }
 
@@ -300,28 +315,34 @@ impl ConfigSpace {
     ///
     /// # Errors
     ///
-    /// [`ForeignConfig`] if a bit differs that no client can write; then nothing was changed.
-    pub fn restore(&mut self, saved: &[u8; CONFIG_SIZE]) -> Result<(), ForeignConfig> {
-        let differs = |&at: &usize| (saved[at] ^ self.bytes[at]) & !self.writable[at] != 0;
-        if let Some(offset) = (0..CONFIG_SIZE).find(differs) {
-            return Err(ForeignConfig { offset, saved: saved[offset], own: self.bytes[offset] });
+    /// [`ForeignConfig`] if it has another size, or a bit differs that no client can write; then
+    /// nothing was changed.
+    pub fn restore(&mut self, saved: &[u8]) -> Result<(), ForeignConfig> {
+        if saved.len() != self.bytes.len() {
+            return Err(ForeignConfig::Size { saved: saved.len(), own: self.bytes.len() });
         }
-        self.bytes = *saved;
+        let differs = |&at: &usize| (saved[at] ^ self.bytes[at]) & !self.writable[at] != 0;
+        if let Some(offset) = (0..saved.len()).find(differs) {
+            let (saved, own) = (saved[offset], self.bytes[offset]);
+            return Err(ForeignConfig::Byte { offset, saved, own });
+        }
+        self.bytes.copy_from_slice(saved);
         Ok(())
     }
 
     /// Brings every bit that a client can write to its power-on value.
     pub fn reset(&mut self) {
-        for (byte, mask) in self.bytes.iter_mut().zip(self.writable) {
+        for (byte, mask) in self.bytes.iter_mut().zip(&self.writable) {
             *byte &= !mask;
         }
     }
-}
 
-/// The part of the configuration space that an access covers.
-fn inside(offset: u64, length: usize) -> Result<std::ops::Range<usize>, OutsideConfig> {
-    let outside = OutsideConfig { offset, length };
-    let start = usize::try_from(offset).map_err(|_| outside)?;
-    let end = start.checked_add(length).filter(|&end| end <= CONFIG_SIZE).ok_or(outside)?;
-    Ok(start..end)
+    /// The part that an access covers.
+    fn inside(&self, offset: u64, length: usize) -> Result<Range<usize>, OutsideConfig> {
+        let size = self.bytes.len();
+        let outside = OutsideConfig { offset, length, size };
+        let start = usize::try_from(offset).map_err(|_| outside)?;
+        let end = start.checked_add(length).filter(|&end| end <= size).ok_or(outside)?;
+        Ok(start..end)
+    }
 }

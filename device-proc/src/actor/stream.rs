@@ -11,7 +11,7 @@
 //!
 //! | tag | contents |
 //! |---|---|
-//! | 1 | configuration space, 256 bytes |
+//! | 1 | configuration space, as long as the device's is |
 //! | 2 | MSI-X table and pending bits; only with MSI-X |
 //! | 3 | interrupts that wait for the start |
 //! | 0x10 + i | memory of BAR i; only memory BARs |
@@ -23,7 +23,7 @@
 
 use super::parts::Parts;
 use crate::device::{Device, DeviceError};
-use crate::pci::{BarUse, CONFIG_SIZE, ForeignConfig};
+use crate::pci::{BarUse, ForeignConfig};
 use std::hash::Hasher;
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::OwnedFd;
@@ -98,7 +98,7 @@ pub(super) fn save<D: Device>(parts: &Parts<D>, to: impl Write) -> Result<(), St
         is_cut: false,
     };
     out.header(&parts.kind)?;
-    let config = *parts.config().bytes();
+    let config = parts.config().bytes().to_vec();
     out.section(CONFIG, |section| section.write_all(&config).map_err(StreamError::Write))?;
     if parts.layout.msix.is_some() {
         let msix = parts.msix().clone();
@@ -261,7 +261,7 @@ impl<W: Write> Write for SectionWriter<'_, W> {
 pub(super) fn load<D: Device>(parts: &Parts<D>, from: impl Read) -> Result<(), StreamError> {
     let mut stream = Reader { from, checksum: checksum() };
     stream.header(&parts.kind)?;
-    let mut config = [0; CONFIG_SIZE];
+    let mut config = vec![0; parts.config().bytes().len()];
     stream.exact_section(CONFIG, &mut config)?;
     let mut msix = parts.layout.msix.map(|_| vec![0; parts.msix().len()]);
     if let Some(msix) = &mut msix {

@@ -137,13 +137,13 @@ fn what_cannot_be_a_pci_device_is_refused() {
 #[test]
 fn only_the_bits_that_exist_can_be_written() {
     let (_, mut space) = build([registers(4096), None, None, None, None, None], 1);
-    let before = *space.bytes();
+    let before = space.bytes().to_vec();
     space.write(0, &[0xff; CONFIG_SIZE]).unwrap();
     assert_eq!(space.bytes()[..4], before[..4]);
     assert_eq!(dword(&space, 4) & 0xffff, 0x0546);
     assert_eq!(dword(&space, 0x3c) & 0xffff, 0x01ff);
     space.reset();
-    assert_eq!(*space.bytes(), before);
+    assert_eq!(space.bytes(), before);
 }
 
 #[test]
@@ -157,11 +157,13 @@ fn restoring_takes_what_was_written_and_refuses_another_device() {
 
     let (_, mut different) = build([registers(4096), None, None, None, None, None], 2);
     let foreign = different.restore(saved.bytes()).unwrap_err();
-    assert_eq!(foreign, ForeignConfig { offset: 0x42, saved: 0, own: 1 });
+    assert_eq!(foreign, ForeignConfig::Byte { offset: 0x42, saved: 0, own: 1 });
     let (_, mut narrow) = build([registers(8192), None, None, None, None, None], 1);
-    let mut bytes = *narrow.bytes();
+    let mut bytes = narrow.bytes().to_vec();
     bytes[0x11] = 0x10;
     assert!(narrow.restore(&bytes).is_err(), "an address below the BAR's size");
+    let longer = narrow.restore(&[0; 4096]).unwrap_err();
+    assert_eq!(longer, ForeignConfig::Size { saved: 4096, own: CONFIG_SIZE });
 }
 
 proptest! {
@@ -171,7 +173,7 @@ proptest! {
         far in any::<u64>(),
     ) {
         let (_, mut space) = build([registers(4096), None, registers(1 << 31), None, None, None], 33);
-        let fixed = *space.bytes();
+        let fixed = space.bytes().to_vec();
         for (offset, data, write) in accesses {
             let fits = usize::try_from(offset).unwrap() + data.len() <= CONFIG_SIZE;
             if write {

@@ -13,7 +13,7 @@ use crate::actor::parts::Parts;
 use crate::device::{AccessError, Device};
 use crate::interrupt::SetIrqs;
 use crate::memory::WindowSpec;
-use crate::pci::{BarUse, CONFIG_SIZE};
+use crate::pci::BarUse;
 use ractor::ActorRef;
 use rustix::io::Errno;
 use standstill_protocol::lifecycle::ClientRequest;
@@ -173,7 +173,7 @@ impl<D: Device> Endpoint<D> {
     /// Size of a region in bytes; 0 if it is absent.
     pub(crate) fn region_size(&self, region: u32) -> u64 {
         if region == CONFIG_REGION {
-            return CONFIG_SIZE as u64;
+            return self.parts.config().bytes().len() as u64;
         }
         let bar = usize::try_from(region).ok();
         bar.and_then(|bar| self.parts.layout.bars.get(bar)).map_or(0, |bar| bar.size)
