@@ -241,7 +241,9 @@ pub trait Device: Send + Sync + 'static {
     /// inside the BAR, and is little endian. Never called while the device is stopped unless
     /// [`reads_have_side_effects`](Self::reads_have_side_effects) says that it is harmless.
     ///
-    /// DMA from here may only be tried, never waited for (see [`Dma::try_access`]).
+    /// DMA from here may only be tried, never waited for (see [`Dma::try_access`]), and reaches no
+    /// memory that needs messages to the client, which waits for this access
+    /// ([`DmaError::InHandler`](crate::memory::DmaError::InHandler)).
     ///
     /// # Errors
     ///

@@ -20,8 +20,8 @@
 //! **Tracked writes.** A bitmap can be attached to a file ([`MemoryMap::track_ram`]); transactions
 //! mark in it what they have written.
 //!
-//! **Windows without a file** are known, but nothing can be read or written there: that would
-//! need messages to the client.
+//! **Windows without a file** are read and written by messages to the client, as long as it is
+//! [connected](MemoryMap::connect), and never inside an access handler: see [`MessageDma`].
 //!
 //! The rules of `DMA_MAP` and `DMA_UNMAP` are those of the vfio-user specification; where it
 //! leaves a choice (exact repeats, unmapping parts) those of libvfio-user.
@@ -32,17 +32,22 @@
 mod advise;
 mod dirty;
 mod dma;
+mod message;
 mod revoke;
 mod shared;
+mod span;
 mod window;
 
-pub use dma::{Access, AccessKind, Dma, DmaError, MAX_SPANS, Span};
+pub use dma::{Access, Dma};
+pub use message::{Handling, MESSAGE_PATIENCE, MessageDma, MessageError, MessageLink};
 pub use revoke::RevokeError;
 pub use shared::{MAX_SHARED_MEMORY, SharedAccessError, SharedMemory, SharedMemoryError};
+pub use span::{AccessKind, DmaError, MAX_SPANS, Span};
 pub use window::WindowSpec;
 
 use crate::gate::Gate;
 use dirty::DirtyLogs;
+use message::Messages;
 use nix::libc;
 use standstill_protocol::dirty::{DirtyBitmap, DirtyBitmapError, Layout, LayoutError};
 use standstill_protocol::message::FileIdentity;
@@ -224,6 +229,8 @@ struct Shared {
     changes: Mutex<Changes>,
     /// Where transactions mark what they have written.
     dirty: DirtyLogs,
+    /// Whom to ask for what lies in windows without a file.
+    messages: Messages,
 }
 
 #[derive(Debug, Default)]
@@ -242,8 +249,14 @@ impl MemoryMap {
     /// An empty map whose accesses pass this gate.
     #[must_use]
     pub fn new(gate: Arc<Gate>) -> Self {
-        let (windows, changes) = (RwLock::default(), Mutex::default());
-        Self { shared: Arc::new(Shared { gate, windows, changes, dirty: DirtyLogs::default() }) }
+        let shared = Shared {
+            gate,
+            windows: RwLock::default(),
+            changes: Mutex::default(),
+            dirty: DirtyLogs::default(),
+            messages: Messages::default(),
+        };
+        Self { shared: Arc::new(shared) }
     }
 
     /// What a device gets.

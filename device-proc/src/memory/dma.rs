@@ -3,131 +3,19 @@
 #![forbid(unsafe_code)]
 
 use super::dirty::DirtyLogs;
+use super::message::{Exchange, Link, Place};
+use super::span::{AccessKind, DmaError, MAX_SPANS, Span, outside};
 use super::window::Window;
 use super::{Shared, WindowClass};
 use crate::gate::{Age, InFlight, Permit};
 #[cfg(feature = "fault-injection")]
 use standstill_protocol::fault::Point;
-use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use thiserror::Error;
-use vm_memory::{Bytes, VolatileMemory, VolatileSlice};
+use vm_memory::{Bytes, VolatileMemory};
 
-/// The most spans in one transaction.
-pub const MAX_SPANS: usize = 256;
 /// As many spans are kept without a heap allocation.
 const INLINE_SPANS: usize = 4;
-
-/// What is done with a [`Span`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum AccessKind {
-    /// The device reads it.
-    Read,
-    /// The device writes it.
-    Write,
-    /// Both.
-    ReadWrite,
-}
-
-impl AccessKind {
-    fn reads(self) -> bool {
-        self != Self::Write
-    }
-
-    fn writes(self) -> bool {
-        self != Self::Read
-    }
-}
-
-impl fmt::Display for AccessKind {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Read => "read",
-            Self::Write => "write",
-            Self::ReadWrite => "read and write",
-        })
-    }
-}
-
-/// A range of IOVAs that a transaction touches. It must lie in one window.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Span {
-    /// First IOVA.
-    pub iova: u64,
-    /// Length in bytes, not 0.
-    pub len: u64,
-    /// What is done with it.
-    pub kind: AccessKind,
-}
-
-impl Span {
-    /// A range that is read.
-    #[must_use]
-    pub fn read(iova: u64, len: u64) -> Self {
-        Self { iova, len, kind: AccessKind::Read }
-    }
-
-    /// A range that is written.
-    #[must_use]
-    pub fn write(iova: u64, len: u64) -> Self {
-        Self { iova, len, kind: AccessKind::Write }
-    }
-
-    /// A range that is read and written.
-    #[must_use]
-    pub fn read_write(iova: u64, len: u64) -> Self {
-        Self { iova, len, kind: AccessKind::ReadWrite }
-    }
-}
-
-/// A DMA transaction could not be begun, or went outside what it had named.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
-pub enum DmaError {
-    /// The gate is closed for it; only [`Dma::try_access`] says so.
-    #[error("DMA is closed")]
-    Closed,
-    /// No window begins there or before and reaches so far.
-    #[error("no DMA window contains {len:#x} bytes at {iova:#x}")]
-    Unmapped {
-        /// First IOVA.
-        iova: u64,
-        /// Length, in bytes.
-        len: u64,
-    },
-    /// The client does not allow it.
-    #[error("the DMA window at {iova:#x} does not allow to {kind}")]
-    Forbidden {
-        /// First IOVA.
-        iova: u64,
-        /// What was to be done.
-        kind: AccessKind,
-    },
-    /// The window has no memory that could be mapped.
-    #[error("the DMA window at {iova:#x} has no file to map; DMA by messages is not offered")]
-    NoMemory {
-        /// First IOVA.
-        iova: u64,
-    },
-    /// More than [`MAX_SPANS`] spans.
-    #[error("{spans} spans in one transaction, at most {MAX_SPANS} are possible")]
-    TooManySpans {
-        /// How many.
-        spans: usize,
-    },
-    /// The access goes outside its span, is not aligned, or is not what the span was named for.
-    #[error(
-        "{len} bytes at offset {offset:#x} of span {index}: outside, not aligned, or not of its kind"
-    )]
-    OutsideSpan {
-        /// Which span.
-        index: usize,
-        /// Where in it, in bytes.
-        offset: u64,
-        /// How much, in bytes.
-        len: u64,
-    },
-}
 
 /// A device's access to guest RAM and to peers' memory. Clones are cheap and the same.
 ///
@@ -155,7 +43,8 @@ impl Dma {
     ///
     /// # Errors
     ///
-    /// [`DmaError`] but not [`DmaError::Closed`].
+    /// [`DmaError`] but not [`DmaError::Closed`]. [`DmaError::InHandler`] is told at once, whatever the
+    /// gate does.
     pub fn access(&self, spans: &[Span]) -> Result<Access<'_>, DmaError> {
         #[cfg(feature = "fault-injection")]
         reach(spans, Point::Dma);
@@ -165,6 +54,7 @@ impl Dma {
             let closed = match self.attempt(spans) {
                 Ok(access) => return Ok(access),
                 Err(Obstacle::Closed(gate)) => gate,
+                Err(Obstacle::Error(error @ DmaError::InHandler { .. })) => return Err(error),
                 Err(Obstacle::Error(_)) if peer.holds_back() => peer,
                 Err(Obstacle::Error(error)) => return Err(error),
             };
@@ -208,10 +98,14 @@ impl Dma {
         }
         let mut held = Spans::default();
         let mut class = WindowClass::Ram;
+        let mut link = None;
         for span in spans {
             let part = Held::new(&self.shared, span)?;
             if part.user.window.class() == WindowClass::Peer {
                 class = WindowClass::Peer;
+            }
+            if part.user.window.region().is_none() && link.is_none() {
+                link = Some(self.shared.messages.link(span.iova)?);
             }
             held.push(part);
         }
@@ -222,7 +116,7 @@ impl Dma {
         let permit = gate.try_enter().ok_or(Obstacle::Closed(gate))?;
         #[cfg(feature = "fault-injection")]
         reach(spans, Point::DmaInFlight);
-        Ok(Access { spans: held, class, dirty: &self.shared.dirty, _permit: permit })
+        Ok(Access { spans: held, link, class, dirty: &self.shared.dirty, _permit: permit })
     }
 }
 
@@ -267,11 +161,11 @@ impl Drop for WindowUser {
     }
 }
 
-/// A span that was looked up: inside its window, with memory, and allowed.
+/// A span that was looked up: inside its window, and allowed.
 #[derive(Debug)]
-struct Held {
+pub(super) struct Held {
     user: WindowUser,
-    /// Where in the window's memory.
+    /// Where in the window, in bytes.
     offset: usize,
     len: usize,
     kind: AccessKind,
@@ -290,26 +184,33 @@ impl Held {
         if (kind.reads() && !spec.readable) || (kind.writes() && !spec.writable) {
             return Err(DmaError::Forbidden { iova, kind });
         }
-        if user.window.region().is_none() {
-            return Err(DmaError::NoMemory { iova });
-        }
         let offset = usize::try_from(iova - spec.iova).map_err(|_| unmapped)?;
         let len = usize::try_from(len).map_err(|_| unmapped)?;
         Ok(Self { user, offset, len, kind })
     }
 
     /// Part of the span; `None` if it is not inside.
-    fn slice(&self, offset: usize, len: usize) -> Option<VolatileSlice<'_>> {
+    fn place(&self, offset: usize, len: usize) -> Option<Place<'_>> {
         if offset.checked_add(len)? > self.len {
             return None;
         }
-        self.user.window.region()?.get_slice(self.offset.checked_add(offset)?, len).ok()
+        let offset = self.offset.checked_add(offset)?;
+        let window = &self.user.window;
+        match window.region() {
+            Some(region) => region.get_slice(offset, len).ok().map(Place::Mapped),
+            None => Some(Place::Asked(window.spec.iova + offset as u64)),
+        }
+    }
+
+    /// Whether the client wants the window back.
+    pub(super) fn is_unmapping(&self) -> bool {
+        self.user.window.users.is_closed()
     }
 }
 
 /// The spans of a transaction; the first few without a heap allocation.
 #[derive(Debug, Default)]
-struct Spans {
+pub(super) struct Spans {
     inline: [Option<Held>; INLINE_SPANS],
     len: usize,
     more: Vec<Held>,
@@ -331,7 +232,7 @@ impl Spans {
         }
     }
 
-    fn iter(&self) -> impl Iterator<Item = &Held> {
+    pub(super) fn iter(&self) -> impl Iterator<Item = &Held> {
         self.inline.iter().flatten().chain(&self.more)
     }
 }
@@ -348,6 +249,8 @@ impl Spans {
 pub struct Access<'a> {
     // Dropped in this order: a closer of the gate finds no window in use any more.
     spans: Spans,
+    /// Whom to ask for windows without memory; there if a span lies in one.
+    link: Option<Arc<Link>>,
     class: WindowClass,
     dirty: &'a DirtyLogs,
     _permit: Permit<'a>,
@@ -379,63 +282,115 @@ impl Access<'_> {
         self.class
     }
 
-    /// Copies one whole span to another of the same length, at memory speed. They may overlap.
+    /// Copies one whole span to another of the same length, at memory speed where both are mapped.
+    /// They may overlap.
     ///
     /// # Errors
     ///
     /// [`DmaError::OutsideSpan`] if there is no such span, the lengths differ, or the spans were
-    /// not named for this.
+    /// not named for this; and those of [`read`](Self::read) and [`write`](Self::write).
     pub fn copy(&self, from: usize, to: usize) -> Result<(), DmaError> {
         let len = self.spans.get(from).map_or(0, |held| held.len);
         let source = self.readable(from, 0, len)?;
         if self.spans.get(to).is_some_and(|held| held.len != len) {
             return Err(outside(to, 0, len));
         }
-        source.copy_to_volatile_slice(self.writable(to, 0, len)?);
-        Ok(())
+        match (source, self.writable(to, 0, len)?) {
+            (Place::Mapped(source), Place::Mapped(target)) => {
+                source.copy_to_volatile_slice(target);
+                Ok(())
+            }
+            (source, target) => self.exchange(&source)?.copy(&source, &target, len),
+        }
     }
 
-    /// Reads a part of a span.
+    /// Reads a part of a span. Where it has to ask the client, this blocks the calling OS thread,
+    /// for at most [`MESSAGE_PATIENCE`](super::MESSAGE_PATIENCE).
     ///
     /// # Errors
     ///
     /// [`DmaError::OutsideSpan`] if it is outside, or the span was not named to be read.
+    /// [`DmaError::Message`] and [`DmaError::InHandler`] where the client has to be asked.
     pub fn read(&self, index: usize, offset: u64, to: &mut [u8]) -> Result<(), DmaError> {
-        self.readable(index, offset, to.len())?.copy_to(to);
-        Ok(())
+        match self.readable(index, offset, to.len())? {
+            Place::Mapped(place) => {
+                place.copy_to(to);
+                Ok(())
+            }
+            place @ Place::Asked(iova) => self.exchange(&place)?.read(iova, to),
+        }
     }
 
-    /// Writes a part of a span.
+    /// Writes a part of a span; blocks as [`read`](Self::read) does.
     ///
     /// # Errors
     ///
     /// [`DmaError::OutsideSpan`] if it is outside, or the span was not named to be written.
+    /// [`DmaError::Message`] and [`DmaError::InHandler`] where the client has to be asked.
     pub fn write(&self, index: usize, offset: u64, from: &[u8]) -> Result<(), DmaError> {
-        self.writable(index, offset, from.len())?.copy_from(from);
-        Ok(())
+        match self.writable(index, offset, from.len())? {
+            Place::Mapped(place) => {
+                place.copy_from(from);
+                Ok(())
+            }
+            place @ Place::Asked(iova) => self.exchange(&place)?.write(iova, from),
+        }
     }
 
-    /// Loads a little-endian number atomically, with acquire ordering.
+    /// Loads a little-endian number atomically, with acquire ordering. Where it has to ask the
+    /// client, it is one message of 8 bytes, which the client may read in parts.
     ///
     /// # Errors
     ///
     /// [`DmaError::OutsideSpan`] if it is outside, its IOVA is no multiple of 8, or the span was
-    /// not named to be read.
+    /// not named to be read. [`DmaError::Message`] and [`DmaError::InHandler`] where the client has
+    /// to be asked.
     pub fn load_u64(&self, index: usize, offset: u64) -> Result<u64, DmaError> {
-        let place = self.readable(index, offset, 8)?;
-        place.load(0, Ordering::Acquire).map(u64::from_le).map_err(|_| outside(index, offset, 8))
+        let error = outside(index, offset, 8);
+        match self.readable(index, offset, 8)? {
+            Place::Mapped(place) => {
+                place.load(0, Ordering::Acquire).map(u64::from_le).map_err(|_| error)
+            }
+            place @ Place::Asked(iova) if iova.is_multiple_of(8) => {
+                let mut bytes = [0; 8];
+                self.exchange(&place)?.read(iova, &mut bytes)?;
+                Ok(u64::from_le_bytes(bytes))
+            }
+            Place::Asked(_) => Err(error),
+        }
     }
 
     /// Stores a number in little endian atomically, with release ordering: who loads it with
-    /// acquire ordering sees what was written before.
+    /// acquire ordering sees what was written before. Where it has to ask the client, it is one
+    /// message of 8 bytes, which the client may write in parts.
     ///
     /// # Errors
     ///
     /// [`DmaError::OutsideSpan`] if it is outside, its IOVA is no multiple of 8, or the span was
-    /// not named to be written.
+    /// not named to be written. [`DmaError::Message`] and [`DmaError::InHandler`] where the client
+    /// has to be asked.
     pub fn store_u64(&self, index: usize, offset: u64, value: u64) -> Result<(), DmaError> {
-        let place = self.writable(index, offset, 8)?;
-        place.store(value.to_le(), 0, Ordering::Release).map_err(|_| outside(index, offset, 8))
+        let error = outside(index, offset, 8);
+        match self.writable(index, offset, 8)? {
+            Place::Mapped(place) => {
+                place.store(value.to_le(), 0, Ordering::Release).map_err(|_| error)
+            }
+            place @ Place::Asked(iova) if iova.is_multiple_of(8) => {
+                self.exchange(&place)?.write(iova, &value.to_le_bytes())
+            }
+            Place::Asked(_) => Err(error),
+        }
+    }
+
+    /// Begins to ask the client. That one of the places needs it has been found out.
+    #[cold]
+    fn exchange(&self, place: &Place<'_>) -> Result<Exchange<'_>, DmaError> {
+        let iova = match place {
+            Place::Asked(iova) => *iova,
+            Place::Mapped(_) => 0,
+        };
+        let link = self.link.as_deref().ok_or(DmaError::NoMemory { iova })?;
+        Ok(Exchange::new(link, &self.spans))
     }
 
     fn readable(
@@ -443,7 +398,7 @@ impl Access<'_> {
         index: usize,
         offset: impl TryInto<usize>,
         len: usize,
-    ) -> Result<VolatileSlice<'_>, DmaError> {
+    ) -> Result<Place<'_>, DmaError> {
         self.part(index, offset, len, AccessKind::reads)
     }
 
@@ -452,7 +407,7 @@ impl Access<'_> {
         index: usize,
         offset: impl TryInto<usize>,
         len: usize,
-    ) -> Result<VolatileSlice<'_>, DmaError> {
+    ) -> Result<Place<'_>, DmaError> {
         self.part(index, offset, len, AccessKind::writes)
     }
 
@@ -462,21 +417,12 @@ impl Access<'_> {
         offset: impl TryInto<usize>,
         len: usize,
         allowed: fn(AccessKind) -> bool,
-    ) -> Result<VolatileSlice<'_>, DmaError> {
+    ) -> Result<Place<'_>, DmaError> {
         let offset = offset.try_into().unwrap_or(usize::MAX);
         self.spans
             .get(index)
             .filter(|held| allowed(held.kind))
-            .and_then(|held| held.slice(offset, len))
+            .and_then(|held| held.place(offset, len))
             .ok_or(outside(index, offset, len))
-    }
-}
-
-fn outside(index: usize, offset: impl TryInto<u64>, len: impl TryInto<u64>) -> DmaError {
-    let number = u64::MAX;
-    DmaError::OutsideSpan {
-        index,
-        offset: offset.try_into().unwrap_or(number),
-        len: len.try_into().unwrap_or(number),
     }
 }

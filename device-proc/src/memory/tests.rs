@@ -1,4 +1,5 @@
 mod dirty;
+mod message;
 mod revoke;
 
 use super::*;

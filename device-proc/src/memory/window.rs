@@ -70,7 +70,7 @@ pub(super) struct Window {
 }
 
 impl Window {
-    /// A window without memory: only messages could reach it.
+    /// A window without memory: only messages reach it.
     pub(super) fn without_file(spec: WindowSpec) -> Self {
         Self { spec, file: None, region: None, ram: AtomicBool::new(false), users: InFlight::new() }
     }

@@ -12,7 +12,7 @@ use crate::actor::Message;
 use crate::actor::parts::Parts;
 use crate::device::{AccessError, Device};
 use crate::interrupt::SetIrqs;
-use crate::memory::WindowSpec;
+use crate::memory::{Handling, WindowSpec};
 use crate::pci::BarUse;
 use ractor::ActorRef;
 use rustix::io::Errno;
@@ -106,6 +106,7 @@ impl<D: Device> Endpoint<D> {
                 check_width(data.len())?;
                 #[cfg(feature = "fault-injection")]
                 crate::fault::reach(standstill_protocol::fault::Point::Mmio);
+                let _handling = Handling::begin();
                 self.parts.device.region_read(bar, offset, data).map_err(|error| refused(&error))
             }
             Region::Msix => {
@@ -134,6 +135,7 @@ impl<D: Device> Endpoint<D> {
                 check_width(data.len())?;
                 #[cfg(feature = "fault-injection")]
                 crate::fault::reach(standstill_protocol::fault::Point::Mmio);
+                let _handling = Handling::begin();
                 self.parts.device.region_write(bar, offset, data).map_err(|error| refused(&error))
             }
             Region::Msix => {

@@ -71,7 +71,9 @@ impl Fault {
         match self {
             Self::Ring(_) => ErrorCode::Ring,
             Self::Dma(DmaError::Forbidden { .. }) => ErrorCode::Forbidden,
-            Self::Dma(DmaError::NoMemory { .. }) => ErrorCode::NoMemory,
+            Self::Dma(
+                DmaError::NoMemory { .. } | DmaError::InHandler { .. } | DmaError::Message { .. },
+            ) => ErrorCode::NoMemory,
             Self::Dma(DmaError::Unmapped { .. } | DmaError::Closed) => ErrorCode::Unmapped,
             Self::Descriptor(_)
             | Self::Dma(DmaError::TooManySpans { .. } | DmaError::OutsideSpan { .. }) => {

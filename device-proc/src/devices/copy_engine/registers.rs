@@ -113,7 +113,8 @@ pub enum ErrorCode {
     Unmapped = 3,
     /// The client does not allow the access.
     Forbidden = 4,
-    /// The window has no memory that could be mapped.
+    /// The window has no memory that could be mapped, and the client did not do what it was asked
+    /// by messages.
     NoMemory = 5,
 }
 
