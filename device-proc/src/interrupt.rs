@@ -21,9 +21,9 @@
 #![forbid(unsafe_code)]
 
 mod eventfd;
-mod request;
 
-pub use request::{
+pub use eventfd::SetIrqsError;
+pub use standstill_vfio_user::wire::irq::{
     ACTION_MASK, ACTION_TRIGGER, ACTION_UNMASK, DATA_BOOL, DATA_EVENTFD, DATA_NONE, IrqError,
     IrqIndex, IrqOperation, IrqRequest, SET_IRQS_SIZE, Selection, SetIrqs, validate,
 };
@@ -156,13 +156,13 @@ impl Interrupts {
     ///
     /// # Errors
     ///
-    /// [`IrqError`]; nothing has changed then.
+    /// [`SetIrqsError`]; nothing has changed then.
     pub fn set_irqs(
         &self,
         request: &SetIrqs,
         data: &[u8],
         fds: Vec<OwnedFd>,
-    ) -> Result<(), IrqError> {
+    ) -> Result<(), SetIrqsError> {
         let vectors = u16::try_from(self.lines().msix.len()).unwrap_or(MAX_MSIX_VECTORS);
         let IrqRequest { index, range, operation } =
             validate(request, data.len(), fds.len(), vectors)?;

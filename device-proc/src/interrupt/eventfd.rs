@@ -6,10 +6,40 @@
 use super::IrqError;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::{Errno, write};
+use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
+use thiserror::Error;
 
 /// What the kernel calls an eventfd.
 const EVENTFD_LINK: &str = "anon_inode:[eventfd]";
+
+/// A request for interrupts that was not carried out.
+#[derive(Debug, Error)]
+pub enum SetIrqsError {
+    /// It is not acceptable.
+    #[error(transparent)]
+    Request(#[from] IrqError),
+    /// An fd is something else than an eventfd, and writing to it could block.
+    #[error("SET_IRQS: an fd is no eventfd but {found}")]
+    NotEventfd {
+        /// What it is.
+        found: String,
+    },
+    /// Nobody knows what an fd is.
+    #[error("SET_IRQS: the kind of an fd cannot be read")]
+    Io(#[source] io::Error),
+}
+
+impl SetIrqsError {
+    /// What to answer the client.
+    #[must_use]
+    pub fn errno(&self) -> i32 {
+        match self {
+            Self::Request(error) => error.errno().raw_os_error(),
+            Self::NotEventfd { .. } | Self::Io(_) => Errno::INVAL.raw_os_error(),
+        }
+    }
+}
 
 /// An fd that is known to be an eventfd.
 #[derive(Debug)]
@@ -17,13 +47,13 @@ pub(super) struct EventFd(OwnedFd);
 
 impl EventFd {
     /// Accepts only a real eventfd: a write to a pipe or a terminal could block, or do anything.
-    pub(super) fn new(fd: OwnedFd) -> Result<Self, IrqError> {
+    pub(super) fn new(fd: OwnedFd) -> Result<Self, SetIrqsError> {
         let link = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()))
-            .map_err(IrqError::Io)?;
+            .map_err(SetIrqsError::Io)?;
         if link.as_os_str() == EVENTFD_LINK {
             Ok(Self(fd))
         } else {
-            Err(IrqError::NotEventfd { found: link.to_string_lossy().into_owned() })
+            Err(SetIrqsError::NotEventfd { found: link.to_string_lossy().into_owned() })
         }
     }
 

@@ -29,7 +29,7 @@ fn set(
     (start, count): (u32, u32),
     data: &[u8],
     fds: Vec<OwnedFd>,
-) -> Result<(), IrqError> {
+) -> Result<(), SetIrqsError> {
     let request = SetIrqs { argsz: SET_IRQS_SIZE, flags, index, start, count };
     interrupts.set_irqs(&request, data, fds)
 }
@@ -186,7 +186,7 @@ fn only_eventfds_are_accepted_and_all_or_none() {
     let error =
         set(&interrupts, DATA_EVENTFD | ACTION_TRIGGER, MSIX, (0, 2), &[], vec![copy, writer])
             .expect_err("a pipe");
-    assert!(matches!(&error, IrqError::NotEventfd { found } if found.starts_with("pipe:")));
+    assert!(matches!(&error, SetIrqsError::NotEventfd { found } if found.starts_with("pipe:")));
     assert_eq!(error.errno(), nix::libc::EINVAL);
     interrupts.raise(0);
     assert_eq!(signalled(&good), 0, "none was installed");

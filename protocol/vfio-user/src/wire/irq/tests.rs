@@ -84,7 +84,7 @@ fn each_unacceptable_request_is_refused_for_its_reason() {
     for (row, is_reason) in rows {
         let error = check(row).expect_err("not acceptable");
         assert!(is_reason(&error), "{row:?}: {error}");
-        assert_eq!(error.errno(), libc::EINVAL);
+        assert_eq!(error.errno(), Errno::EINVAL);
     }
 }
 
@@ -99,6 +99,6 @@ fn a_request_shorter_than_its_fixed_part_is_refused() {
 fn masking_by_eventfd_is_not_offered() {
     for action in [ACTION_MASK, ACTION_UNMASK] {
         let error = check((DATA_EVENTFD | action, 0, 0, 1, 0, 1)).expect_err("not offered");
-        assert_eq!(error.errno(), libc::EOPNOTSUPP);
+        assert_eq!(error.errno(), Errno::EOPNOTSUPP);
     }
 }

@@ -3,10 +3,9 @@
 //! Follows the vfio-user specification and `struct vfio_irq_set` of `<linux/vfio.h>`; the checks
 //! are those of libvfio-user.
 
-#![forbid(unsafe_code)]
-
-use nix::libc;
-use std::io;
+use super::bytes::{Put, Reader};
+use super::errno::Errno;
+use super::error::WireError;
 use std::ops::Range;
 use thiserror::Error;
 
@@ -35,7 +34,7 @@ const ACTION_BITS: u32 = ACTION_MASK | ACTION_UNMASK | ACTION_TRIGGER;
 pub enum IrqIndex {
     /// INTx, by level.
     Intx = 0,
-    /// MSI; the devices here have none.
+    /// MSI; the devices of this project have none.
     Msi = 1,
     /// MSI-X.
     Msix = 2,
@@ -85,6 +84,27 @@ pub struct SetIrqs {
     pub count: u32,
 }
 
+impl SetIrqs {
+    /// Reads the body of a request: the fixed part, and what follows it.
+    ///
+    /// # Errors
+    ///
+    /// [`WireError`] if it is too short.
+    pub fn decode(body: &[u8]) -> Result<(Self, &[u8]), WireError> {
+        let mut reader = Reader::new("DEVICE_SET_IRQS", body);
+        let (argsz, flags) = (reader.u32()?, reader.u32()?);
+        let (index, start, count) = (reader.u32()?, reader.u32()?, reader.u32()?);
+        Ok((Self { argsz, flags, index, start, count }, reader.rest()))
+    }
+
+    /// Appends the fixed part of the body.
+    pub fn encode(&self, out: &mut Vec<u8>) {
+        for field in [self.argsz, self.flags, self.index, self.start, self.count] {
+            out.put_u32(field);
+        }
+    }
+}
+
 /// A request that is acceptable.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct IrqRequest {
@@ -122,8 +142,8 @@ pub enum Selection {
     ByData,
 }
 
-/// A request that is not acceptable, or could not be carried out.
-#[derive(Debug, Error)]
+/// A request that is not acceptable.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 pub enum IrqError {
     /// The request is smaller than its fixed part.
     #[error("SET_IRQS: argsz {argsz} is less than {SET_IRQS_SIZE}")]
@@ -189,24 +209,15 @@ pub enum IrqError {
         /// Which index.
         index: IrqIndex,
     },
-    /// An fd is something else than an eventfd, and writing to it could block.
-    #[error("SET_IRQS: an fd is no eventfd but {found}")]
-    NotEventfd {
-        /// What it is.
-        found: String,
-    },
-    /// Nobody knows what an fd is.
-    #[error("SET_IRQS: the kind of an fd cannot be read")]
-    Io(#[source] io::Error),
 }
 
 impl IrqError {
     /// What to answer the client.
     #[must_use]
-    pub fn errno(&self) -> i32 {
+    pub fn errno(&self) -> Errno {
         match self {
-            Self::MaskByEventfd { .. } => libc::EOPNOTSUPP,
-            _ => libc::EINVAL,
+            Self::MaskByEventfd { .. } => Errno::EOPNOTSUPP,
+            _ => Errno::EINVAL,
         }
     }
 }
