@@ -106,8 +106,8 @@ pub(crate) enum Message {
     Expired(u64, Timer),
     /// The deadline of the greetings.
     HelloExpired,
-    /// The deadline of a memory declaration.
-    MemoryExpired(u64),
+    /// The deadline of a memory declaration or revocation, for those who have that long.
+    MemoryExpired(u64, Duration),
     /// The deadline of a shutdown.
     ShutdownExpired,
     /// For the device whose last incarnation was the first, the process of the second was started,
@@ -171,7 +171,7 @@ impl Message {
     fn is_deadline_of_an_answer(&self) -> bool {
         matches!(
             self,
-            Self::Expired(..) | Self::HelloExpired | Self::MemoryExpired(_) | Self::JoinExpired(_)
+            Self::Expired(..) | Self::HelloExpired | Self::MemoryExpired(..) | Self::JoinExpired(_)
         )
     }
 }
@@ -193,7 +193,7 @@ impl State {
             Message::Local(answer) => self.local_answer(answer),
             Message::Expired(transition, timer) => self.timer_expired(transition, timer),
             Message::HelloExpired => self.hello_expired(),
-            Message::MemoryExpired(sequence) => self.memory_expired(sequence),
+            Message::MemoryExpired(sequence, time) => self.memory_expired(sequence, time),
             Message::ShutdownExpired => self.shutdown_expired(),
             Message::Spawned(id, next, spawned) => self.spawned(id, next, spawned).await,
             Message::Discarded => self.discarded(),

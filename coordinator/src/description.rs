@@ -33,7 +33,8 @@ pub struct Deadlines {
     pub undo: Duration,
     /// The proof of a fence.
     pub fence: Duration,
-    /// The answer to a memory declaration or a revocation.
+    /// The answer to a memory declaration or a revocation. For a revocation a device has no longer
+    /// than for a first phase.
     pub memory: Duration,
     /// How long a running device's progress may stand still while it says that it has something to
     /// do; longer is a hang. Zero: for ever.

@@ -2,19 +2,20 @@
 
 use super::join::Stage;
 use super::removal::LeaveStage;
-use super::state::{Declaration, Declared, Device, Standing, State, Waiting};
+use super::state::{Alarms, Declaration, Declared, Device, Standing, State, Waiting};
 use super::supervision::Recovery;
 use super::{Message, Reply};
 use crate::dirty::{self, DirtyError, DirtyTracking};
 use crate::error::MachineError;
-use crate::mailbox::Alarm;
 use standstill_protocol::channel::SendError;
 use standstill_protocol::message::{
     CoordinatorMessage, MAX_FDS, MAX_FILES, MemoryDeclaration, Revocation,
 };
 use standstill_protocol::transition::{Loss, ParticipantId};
+use std::collections::BTreeSet;
 use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
+use std::time::Duration;
 
 impl State {
     pub(super) fn declare_ram(&mut self, ram: OwnedFd, reply: Reply<()>) {
@@ -118,8 +119,22 @@ impl State {
         if waiting.is_empty() {
             return self.in_force(purpose);
         }
-        let deadline = self.memory_deadline(sequence);
-        self.declarations.insert(sequence, Declaration { waiting, purpose, deadline });
+        let budgets: BTreeSet<_> =
+            waiting.keys().map(|&id| self.memory_budget(id, &purpose)).collect();
+        let expires = |budget| self.after(budget, move || Message::MemoryExpired(sequence, budget));
+        let deadlines = Alarms(budgets.into_iter().map(expires).collect());
+        self.declarations.insert(sequence, Declaration { waiting, purpose, deadlines });
+    }
+
+    /// How long a device has for its answer. To let go of a peer's memory is what a first phase asks
+    /// for, so a device is not waited for any longer than there: another one may have to be back
+    /// before the machine can go on.
+    fn memory_budget(&self, id: ParticipantId, purpose: &Declared) -> Duration {
+        let memory = self.deadlines.memory;
+        match (purpose, self.devices.get(id)) {
+            (Declared::Gone(_), Some(device)) => memory.min(self.first_phase(&device.spec)),
+            _ => memory,
+        }
     }
 
     /// Has the windows of all others onto a dead process's memory revoked.
@@ -172,7 +187,6 @@ impl State {
         if declaration.waiting.is_empty()
             && let Some(declaration) = self.declarations.remove(&sequence)
         {
-            declaration.deadline.abort();
             self.in_force(declaration.purpose);
         }
     }
@@ -201,11 +215,10 @@ impl State {
         }
     }
 
-    pub(super) fn memory_expired(&mut self, sequence: u64) {
-        let time = self.deadlines.memory;
-        let Some(Declaration { waiting, purpose, .. }) = self.declarations.remove(&sequence) else {
-            return;
-        };
+    /// Whoever has no more than this for the answer is late.
+    pub(super) fn memory_expired(&mut self, sequence: u64, time: Duration) {
+        let Some(declaration) = self.declarations.remove(&sequence) else { return };
+        let Declaration { waiting, purpose, deadlines } = declaration;
         match purpose {
             Declared::By(reply) => {
                 let error = self.not_declared(&waiting, &format!("no answer within {time:?}"));
@@ -223,14 +236,24 @@ impl State {
             // Whoever may still have a window onto what is gone does not go on.
             Declared::Gone(id) => {
                 let gone = self.names.participant(id);
-                for peer in waiting.into_keys() {
+                let (late, waiting): (Waiting, Waiting) = waiting
+                    .into_iter()
+                    .partition(|&(peer, _)| self.memory_budget(peer, &purpose) <= time);
+                let is_last = waiting.is_empty();
+                if !is_last {
+                    let rest = Declaration { waiting, purpose: Declared::Gone(id), deadlines };
+                    self.declarations.insert(sequence, rest);
+                }
+                for peer in late.into_keys() {
                     let text = format!(
                         "it did not confirm within {time:?} that its windows onto the memory of \
                          {gone:?} are revoked"
                     );
                     self.lost(peer, Loss::Timeout, text);
                 }
-                self.in_force(Declared::Gone(id));
+                if is_last {
+                    self.in_force(Declared::Gone(id));
+                }
             }
         }
     }
@@ -249,15 +272,13 @@ impl State {
             let Some(mut declaration) = self.declarations.remove(&sequence) else { continue };
             match declaration.purpose {
                 Declared::By(reply) if !joining => {
-                    declaration.deadline.abort();
                     let _ = reply.send(Err(self.not_declared(&Waiting::from([(id, 1)]), why)));
                 }
-                Declared::To(_) => declaration.deadline.abort(),
+                Declared::To(_) => {}
                 // A newcomer does not count yet; what a lost device has written is known to nobody.
                 Declared::By(_) | Declared::Gone(_) | Declared::Tracking(..) => {
                     declaration.waiting.remove(&id);
                     if declaration.waiting.is_empty() {
-                        declaration.deadline.abort();
                         self.in_force(declaration.purpose);
                     } else {
                         self.declarations.insert(sequence, declaration);
@@ -271,10 +292,5 @@ impl State {
         let device =
             silent.keys().next().map_or_else(String::new, |&id| self.names.participant(id));
         MachineError::Memory { device, why: why.to_owned() }
-    }
-
-    /// Arms the deadline of a declaration.
-    fn memory_deadline(&self, sequence: u64) -> Alarm {
-        self.after(self.deadlines.memory, move || Message::MemoryExpired(sequence))
     }
 }

@@ -358,7 +358,18 @@ pub(super) type Waiting = BTreeMap<ParticipantId, usize>;
 pub(super) struct Declaration {
     pub(super) waiting: Waiting,
     pub(super) purpose: Declared,
-    pub(super) deadline: Alarm,
+    /// One for each budget that somebody has.
+    pub(super) deadlines: Alarms,
+}
+
+/// Deadlines that are forgotten together.
+#[derive(Debug)]
+pub(super) struct Alarms(pub(super) Vec<Alarm>);
+
+impl Drop for Alarms {
+    fn drop(&mut self) {
+        self.0.iter().for_each(Alarm::abort);
+    }
 }
 
 /// What about memory is declared.

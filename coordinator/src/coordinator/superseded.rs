@@ -58,7 +58,6 @@ impl State {
         let refused = || MachineError::Superseded { term };
         // Whoever asked may be gone.
         for (_, declaration) in std::mem::take(&mut self.declarations) {
-            declaration.deadline.abort();
             match declaration.purpose {
                 Declared::By(reply) => drop(reply.send(Err(refused()))),
                 Declared::Tracking(_, reply) => drop(reply.send(Err(refused()))),

@@ -6,6 +6,7 @@ use super::slips::Slip;
 use super::state::{Active, Device, Local, Purpose, Standing, State, Timers};
 use super::{Message, Owner};
 use crate::clock;
+use crate::description::DeviceSpec;
 use crate::device::Message as DeviceActorMessage;
 use crate::error::MachineError;
 use crate::events::MachineEvent;
@@ -59,7 +60,6 @@ impl State {
 
     /// What a device is to a transition; `None` if it has no process.
     pub(super) fn member(&self, device: &Device) -> Option<Member> {
-        let default = (self.deadlines.first_phase, self.deadlines.second_phase);
         let lost = match device.standing {
             Standing::Ready | Standing::Greeting | Standing::Joining => false,
             // It was lost before; what is left is to prove it.
@@ -80,10 +80,15 @@ impl State {
             // One that is lost is told nothing.
             one_phase_allowed: device.spec.one_phase_allowed || lost,
             on_loss,
-            first_ns: nanos(device.spec.first_phase.unwrap_or(default.0)),
-            second_ns: nanos(device.spec.second_phase.unwrap_or(default.1)),
+            first_ns: nanos(self.first_phase(&device.spec)),
+            second_ns: nanos(device.spec.second_phase.unwrap_or(self.deadlines.second_phase)),
             lease_ns: 0,
         })
+    }
+
+    /// How long a device has for the answer to a first phase.
+    pub(super) fn first_phase(&self, spec: &DeviceSpec) -> Duration {
+        spec.first_phase.unwrap_or(self.deadlines.first_phase)
     }
 
     /// The owner asks for a transition.

@@ -10,7 +10,7 @@ use rustix::process::Signal;
 use standstill_coordinator::error::{MachineError, StartError};
 use standstill_coordinator::process::Exit;
 use standstill_coordinator::{
-    DeviceSpec, DeviceStanding, LossPolicy, MachineEvent, QEMU_VFIO_USER, RestartPolicy,
+    Deadlines, DeviceSpec, DeviceStanding, LossPolicy, MachineEvent, QEMU_VFIO_USER, RestartPolicy,
 };
 use standstill_protocol::message::{FileIdentity, Phase};
 use standstill_protocol::migration::MigrationState;
@@ -288,6 +288,37 @@ async fn a_peer_that_does_not_let_go_of_its_windows_is_lost() {
     assert_eq!(loss, Loss::Timeout);
     assert!(detail.contains("windows onto the memory of \"d1\""), "{detail}");
     assert_nothing_left(&machine, &trace).await;
+}
+
+#[tokio::test]
+async fn a_peer_that_does_not_let_go_is_waited_for_no_longer_than_in_a_first_phase() {
+    let trace = Trace::new().unwrap();
+    let deaf = Script::honest().on(Trigger::Memory, []).device("deaf", &trace).unwrap();
+    let endless = Deadlines { memory: 20 * LONG, ..deadlines() };
+    let machine = start(
+        builder()
+            .deadlines(endless)
+            .device(deaf.deadlines(SHORT, LONG))
+            .device(Script::honest().memory([MEMORY]).device("d1", &trace).unwrap())
+            .device(honest("d2", &trace)),
+    )
+    .await;
+    let mut events = machine.events();
+    signal(&machine, "d1", Signal::KILL).await;
+    let of = |wanted: &'static str| move |event: &MachineEvent| matches!(event, MachineEvent::DeviceFenced { device, .. } if device == wanted);
+    events_until(&mut events, "the fence of d1", of("d1")).await;
+    within(LONG, "removal", machine.remove_device("d1")).await.unwrap();
+    let seen = events_until(&mut events, "the fence of deaf", of("deaf")).await;
+    let lost = seen.iter().find_map(|event| match event {
+        MachineEvent::DeviceLost { device, loss, detail, .. } => Some((device, *loss, detail)),
+        _ => None,
+    });
+    let (device, loss, detail) = lost.unwrap();
+    assert_eq!((device.as_str(), loss), ("deaf", Loss::Timeout));
+    assert!(detail.contains(&format!("within {SHORT:?}")), "{detail}");
+    // The other one has let go, and is there.
+    within(LONG, "removal", machine.remove_device("deaf")).await.unwrap();
+    assert_whole_and_end(&machine, &trace, 1).await;
 }
 
 #[tokio::test]
