@@ -41,6 +41,7 @@
 //! - [`outside`]: faults that befall a device process or its coordinator, whatever its program is;
 //! - [`plan`]: which faults hit whom and when, as data;
 //! - [`sweep`]: tries plans on machines of any device programs, and judges what comes of them;
+//! - [`qemu`]: a real VMM with a real guest, over the data sockets of device processes;
 //! - [`script`]: a device process without a device, that does at which message what you say;
 //! - [`pilot`]: a coordinator in a process of its own, to be killed or stopped;
 //! - [`mod@programs`]: the programs of this kit, in a test of another package too.
@@ -65,6 +66,7 @@ pub mod pilot;
 pub mod plan;
 pub mod process;
 pub mod programs;
+pub mod qemu;
 pub mod script;
 pub mod sweep;
 pub mod trace;

@@ -51,6 +51,12 @@ impl Processes {
         Self::new(entries.filter_map(|entry| Some((entry.who, began(entry.what)?))))
     }
 
+    /// None yet; some are [added](Self::add).
+    #[must_use]
+    pub const fn none() -> Self {
+        Self(Vec::new())
+    }
+
     fn new(processes: impl Iterator<Item = (String, u32)>) -> Self {
         let watch = |(name, pid): (String, u32)| {
             let known = i32::try_from(pid).ok().and_then(Pid::from_raw);
