@@ -105,7 +105,7 @@ pub struct InFlight {
     /// How many threads sleep on the two below; guards the order of looking at `word` and
     /// sleeping, too.
     sleepers: Mutex<usize>,
-    /// Wakes [`drained_within`](Self::drained_within).
+    /// Wakes [`drained_within`](Self::drained_within) and [`passed_within`](Self::passed_within).
     empty: Condvar,
     /// Wakes [`enter`](Self::enter).
     opened: Condvar,
@@ -223,33 +223,64 @@ impl InFlight {
             // Made before the look at the word, as above.
             let left = self.left.notified();
             match waits_for {
-                None => waits_for = self.try_turn(),
-                Some(age) => {
-                    let word = self.word.load(Ordering::Acquire);
-                    // If somebody has turned it again, the number was 0 then.
-                    if age == Age::present(word) || age.count(word) == 0 {
-                        return;
+                None => {
+                    waits_for = self.try_turn();
+                    if waits_for.is_some() {
+                        // Others wait for an age before this one.
+                        self.wake();
+                    } else {
+                        left.await;
                     }
-                    left.await;
-                    continue;
                 }
-            }
-            if waits_for.is_none() {
-                left.await;
+                Some(age) if self.has_passed(age) => return,
+                Some(_) => left.await,
             }
         }
     }
 
     /// Has new permits counted in the other number, if that is 0. Returns the age of those that
-    /// are to pass.
+    /// are to pass; the caller then wakes who waits for an age before it.
     fn try_turn(&self) -> Option<Age> {
         let turned = self.word.fetch_update(Ordering::AcqRel, Ordering::Acquire, |word| {
             (Age::present(word).other().count(word) == 0).then_some(word ^ TURN)
         });
-        let age = turned.ok().map(Age::present)?;
-        // Others that wait for an age before this one.
-        self.left.notify_waiters();
-        Some(age)
+        turned.ok().map(Age::present)
+    }
+
+    /// As [`passed`](Self::passed), but blocks the calling OS thread, at most that long. Returns
+    /// whether all that were held have been dropped.
+    #[must_use]
+    pub fn passed_within(&self, timeout: Duration) -> bool {
+        let begin = Instant::now();
+        let mut waits_for = None;
+        let mut sleepers = self.lock();
+        loop {
+            if waits_for.is_none() {
+                waits_for = self.try_turn();
+                if waits_for.is_some() {
+                    self.empty.notify_all();
+                    self.left.notify_waiters();
+                }
+            }
+            if waits_for.is_some_and(|age| self.has_passed(age)) {
+                return true;
+            }
+            let Some(rest) = timeout.checked_sub(begin.elapsed()).filter(|rest| !rest.is_zero())
+            else {
+                return false;
+            };
+            *sleepers += 1;
+            let slept = self.empty.wait_timeout(sleepers, rest);
+            sleepers = slept.unwrap_or_else(PoisonError::into_inner).0;
+            *sleepers -= 1;
+        }
+    }
+
+    /// Whether no permit of an age that was turned away from is held any more.
+    fn has_passed(&self, age: Age) -> bool {
+        let word = self.word.load(Ordering::Acquire);
+        // If somebody has turned it again, the number was 0 then.
+        age == Age::present(word) || age.count(word) == 0
     }
 
     /// As [`drained`](Self::drained), but blocks the calling OS thread, at most that long.
@@ -464,6 +495,15 @@ impl Gate {
     pub async fn passed(&self) {
         self.peer.passed().await;
         self.ram.passed().await;
+    }
+
+    /// As [`passed`](Self::passed), but blocks the calling OS thread, at most that long. Returns
+    /// whether all that were in flight have ended.
+    #[must_use]
+    pub fn passed_within(&self, timeout: Duration) -> bool {
+        let begin = Instant::now();
+        self.peer.passed_within(timeout)
+            && self.ram.passed_within(timeout.saturating_sub(begin.elapsed()))
     }
 
     /// Lets accesses of that scope begin again and wakes those that wait.

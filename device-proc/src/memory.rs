@@ -18,7 +18,8 @@
 //! No window ever becomes a peer's again.
 //!
 //! **Tracked writes.** A bitmap can be attached to a file ([`MemoryMap::track_ram`]); transactions
-//! mark in it what they have written.
+//! mark in it what they have written. The client, too, can have the pages logged that are written in
+//! its windows ([`MemoryMap::start_log`]).
 //!
 //! **Windows without a file** are read and written by messages to the client, as long as it is
 //! [connected](MemoryMap::connect), and never inside an access handler: see [`MessageDma`].
@@ -32,6 +33,7 @@
 mod advise;
 mod dirty;
 mod dma;
+mod log;
 mod message;
 mod revoke;
 mod shared;
@@ -39,6 +41,10 @@ mod span;
 mod window;
 
 pub use dma::{Access, Dma};
+pub use log::{
+    LogError, LogRange, MAX_LOG_PAGE, MAX_LOG_PAGES, MAX_REPORT_PAGES, MIN_LOG_PAGE, Report,
+    UnmapReportError,
+};
 pub use message::{Handling, MESSAGE_PATIENCE, MessageDma, MessageError, MessageLink};
 pub use revoke::RevokeError;
 pub use shared::{MAX_SHARED_MEMORY, SharedAccessError, SharedMemory, SharedMemoryError};
@@ -47,6 +53,7 @@ pub use window::WindowSpec;
 
 use crate::gate::Gate;
 use dirty::DirtyLogs;
+use log::ClientLog;
 use message::Messages;
 use nix::libc;
 use standstill_protocol::dirty::{DirtyBitmap, DirtyBitmapError, Layout, LayoutError};
@@ -126,6 +133,15 @@ pub enum MapError {
         /// What was asked for.
         spec: WindowSpec,
     },
+    /// The client logs what is written, and this window cannot be logged.
+    #[error("DMA window {spec:x?} cannot be logged")]
+    Log {
+        /// What was asked for.
+        spec: WindowSpec,
+        /// Why.
+        #[source]
+        source: LogError,
+    },
     /// The file could not be mapped.
     #[error("DMA window {spec:x?} could not be mapped")]
     Io {
@@ -147,6 +163,7 @@ impl MapError {
             }
             Self::Overlap { .. } => libc::EEXIST,
             Self::TooMany { .. } => libc::ENOSPC,
+            Self::Log { source, .. } => source.errno(),
             Self::Io { source, .. } => source.raw_os_error().unwrap_or(libc::EIO),
         }
     }
@@ -243,6 +260,8 @@ struct Changes {
     mapped: u64,
     /// A window that the device could write is gone, and its file was not RAM then.
     lost_sight: bool,
+    /// There while the client logs.
+    log: Option<ClientLog>,
 }
 
 impl MemoryMap {
@@ -320,6 +339,9 @@ impl MemoryMap {
             }
             _ => Window::without_file(spec),
         };
+        if let Some(log) = &mut changes.log {
+            log.add(&window).map_err(|source| MapError::Log { spec, source })?;
+        }
         changes.mapped = total;
         // Nobody else changes the windows while this holds `changes`, so the place still holds.
         self.shared.windows_mut().insert(place, Arc::new(window));
@@ -333,6 +355,13 @@ impl MemoryMap {
     ///
     /// [`UnmapError`]; the window is there and can be used as before.
     pub fn unmap(&self, iova: u64, size: u64, timeout: Duration) -> Result<(), UnmapError> {
+        let window = self.drain(iova, size, timeout)?;
+        self.remove(&[window]);
+        Ok(())
+    }
+
+    /// Closes the window with exactly this range and waits until nobody uses it any more.
+    fn drain(&self, iova: u64, size: u64, timeout: Duration) -> Result<Arc<Window>, UnmapError> {
         let unknown = UnmapError::Unknown { iova, size };
         let window = self
             .shared
@@ -349,8 +378,7 @@ impl MemoryMap {
             window.users.open();
             return Err(UnmapError::Busy { iova, accesses, waited: timeout });
         }
-        self.remove(&[window]);
-        Ok(())
+        Ok(window)
     }
 
     /// Removes all windows: the client has gone. Blocks the calling OS thread until nobody uses
@@ -473,6 +501,9 @@ impl MemoryMap {
                 .is_ok_and(|at| gone.get(at).is_some_and(|gone| Arc::ptr_eq(gone, window)))
         };
         let mut changes = self.shared.changes();
+        if let Some(log) = &mut changes.log {
+            gone.iter().for_each(|window| log.remove(window));
+        }
         let (mut bytes, mut lost_sight) = (0, false);
         self.shared.windows_mut().retain(|window| {
             let gone = is_gone(window);
@@ -499,6 +530,14 @@ impl Shared {
 
     fn changes(&self) -> MutexGuard<'_, Changes> {
         self.changes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The windows that have an address in this range.
+    fn windows_in(&self, first: u64, last: u64) -> Vec<Arc<Window>> {
+        let windows = self.windows();
+        let place = windows.partition_point(|window| window.spec.last() < first);
+        let from = windows.get(place..).unwrap_or_default();
+        from.iter().take_while(|window| window.spec.iova <= last).cloned().collect()
     }
 
     /// The window that contains this address.

@@ -3,7 +3,7 @@ use std::pin::pin;
 use std::sync::atomic::AtomicBool;
 use std::sync::mpsc;
 use std::task::{Context, Poll, Waker};
-use std::thread;
+use std::thread::{self, ScopedJoinHandle};
 
 /// Longer than anything here takes; a wake-up that was lost fails the test instead of hanging it.
 const LONG: Duration = Duration::from_secs(20);
@@ -243,6 +243,27 @@ fn a_second_wait_begins_when_the_first_age_has_passed() {
 }
 
 #[test]
+fn a_thread_waits_for_what_is_in_flight_and_no_longer_than_it_wants() {
+    let gate = InFlight::new();
+    assert!(gate.passed_within(Duration::ZERO), "nothing is");
+    let old = gate.try_enter();
+    assert!(!gate.passed_within(Duration::from_millis(5)));
+    let young = gate.try_enter();
+    thread::scope(|scope| {
+        // Its turn comes when the old one has left: then it waits for the young one.
+        let waiters: Vec<_> = (0..2).map(|_| scope.spawn(|| gate.passed_within(LONG))).collect();
+        assert!(!waiters.iter().any(ScopedJoinHandle::is_finished));
+        drop(old);
+        assert!(!gate.passed_within(Duration::from_millis(5)));
+        drop(young);
+        for waiter in waiters {
+            assert!(waiter.join().expect("no panic"), "a wake-up was lost");
+        }
+    });
+    assert!(gate.passed_within(Duration::ZERO));
+}
+
+#[test]
 fn closing_and_passing_do_not_disturb_each_other() {
     let gate = InFlight::new();
     let (old, mut context) = (gate.try_enter(), Context::from_waker(Waker::noop()));
@@ -288,10 +309,14 @@ fn after_all_have_passed_everybody_sees_what_was_done_before() {
                 }
             });
         }
-        for (flag, unseen) in &rounds {
+        for (number, (flag, unseen)) in rounds.iter().enumerate() {
             flag.store(true, Ordering::Relaxed);
-            let passed = async { tokio::time::timeout(LONG, gate.passed()).await };
-            runtime.block_on(passed).expect("a wake-up was lost");
+            if number % 2 == 0 {
+                let passed = async { tokio::time::timeout(LONG, gate.passed()).await };
+                runtime.block_on(passed).expect("a wake-up was lost");
+            } else {
+                assert!(gate.passed_within(LONG), "a wake-up was lost");
+            }
             let seen = unseen.load(Ordering::Relaxed);
             thread::yield_now();
             assert_eq!(unseen.load(Ordering::Relaxed), seen, "somebody had not seen the flag");

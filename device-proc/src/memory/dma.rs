@@ -232,7 +232,7 @@ impl Spans {
         }
     }
 
-    pub(super) fn iter(&self) -> impl Iterator<Item = &Held> {
+    pub(super) fn iter(&self) -> impl Iterator<Item = &Held> + Clone {
         self.inline.iter().flatten().chain(&self.more)
     }
 }
@@ -270,10 +270,8 @@ impl Access<'_> {
     #[cold]
     fn mark(&self) {
         let written = self.spans.iter().filter(|held| held.kind.writes());
-        self.dirty.mark(written.filter_map(|held| {
-            let window = &held.user.window;
-            Some((window.file?, window.spec.offset + held.offset as u64, held.len as u64))
-        }));
+        self.dirty
+            .mark(written.map(|held| (&*held.user.window, held.offset as u64, held.len as u64)));
     }
 
     /// [`WindowClass::Peer`] if any of the spans is a peer's memory.

@@ -1,4 +1,5 @@
 mod dirty;
+mod log;
 mod message;
 mod revoke;
 

@@ -4,14 +4,15 @@
 
 use super::WindowClass;
 use super::advise::exclude_from_core_dump;
+use super::log::PageLog;
 use crate::gate::InFlight;
 use rustix::fs::{FileType, Stat, fstat};
 use standstill_protocol::message::FileIdentity;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use vm_memory::{FileOffset, MmapRegion};
 
 /// What `fstat` says about a file that is to be mapped.
@@ -67,12 +68,21 @@ pub(super) struct Window {
     ram: AtomicBool,
     /// Who uses it; closed while it is being unmapped.
     pub(super) users: InFlight,
+    /// Which pages were written; there while the client logs them.
+    log: RwLock<Option<PageLog>>,
 }
 
 impl Window {
     /// A window without memory: only messages reach it.
     pub(super) fn without_file(spec: WindowSpec) -> Self {
-        Self { spec, file: None, region: None, ram: AtomicBool::new(false), users: InFlight::new() }
+        Self {
+            spec,
+            file: None,
+            region: None,
+            ram: AtomicBool::new(false),
+            users: InFlight::new(),
+            log: RwLock::default(),
+        }
     }
 
     /// Maps the file. The caller has checked the spec against the file's size.
@@ -92,6 +102,7 @@ impl Window {
             region: Some(region),
             ram: AtomicBool::new(ram),
             users: InFlight::new(),
+            log: RwLock::default(),
         })
     }
 
@@ -101,6 +112,21 @@ impl Window {
 
     pub(super) fn declare_ram(&self) {
         self.ram.store(true, Ordering::Release);
+    }
+
+    pub(super) fn log(&self) -> RwLockReadGuard<'_, Option<PageLog>> {
+        self.log.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn log_mut(&self) -> RwLockWriteGuard<'_, Option<PageLog>> {
+        self.log.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Marks what was written, if the client logs it: offset in the window and length, in bytes.
+    pub(super) fn mark(&self, offset: u64, len: u64) {
+        if let Some(log) = &*self.log() {
+            log.mark(self.spec.iova + offset, len);
+        }
     }
 
     pub(super) fn region(&self) -> Option<&MmapRegion> {

@@ -66,8 +66,9 @@ impl<D: Device> Endpoint<D> {
         self.tell_present(true);
     }
 
-    /// The client has gone: its DMA windows and eventfds go, the device stays as it is.
+    /// The client has gone: its DMA windows, its log and its eventfds go, the device stays as it is.
     pub(crate) fn disconnected(&self) {
+        self.parts.memory.stop_log();
         if let Err(error) = self.parts.memory.unmap_all(LONGEST_WAIT) {
             warn!(%error, "unmapping the windows of the client that has gone");
         }
