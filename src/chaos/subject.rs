@@ -88,12 +88,17 @@ impl Rig for EngineRig {
         Ok(())
     }
 
-    fn remove(&mut self, device: usize, others: &BTreeSet<usize>) -> Result<(), RigError> {
-        Ok(self.vmm()?.remove(device, others, PATIENCE)?)
+    fn remove(&mut self, device: usize) -> Result<(), RigError> {
+        self.vmm()?.remove(device);
+        Ok(())
     }
 
-    fn restore(&mut self, device: usize, others: &BTreeSet<usize>) -> Result<(), RigError> {
-        Ok(self.vmm()?.restore(device, others, PATIENCE)?)
+    fn restore(&mut self, device: usize) -> Result<(), RigError> {
+        Ok(self.vmm()?.restore(device)?)
+    }
+
+    fn go_on(&mut self, devices: &BTreeSet<usize>) -> Result<(), RigError> {
+        Ok(self.vmm()?.go_on(devices, PATIENCE)?)
     }
 
     fn traffic(&mut self, devices: &BTreeSet<usize>) -> Result<Vec<String>, RigError> {

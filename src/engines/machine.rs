@@ -13,6 +13,8 @@ use rustix::io::Errno;
 use standstill::coordinator::DeviceSpec;
 use standstill::device_proc::devices::copy_engine::Descriptor;
 use standstill::device_proc::memory::{SharedAccessError, SharedMemory, SharedMemoryError};
+#[cfg(feature = "fault-injection")]
+use std::collections::BTreeSet;
 use std::io;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -104,7 +106,16 @@ impl Blueprint {
             .collect::<Result<Vec<_>, _>>()?;
         let Self { pairs, layout, folder, ram, .. } = self;
         let gone = vec![false; engines.len()];
-        let mut vmm = Vmm { pairs, layout, ram, engines, gone, folder };
+        let mut vmm = Vmm {
+            pairs,
+            layout,
+            ram,
+            engines,
+            gone,
+            #[cfg(feature = "fault-injection")]
+            fresh: BTreeSet::new(),
+            folder,
+        };
         for number in 0..vmm.engines.len() {
             vmm.wire(number)?;
             step();
@@ -141,6 +152,9 @@ pub(crate) struct Vmm {
     engines: Vec<Engine>,
     /// Engines that are no part of the machine any more.
     gone: Vec<bool>,
+    /// Engines whose processes were started again, and to which nothing is mapped yet.
+    #[cfg(feature = "fault-injection")]
+    fresh: BTreeSet<usize>,
     /// Removed at the end.
     #[cfg_attr(
         not(feature = "fault-injection"),

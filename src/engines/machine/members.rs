@@ -20,51 +20,51 @@ impl Blueprint {
 }
 
 impl Vmm {
-    /// Goes on without an engine: the others write to guest RAM what they wrote to it.
-    /// Only `working` ones can be told; those are seen to go on, for at most that time.
-    pub(crate) fn remove(
-        &mut self,
-        number: usize,
-        working: &BTreeSet<usize>,
-        patience: Duration,
-    ) -> Result<(), VmmError> {
+    /// Forgets an engine: from [`go_on`](Self::go_on) on the others write to guest RAM what they wrote to
+    /// it.
+    pub(crate) fn remove(&mut self, number: usize) {
         if let Some(gone) = self.gone.get_mut(number) {
             *gone = true;
         }
-        self.go_on(working, patience)
     }
 
-    /// Goes on with an engine whose process was started again: a new client, everything mapped into it
-    /// and its memory into all others.
-    /// Only `working` ones can be told; those are seen to go on, for at most that time.
-    pub(crate) fn restore(
-        &mut self,
-        number: usize,
-        working: &BTreeSet<usize>,
-        patience: Duration,
-    ) -> Result<(), VmmError> {
+    /// A new client of an engine whose process was started again. From [`go_on`](Self::go_on) on it is one
+    /// like the others.
+    pub(crate) fn restore(&mut self, number: usize) -> Result<(), VmmError> {
         let socket = socket(&self.folder, number);
         let engine = Engine::connect(&socket, self.layout.memory_size()).map_err(of(number))?;
         if let Some(old) = self.engines.get_mut(number) {
             *old = engine;
         }
-        self.wire(number)?;
-        let range = self.layout.memory(number);
-        for peer in (0..self.engines.len()).filter(|&peer| peer != number) {
-            if !working.contains(&peer) {
-                continue;
-            }
-            if let Ok([engine, other]) = self.engines.get_disjoint_mut([peer, number]) {
-                engine.map(range, other.memory(), Class::Peer).map_err(of(peer))?;
+        self.fresh.insert(number);
+        Ok(())
+    }
+
+    /// Maps everything into those whose processes were started again, and their memory into those that
+    /// are working. Only when all have their new memory: a window onto the old one would stay.
+    fn wire_fresh(&mut self, working: &BTreeSet<usize>) -> Result<(), VmmError> {
+        let fresh = std::mem::take(&mut self.fresh);
+        for &number in &fresh {
+            self.wire(number)?;
+            let range = self.layout.memory(number);
+            for &peer in working.difference(&fresh) {
+                if let Ok([engine, other]) = self.engines.get_disjoint_mut([peer, number]) {
+                    engine.map(range, other.memory(), Class::Peer).map_err(of(peer))?;
+                }
             }
         }
-        self.start(number)?;
-        self.go_on(working, patience)
+        fresh.into_iter().try_for_each(|number| self.start(number))
     }
 
     /// Sets engines to work again that have come upon a window that led nowhere: with a descriptor that
-    /// they had fetched before, they can do so for a moment after their ring is another.
-    fn go_on(&mut self, working: &BTreeSet<usize>, patience: Duration) -> Result<(), VmmError> {
+    /// they had fetched before, they can do so for a moment after their ring is another. Waits until each
+    /// has gone on, for at most that time.
+    pub(crate) fn go_on(
+        &mut self,
+        working: &BTreeSet<usize>,
+        patience: Duration,
+    ) -> Result<(), VmmError> {
+        self.wire_fresh(working)?;
         let present = |number: &usize| !self.gone.get(*number).copied().unwrap_or(true);
         let mut halted: BTreeSet<_> = working.iter().copied().filter(present).collect();
         for &number in &halted {

@@ -264,7 +264,10 @@ impl Arms {
             let name = names.get(*device)?;
             let own = report.participants.iter().find(|own| own.name == *name)?;
             let acked = own.command(phase).is_some_and(|command| command.evidence().is_some());
-            let due = fault.armed && !fault.fired && inside.nth <= 1 && acked;
+            // One that hangs already does nothing more.
+            let hangs = |other: &Armed| other.device == *device && other.fired && !other.goes_on;
+            let hung = self.faults.iter().any(hangs);
+            let due = fault.armed && !fault.fired && inside.nth <= 1 && acked && !hung;
             due.then(|| format!("this happens to device {device}: {cause}"))
         })
     }

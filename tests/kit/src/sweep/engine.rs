@@ -4,6 +4,7 @@ use super::Times;
 use super::arms::{Arms, Moments};
 use super::nature::{self, Nature, nature};
 use super::observation::{Act, Ended, Event, Observation, Step, survivors};
+use super::oracle::principals;
 use super::subject::{Bench, Look, Rig, RigError, Subject};
 use crate::Processes;
 use crate::plan::{Cause, Plan, PlanError, Policy};
@@ -212,7 +213,7 @@ impl<'a> Run<'a> {
         }
         self.arms.wait_for_threads().await;
         self.settle(round, None).await?;
-        self.recover().await?;
+        self.recover(round).await?;
         self.back_to_work(round).await?;
 
         let pause = self.step(round, Act::Pause).await?;
@@ -225,7 +226,7 @@ impl<'a> Run<'a> {
             self.seen.idle.push((round, "the machine does not run again".to_owned()));
             return Ok(false);
         }
-        self.recover().await?;
+        self.recover(round).await?;
         self.back_to_work(round).await?;
         Ok(true)
     }
@@ -240,7 +241,7 @@ impl<'a> Run<'a> {
         self.at(Moments::Stopped, round).await?;
         self.settle(round, None).await?;
         if self.plan.policy != Policy::ContinueWithout {
-            self.recover().await?;
+            self.recover(round).await?;
         }
         let still = if self.arms.lies() { STILL_FOR_A_LIAR } else { STILL };
         tokio::time::sleep(still).await;
@@ -256,7 +257,7 @@ impl<'a> Run<'a> {
             if state != MachineState::Stopped {
                 break;
             }
-            self.recover().await?;
+            self.recover(round).await?;
             self.step(round, Act::Resume).await?;
             state = self.machine().await?;
         }
@@ -374,38 +375,47 @@ impl<'a> Run<'a> {
         })
     }
 
-    /// What an owner does about devices that are lost: removes them, or waits until they are back.
-    async fn recover(&mut self) -> Result<(), RunError> {
-        for device in std::mem::take(&mut self.gone) {
-            let Some(name) = self.names.get(device).cloned() else { continue };
-            if self.plan.policy != Policy::Restart {
-                let removed = self.machine.remove_device(&name).await;
-                removed.map_err(cannot("remove a lost device"))?;
-                self.arms.is_gone(device);
-                self.removed.insert(device);
-                self.to_remove.insert(device);
-                continue;
+    /// What an owner does about devices that are lost: removes them, or waits until they are back. That
+    /// may show who else is lost: one who does not confirm that windows are revoked.
+    async fn recover(&mut self, round: u32) -> Result<(), RunError> {
+        while !self.gone.is_empty() {
+            for device in std::mem::take(&mut self.gone) {
+                self.recover_from(device).await?;
             }
-            let end = Instant::now() + self.times.long;
-            let incarnation = loop {
-                let status = self.status().await?;
-                match of_name(&status, Some(&name)) {
-                    Some(now) if now.standing == DeviceStanding::Ready => {
-                        self.processes.push(Processes::of(&status).only(&[&name]));
-                        break now.incarnation;
-                    }
-                    _ if Instant::now() > end => {
-                        return Err(late(format!("{name} is started again"), self.times.long));
-                    }
-                    _ => tokio::time::sleep(INTERVAL).await,
-                }
-            };
-            if let Some(known) = self.incarnations.get_mut(device) {
-                *known = incarnation;
-            }
-            self.arms.is_new(device);
-            self.to_restore.insert(device);
+            self.settle(round, None).await?;
         }
+        Ok(())
+    }
+
+    async fn recover_from(&mut self, device: usize) -> Result<(), RunError> {
+        let Some(name) = self.names.get(device).cloned() else { return Ok(()) };
+        if self.plan.policy != Policy::Restart {
+            let removed = self.machine.remove_device(&name).await;
+            removed.map_err(cannot("remove a lost device"))?;
+            self.arms.is_gone(device);
+            self.removed.insert(device);
+            self.to_remove.insert(device);
+            return Ok(());
+        }
+        let end = Instant::now() + self.times.long;
+        let incarnation = loop {
+            let status = self.status().await?;
+            match of_name(&status, Some(&name)) {
+                Some(now) if now.standing == DeviceStanding::Ready => {
+                    self.processes.push(Processes::of(&status).only(&[&name]));
+                    break now.incarnation;
+                }
+                _ if Instant::now() > end => {
+                    return Err(late(format!("{name} is started again"), self.times.long));
+                }
+                _ => tokio::time::sleep(INTERVAL).await,
+            }
+        };
+        if let Some(known) = self.incarnations.get_mut(device) {
+            *known = incarnation;
+        }
+        self.arms.is_new(device);
+        self.to_restore.insert(device);
         Ok(())
     }
 
@@ -414,17 +424,17 @@ impl<'a> Run<'a> {
     async fn back_to_work(&mut self, round: u32) -> Result<(), RunError> {
         self.arms.read();
         let work = self.at_work();
-        let mut strangers = std::mem::take(&mut self.to_restore);
-        for device in std::mem::take(&mut self.to_remove) {
-            let others = &work - &strangers;
-            let remove = move |rig: &mut dyn Rig| rig.remove(device, &others);
-            self.bench.with("go on without a device", remove).await?;
+        let removed = std::mem::take(&mut self.to_remove);
+        let restored = std::mem::take(&mut self.to_restore);
+        let changed = !removed.is_empty() || !restored.is_empty();
+        for device in removed {
+            self.bench.with("forget a device", move |rig| rig.remove(device)).await?;
         }
-        while let Some(device) = strangers.pop_first() {
-            // Who is to be connected to after this one has an old connection yet.
-            let others = &work - &strangers;
-            let restore = move |rig: &mut dyn Rig| rig.restore(device, &others);
-            self.bench.with("connect to a new device", restore).await?;
+        for device in restored {
+            self.bench.with("connect to a new device", move |rig| rig.restore(device)).await?;
+        }
+        if changed {
+            self.bench.with("set devices to work again", move |rig| rig.go_on(&work)).await?;
         }
         self.traffic(round).await
     }
@@ -484,9 +494,12 @@ fn late(what: String, limit: Duration) -> RunError {
 
 /// Deadlines that nobody misses who is not made to.
 fn deadlines(plan: &Plan, times: &Times) -> Deadlines {
+    // With several faults, one who is silent may have to confirm that windows onto another are revoked.
+    let several = principals(plan).len() > 1;
     let silent_at_memory = plan.faults.iter().any(|injection| {
         nature(&injection.cause, times) == Nature::Silent
-            && matches!(&injection.cause, Cause::Inside(fault) if fault.point == Point::Memory)
+            && (several
+                || matches!(&injection.cause, Cause::Inside(fault) if fault.point == Point::Memory))
     });
     Deadlines {
         hello: times.long,
@@ -508,6 +521,10 @@ fn short_deadlines(plan: &Plan, device: u16, times: &Times) -> (bool, bool) {
     let silent = |cause: &Cause| nature(cause, times) == Nature::Silent;
     for fault in plan.faults.iter().filter(|f| f.device == device && silent(&f.cause)) {
         let Some(place) = nature::place(&fault.cause) else { continue };
+        if principals(plan).len() > 1 {
+            // It may be silent in the undo that another fault leads to.
+            return (true, true);
+        }
         // After an answer, it is the next command that gets none.
         let stops = match &fault.cause {
             Cause::Inside(inside) => matches!(inside.action, Action::Stop),

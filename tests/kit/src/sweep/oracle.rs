@@ -207,6 +207,8 @@ impl Judge {
                 Seen::DegradedRunning | Seen::DegradedStopped => {
                     self.degraded(plan, step.act) == Some(word) && known.iter().any(fences)
                 }
+                // Whoever is lost meanwhile accepts no declaration.
+                Seen::Refused if step.act == Act::Declare && known.iter().any(fences) => true,
                 Seen::RolledBack | Seen::Stopped | Seen::Refused | Seen::Lost => {
                     known.contains(&word)
                 }

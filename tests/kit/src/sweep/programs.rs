@@ -122,13 +122,13 @@ impl Rig for DeviceProgramsRig {
         (0..self.devices.len()).try_for_each(|number| self.connect_to(number))
     }
 
-    fn remove(&mut self, device: usize, _others: &BTreeSet<usize>) -> Result<(), RigError> {
+    fn remove(&mut self, device: usize) -> Result<(), RigError> {
         let device = self.devices.get_mut(device).ok_or("no such device")?;
         (device.client, device.gone) = (None, true);
         Ok(())
     }
 
-    fn restore(&mut self, device: usize, _others: &BTreeSet<usize>) -> Result<(), RigError> {
+    fn restore(&mut self, device: usize) -> Result<(), RigError> {
         self.connect_to(device)
     }
 

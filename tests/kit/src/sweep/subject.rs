@@ -63,25 +63,35 @@ pub trait Rig: Send {
         Ok(())
     }
 
-    /// A device is gone for good: forgets it, and sets these others to work without it. Who is not
-    /// among them may be silent. The machine runs.
+    /// A device is gone for good: forgets it. [`go_on`](Self::go_on) follows.
     ///
     /// # Errors
     ///
-    /// If another device cannot be driven.
-    fn remove(&mut self, device: usize, others: &BTreeSet<usize>) -> Result<(), RigError> {
-        let _ = (device, others);
+    /// If that is not possible.
+    fn remove(&mut self, device: usize) -> Result<(), RigError> {
+        let _ = device;
         Ok(())
     }
 
-    /// A device was started again, with nothing that its client had told it: connects to it, and sets
-    /// it and these others to work. Who is not among them may be silent. The machine runs.
+    /// A device was started again, with nothing that its client had told it: connects to it. The machine
+    /// runs; [`go_on`](Self::go_on) follows.
+    ///
+    /// # Errors
+    ///
+    /// If the device cannot be driven.
+    fn restore(&mut self, device: usize) -> Result<(), RigError> {
+        let _ = device;
+        Ok(())
+    }
+
+    /// Sets these devices to work again, after all that were lost in a round have been removed or
+    /// restored. Who is not among them may be silent. The machine runs.
     ///
     /// # Errors
     ///
     /// If a device cannot be driven.
-    fn restore(&mut self, device: usize, others: &BTreeSet<usize>) -> Result<(), RigError> {
-        let _ = (device, others);
+    fn go_on(&mut self, devices: &BTreeSet<usize>) -> Result<(), RigError> {
+        let _ = devices;
         Ok(())
     }
 

@@ -206,6 +206,13 @@ fn with_several_faults_an_end_must_be_one_that_a_fault_explains() {
     let fenced = || Ended::Degraded { fenced: BTreeSet::from([1]) };
     assert_eq!(ended(Ended::RolledBack, MachineState::Running), []);
     assert_eq!(ended(fenced(), MachineState::Running), []);
+    let declared = found(|plan, seen| {
+        *plan = plan.clone().fault(2, refuses);
+        seen.fired = vec![true, true];
+        let refused = Ended::Refused("it is lost".into());
+        seen.events.insert(0, step(1, Act::Declare, refused, MachineState::Running));
+    });
+    assert_eq!(declared, []);
     // A pause that is rolled back does not leave the others stopped.
     for violations in [
         ended(fenced(), MachineState::Stopped),
