@@ -4,10 +4,11 @@
 #![cfg(feature = "fault-injection")]
 #![expect(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
 use serde_json::Value;
-use std::io::Read;
-use std::process::{Command, Output, Stdio};
+use std::fs::File;
+use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 fn chaos(args: &[&str]) -> Output {
@@ -125,40 +126,84 @@ fn what_is_no_plan_is_told_with_its_line() {
 }
 
 #[test]
-fn after_sigint_no_process_is_left() {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_standstill"))
-        .args(["chaos", "--rounds", "100000"])
-        .stdout(Stdio::null())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let group = || -> Vec<u32> {
-        let text = |task: std::fs::DirEntry| {
-            std::fs::read_to_string(task.path().join("children")).unwrap_or_default()
-        };
-        let tasks = std::fs::read_dir(format!("/proc/{}/task", command.id()));
-        let tasks = tasks.into_iter().flatten().map_while(Result::ok);
-        let all: Vec<_> = tasks.map(text).collect();
-        all.iter().flat_map(|t| t.split_whitespace()).filter_map(|pid| pid.parse().ok()).collect()
-    };
-    let end = Instant::now() + Duration::from_secs(60);
-    let devices = loop {
-        let devices = group();
-        if devices.len() >= 6 {
-            break devices;
-        }
-        assert!(Instant::now() < end, "no devices");
-        std::thread::park_timeout(Duration::from_millis(5));
-    };
-    kill_process(Pid::from_child(&command), Signal::INT).unwrap();
-    let status = command.wait().unwrap();
-    let mut errors = String::new();
-    command.stderr.take().unwrap().read_to_string(&mut errors).unwrap();
-    assert_eq!(status.code(), Some(130), "{errors}");
-    let end = Instant::now() + Duration::from_secs(10);
-    let lives = |pid: &&u32| std::path::Path::new(&format!("/proc/{pid}/exe")).read_link().is_ok();
-    while devices.iter().any(|pid| lives(&pid)) {
-        assert!(Instant::now() < end, "devices are left behind");
-        std::thread::park_timeout(Duration::from_millis(5));
+fn what_no_outcome_is_known_of_is_refused_and_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let plan = folder.path().join("swap.toml");
+    let swap = "devices = 2\n[[fault]]\ndevice = 1\n\
+                outside = { moment = { command = \"Stop\" }, action = \"swap\" }\n";
+    std::fs::write(&plan, swap).unwrap();
+    let output = chaos(&["--plan", plan.to_str().unwrap()]);
+    let errors = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(2), "{errors}");
+    assert!(errors.contains("packet after the next with Stop on its way"), "{errors}");
+}
+
+/// Is killed if a test does not come to its end.
+struct Killed(Child);
+
+impl Drop for Killed {
+    fn drop(&mut self) {
+        // It may have ended already.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
     }
+}
+
+/// All processes below that one: its children, also those behind relays, and theirs.
+fn below(process: u32) -> Vec<u32> {
+    let text = |task: std::fs::DirEntry| {
+        std::fs::read_to_string(task.path().join("children")).unwrap_or_default()
+    };
+    let tasks = std::fs::read_dir(format!("/proc/{process}/task"));
+    let texts: Vec<_> = tasks.into_iter().flatten().map_while(Result::ok).map(text).collect();
+    let children = texts.iter().flat_map(|text| text.split_whitespace());
+    let mut all: Vec<u32> = children.filter_map(|pid| pid.parse().ok()).collect();
+    for child in all.clone() {
+        all.extend(below(child));
+    }
+    all
+}
+
+#[test]
+fn after_sigint_no_process_and_no_file_is_left() {
+    let temporary = tempfile::Builder::new().prefix("t").tempdir_in("/tmp").unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let log = folder.path().join("stderr");
+    let mut command = Killed(
+        Command::new(env!("CARGO_BIN_EXE_standstill"))
+            .args(["chaos", "--rounds", "100000", "--seed", "5"])
+            .env("TMPDIR", temporary.path())
+            .stdout(Stdio::null())
+            .stderr(File::create(&log).unwrap())
+            .spawn()
+            .unwrap(),
+    );
+    let end = Instant::now() + Duration::from_secs(60);
+    // One of them is behind a relay: a grandchild.
+    let devices: Vec<_> = loop {
+        let children = below(command.0.id());
+        let grandchildren = children.iter().flat_map(|&child| below(child)).count();
+        if children.len() >= 6 && grandchildren > 0 {
+            let pidfd = |&pid: &u32| {
+                let pid = Pid::from_raw(i32::try_from(pid).unwrap()).unwrap();
+                pidfd_open(pid, PidfdFlags::empty()).ok()
+            };
+            break children.iter().filter_map(pidfd).collect();
+        }
+        let errors = std::fs::read_to_string(&log).unwrap();
+        assert!(Instant::now() < end, "no devices; {errors}");
+        std::thread::park_timeout(Duration::from_millis(5));
+    };
+    kill_process(Pid::from_child(&command.0), Signal::INT).unwrap();
+    let status = command.0.wait().unwrap();
+    let errors = std::fs::read_to_string(&log).unwrap();
+    assert_eq!(status.code(), Some(130), "{errors}");
+    for device in &devices {
+        let time = Timespec { tv_sec: 30, tv_nsec: 0 };
+        let ended = poll(&mut [PollFd::new(device, PollFlags::IN)], Some(&time)).unwrap();
+        assert_eq!(ended, 1, "a process is left behind");
+    }
+    let left = std::fs::read_dir(temporary.path()).unwrap();
+    let left: Vec<_> = left.map(|entry| entry.unwrap().path()).collect();
+    assert!(left.is_empty(), "{left:?}");
 }

@@ -154,9 +154,11 @@ fn a_program_that_was_not_built_for_it_has_no_trace_of_it() {
 
 #[test]
 fn a_program_that_was_not_built_for_it_says_how_to_build_one_for_chaos() {
-    let output = Command::new(PROGRAM).args(["chaos", "--rounds", "1"]).output().unwrap();
+    let mut command = Command::new(PROGRAM);
+    let output = command.args(["chaos", "--rounds", "1", "--seed", "1"]).output().unwrap();
     let errors = String::from_utf8_lossy(&output.stderr);
     let code = if BUILT_FOR_IT { 0 } else { 3 };
-    assert_eq!(output.status.code(), Some(code), "{errors}");
+    let result = String::from_utf8_lossy(&output.stdout);
+    assert_eq!(output.status.code(), Some(code), "{errors}\n{result}");
     assert_eq!(errors.contains("--features fault-injection"), !BUILT_FOR_IT, "{errors}");
 }

@@ -16,6 +16,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use tempfile::TempDir;
 use thiserror::Error;
 use tokio::runtime::Runtime;
 use tokio::signal::unix::{SignalKind, signal};
@@ -26,8 +27,11 @@ const ROUNDS: u32 = 50;
 const ROUNDS_OF_ONE: u32 = 3;
 /// Devices of the machines of the sweep.
 const SWEPT: u16 = 3;
-/// How many failed plans are made smaller.
+/// How many failed plans are made smaller at least, if there are as many; of each kind of violation one
+/// is, however many there are.
 const SHRUNK: usize = 3;
+/// How long it is looked for a smaller one.
+const SHRINKING: Duration = Duration::from_secs(60);
 /// How long the machines may take to end when this ends before its time.
 const LAST_GRACE: Duration = Duration::from_secs(3);
 
@@ -59,8 +63,16 @@ enum ChaosError {
     #[error("the table of expected outcomes is wrong")]
     Table(#[from] TableError),
     /// A signal ended it.
-    #[error("ended by {}", if *.0 == SignalKind::interrupt() { "SIGINT" } else { "SIGTERM" })]
+    #[error("ended by {}", signal_name(*.0))]
     Signal(SignalKind),
+}
+
+fn signal_name(kind: SignalKind) -> &'static str {
+    match kind {
+        kind if kind == SignalKind::interrupt() => "SIGINT",
+        kind if kind == SignalKind::hangup() => "SIGHUP",
+        _ => "SIGTERM",
+    }
 }
 
 impl ChaosError {
@@ -92,6 +104,11 @@ pub(crate) fn run(args: &ChaosArgs) -> ExitCode {
     // What coordinators and devices complain of is what is tried here.
     let _log = crate::logging::start(args.log, "off");
     crate::raise_file_limit();
+    // Blocking calls may outlive the runtime, and would keep the folders of their machines.
+    let folder = match own_folder() {
+        Ok(folder) => folder,
+        Err(error) => return failed(args, &ChaosError::System("make a folder", error)),
+    };
     let ended = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         // Threads that wait for devices end soon, so that what is left is seen.
@@ -102,18 +119,36 @@ pub(crate) fn run(args: &ChaosArgs) -> ExitCode {
             let background = Background(Some(runtime));
             background.0.as_ref().map_or(Ok(false), |runtime| runtime.block_on(supervise(args)))
         });
+    drop(folder);
     match ended {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
-        Err(error) => {
-            crate::print_error(&error);
-            if args.json {
-                let object = serde_json::json!({ "ok": false, "error": error.to_string() });
-                print_line(&object.to_string());
-            }
-            ExitCode::from(error.exit_code())
-        }
+        Err(error) => failed(args, &error),
     }
+}
+
+/// Tells why not everything was tried.
+fn failed(args: &ChaosArgs, error: &ChaosError) -> ExitCode {
+    crate::print_error(error);
+    if args.json {
+        let object = serde_json::json!({ "ok": false, "error": error.to_string() });
+        print_line(&object.to_string());
+    }
+    ExitCode::from(error.exit_code())
+}
+
+/// A folder in which all others of this process are made; with it they all go.
+fn own_folder() -> io::Result<TempDir> {
+    let mut builder = tempfile::Builder::new();
+    builder.prefix("chaos-");
+    let mut folder = builder.tempdir()?;
+    // There are sockets in it, of which no path has more than 107 bytes.
+    if folder.path().as_os_str().len() > 48 {
+        folder = builder.tempdir_in("/tmp")?;
+    }
+    let known = |_| io::Error::other("there is one already");
+    tempfile::env::override_temp_dir(folder.path()).map_err(known)?;
+    Ok(folder)
 }
 
 /// Tries faults until all are tried or a signal comes. True if everything was as it must be.
@@ -122,10 +157,12 @@ async fn supervise(args: &ChaosArgs) -> Result<bool, ChaosError> {
         |kind| signal(kind).map_err(|error| ChaosError::System("listen to signals", error));
     let mut interrupt = listen(SignalKind::interrupt())?;
     let mut terminate = listen(SignalKind::terminate())?;
+    let mut hangup = listen(SignalKind::hangup())?;
     let summary = tokio::select! {
         biased;
         _ = interrupt.recv() => Err(ChaosError::Signal(SignalKind::interrupt())),
         _ = terminate.recv() => Err(ChaosError::Signal(SignalKind::terminate())),
+        _ = hangup.recv() => Err(ChaosError::Signal(SignalKind::hangup())),
         summary = try_all(args) => summary,
     }?;
     if let Some(path) = &args.markdown {
@@ -148,7 +185,7 @@ async fn try_all(args: &ChaosArgs) -> Result<Summary, ChaosError> {
         Judge { expected: Expected::ours()?, times: Times::default(), knows_liars: args.sweep };
     let seed = args.seed.unwrap_or_else(any_seed);
     let plans = match &args.plan {
-        Some(path) => vec![read(path)?],
+        Some(path) => vec![read(path, &judge)?],
         None => plans(args, seed, &judge),
     };
     let progress = Progress::new();
@@ -171,14 +208,18 @@ async fn try_all(args: &ChaosArgs) -> Result<Summary, ChaosError> {
     };
     tally.merge(sweep.run_with(Arc::clone(&subject), ended).await);
 
-    progress.say("making smaller what failed", tally.failures().len().min(SHRUNK));
+    progress.say("making smaller what failed", tally.failures().len());
     let mut failures = Vec::new();
+    let mut kinds = Vec::new();
     for (at, failed) in tally.failures().iter().enumerate() {
-        let smallest = if at < SHRUNK {
-            Some(shrunk(Arc::clone(&subject), failed, &judge).await)
+        let own = failed.violations.iter().map(std::mem::discriminant);
+        let new: Vec<_> = own.filter(|kind| !kinds.contains(kind)).collect();
+        let smallest = if at < SHRUNK || !new.is_empty() {
+            Some(shrunk(Arc::clone(&subject), failed, &judge, SHRINKING).await)
         } else {
             None
         };
+        kinds.extend(new);
         progress.bar.inc(1);
         failures.push(Failure::new(failed, smallest.as_ref()));
     }
@@ -187,7 +228,7 @@ async fn try_all(args: &ChaosArgs) -> Result<Summary, ChaosError> {
     Ok(Summary::new(seed, tally, failures, judge.expected, before, after))
 }
 
-/// Tells at once what failed; the plan comes later, when it is as small as it can be.
+/// Tells at once what failed, with its plan; a smaller one comes later.
 fn tell(tried: &Tried) {
     for violation in &tried.violations {
         let faults: Vec<_> = tried.plan.faults.iter().map(ToString::to_string).collect();
@@ -195,13 +236,17 @@ fn tell(tried: &Tried) {
         // Nobody is left to be told if standard error is closed.
         let _ = writeln!(io::stderr(), "standstill: {violation} ({policy}: {faults})");
     }
+    if !tried.violations.is_empty() {
+        let plan = tried.plan.to_toml().unwrap_or_else(|error| format!("# {error}\n"));
+        let _ = writeln!(io::stderr(), "standstill: that was this plan:\n{plan}");
+    }
 }
 
-fn read(path: &PathBuf) -> Result<Plan, ChaosError> {
+fn read(path: &PathBuf, judge: &Judge) -> Result<Plan, ChaosError> {
     let failed = |source| ChaosError::File { what: "read", path: path.clone(), source };
     let text = std::fs::read_to_string(path).map_err(failed)?;
-    Plan::from_toml(&text)
-        .map_err(|error| ChaosError::Plan { path: path.clone(), source: Box::new(error) })
+    let plan = Plan::from_toml(&text).and_then(|plan| judge.accepts(&plan).map(|()| plan));
+    plan.map_err(|error| ChaosError::Plan { path: path.clone(), source: Box::new(error) })
 }
 
 fn any_seed() -> u64 {

@@ -28,7 +28,7 @@ Examples:
   standstill chaos --seed 7 --rounds 500 --devices 5
       The same faults each time.
   standstill chaos --sweep
-      Every fault, in every phase, on every one of three devices, under each policy: some minutes.
+      Every fault in every phase on each of three devices, another policy on each: some minutes.
   standstill chaos --plan liar.toml
       What the plan says.
 
@@ -37,7 +37,7 @@ Exit status:
   1    something was not, or it could not be finished
   2    the command line or the plan is wrong
   3    this program was built without the feature fault-injection
-  130  ended by SIGINT (Ctrl-C); 143: by SIGTERM. No process is left behind.";
+  130  ended by SIGINT (Ctrl-C); 129: by SIGHUP; 143: by SIGTERM. No process is left behind.";
 
 /// Runs machines of copy engines of which devices fail, and checks what becomes of each machine.
 #[derive(Args, Clone, Debug)]

@@ -146,7 +146,7 @@ impl fmt::Display for Summary {
             }
             match smallest {
                 Some(smallest) => writeln!(f, "this plan is enough for it:\n\n{smallest}")?,
-                None => writeln!(f, "by this plan:\n\n{plan}")?,
+                None => writeln!(f, "by this plan, which was not made smaller:\n\n{plan}")?,
             }
         }
         let Self { plans, rounds, faults_fired, violations, fds_left, threads_left, .. } = self;

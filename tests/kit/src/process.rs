@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 const INTERVAL: Duration = Duration::from_millis(2);
 
 /// Processes, most of them children of this one, held by pidfds, so that a pid that is used again deceives nobody.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Processes(Vec<Process>);
 
 #[derive(Debug)]

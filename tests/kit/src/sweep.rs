@@ -63,17 +63,20 @@ pub struct Times {
     pub heartbeat: Duration,
     /// What a call may take beyond what its faulty devices are given.
     pub grace: Duration,
+    /// How long processes may take to be gone after the end of their machine.
+    pub end: Duration,
 }
 
 impl Default for Times {
-    /// 1 s, 60 s, 3 s, 200 ms, 20 s.
+    /// 1 s, 60 s, 3 s, 200 ms, 2 s, 20 s.
     fn default() -> Self {
         Self {
             short: Duration::from_secs(1),
             long: Duration::from_secs(60),
             memory: Duration::from_secs(3),
             heartbeat: Duration::from_millis(200),
-            grace: Duration::from_secs(20),
+            grace: Duration::from_secs(2),
+            end: Duration::from_secs(20),
         }
     }
 }

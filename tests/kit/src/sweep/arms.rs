@@ -39,6 +39,8 @@ struct Armed {
     nature: Nature,
     goes_on: bool,
     fired: bool,
+    /// It was written down with the step in which it has fired.
+    told: bool,
     /// Its device was told.
     armed: bool,
     /// Its device is another process by now.
@@ -56,6 +58,7 @@ impl Arms {
             nature: nature(&injection.cause, times),
             goes_on: nature::goes_on(&injection.cause, times),
             fired: false,
+            told: false,
             armed: false,
             over: false,
             order: None,
@@ -103,7 +106,12 @@ impl Arms {
         names: &[String],
         round: u32,
     ) -> Result<(), RunError> {
+        self.read();
         for (number, name) in names.iter().enumerate() {
+            // One that hangs already hears nothing, and does nothing more.
+            if !self.works(number) {
+                continue;
+            }
             let mut told = Vec::new();
             let mut faults = Vec::new();
             for (at, fault) in self.faults.iter().enumerate() {
@@ -272,6 +280,15 @@ impl Arms {
         })
     }
 
+    /// The processes behind relays, which the coordinator does not know.
+    pub(super) fn behind_relays(&self) -> Result<Vec<(usize, Pid)>, RunError> {
+        let of = |(&device, relay): (&usize, &Relay)| {
+            let process = relay.device().map_err(failed(device));
+            process.map(|process| process.map(|process| (device, process))).transpose()
+        };
+        self.relays.iter().filter_map(of).collect()
+    }
+
     /// A device is another process now: it was not told anything.
     pub(super) fn is_new(&mut self, device: usize) {
         self.read();
@@ -299,6 +316,17 @@ impl Arms {
             fault.fired
                 && matches!(&fault.cause, Cause::Inside(inside) if inside.action == Action::KeepDma)
         })
+    }
+
+    /// The faults that have happened since this was asked last, by their number in the plan.
+    pub(super) fn newly_fired(&mut self) -> BTreeSet<usize> {
+        self.read();
+        let new = self.faults.iter_mut().enumerate().filter(|(_, f)| f.fired && !f.told);
+        new.map(|(at, fault)| {
+            fault.told = true;
+            at
+        })
+        .collect()
     }
 
     /// For each fault of the plan, whether it has happened.

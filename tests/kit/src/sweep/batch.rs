@@ -10,7 +10,9 @@ use super::tally::Tally;
 use super::{Times, shrink};
 use crate::plan::Plan;
 use std::sync::Arc;
+use std::time::Duration;
 use tokio::task::JoinSet;
+use tokio::time::Instant;
 
 /// How many machines are at work at the same time: most of them wait for a deadline.
 const AT_ONCE: usize = 8;
@@ -24,6 +26,14 @@ pub struct Tried {
     pub seen: Observation,
     /// What was not as it must be.
     pub violations: Vec<Violation>,
+}
+
+impl Tried {
+    /// Whether calls took too long, and nothing else was wrong.
+    fn is_only_slow(&self) -> bool {
+        let slow = |violation: &Violation| matches!(violation, Violation::Slow { .. });
+        !self.violations.is_empty() && self.violations.iter().all(slow)
+    }
 }
 
 /// Many plans that are tried.
@@ -115,20 +125,26 @@ impl Sweep {
 
     /// Tries all of them; `ended` is told of each.
     ///
+    /// A plan of which calls took too long, and nothing else was wrong, is tried once more when no other
+    /// machine is at work, and what comes then counts: CPUs that have too much to do are no fault of the
+    /// machine's.
+    ///
     /// If the future is dropped, all machines end.
     pub async fn run_with(self, subject: Arc<dyn Subject>, mut ended: impl FnMut(&Tried)) -> Tally {
         let mut tally = Tally::default();
         let mut plans = self.plans.into_iter();
         let judge = Arc::new(self.judge);
         let mut under_way = JoinSet::new();
+        let mut slow = Vec::new();
         loop {
             while under_way.len() < self.at_once {
                 let Some(plan) = plans.next() else { break };
                 let (subject, judge) = (Arc::clone(&subject), Arc::clone(&judge));
                 under_way.spawn(async move { attempt(subject, plan, &judge).await });
             }
-            let Some(tried) = under_way.join_next().await else { return tally };
+            let Some(tried) = under_way.join_next().await else { break };
             match tried {
+                Ok(tried) if tried.is_only_slow() => slow.push(tried.plan),
                 Ok(tried) => {
                     ended(&tried);
                     tally.add(tried, &judge.times);
@@ -138,6 +154,12 @@ impl Sweep {
                 Err(_) => {}
             }
         }
+        for plan in slow {
+            let tried = attempt(Arc::clone(&subject), plan, &judge).await;
+            ended(&tried);
+            tally.add(tried, &judge.times);
+        }
+        tally
     }
 }
 
@@ -155,11 +177,20 @@ pub async fn attempt(subject: Arc<dyn Subject>, plan: Plan, judge: &Judge) -> Tr
     }
 }
 
-/// The smallest plan that fails in the same way as this one: with a violation of the same kind.
-pub async fn shrunk(subject: Arc<dyn Subject>, failed: &Tried, judge: &Judge) -> Plan {
+/// The smallest plan that was found within that time which fails in the same way as this one: with a
+/// violation of the same kind.
+pub async fn shrunk(
+    subject: Arc<dyn Subject>,
+    failed: &Tried,
+    judge: &Judge,
+    limit: Duration,
+) -> Plan {
+    let end = Instant::now() + limit;
     let kinds: Vec<_> = failed.violations.iter().map(std::mem::discriminant).collect();
     let fails = async |plan: &Plan| {
-        let tried = attempt(Arc::clone(&subject), plan.clone(), judge).await;
+        let attempt = attempt(Arc::clone(&subject), plan.clone(), judge);
+        // Nobody knows what would have come of one that is not tried to its end.
+        let Ok(tried) = tokio::time::timeout_at(end, attempt).await else { return false };
         tried.violations.iter().any(|violation| kinds.contains(&std::mem::discriminant(violation)))
     };
     shrink::shrink(failed.plan.clone(), fails).await

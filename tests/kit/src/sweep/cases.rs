@@ -16,9 +16,6 @@ const TOO_LONG: u32 = 20;
 const REFUSAL: i32 = 16;
 /// More messages than anybody may send in a second.
 const FLOOD: u32 = 3000;
-/// How long somebody else's answer is held back, in milliseconds, so that a fault after an answer comes
-/// before the last answer.
-const HELD_MS: u32 = 400;
 
 /// Everything that a device process can do wrong while its machine is paused and resumed.
 #[must_use]
@@ -109,8 +106,15 @@ pub fn plan(cause: &Cause, device: u16, devices: u16, policy: Policy, times: &Ti
     if devices < 2 || nature(cause, times) != Nature::Ends {
         return plan;
     }
-    let held = Fault::new(Point::BeforeAck(phase), Action::DelayMs(HELD_MS));
+    let held = Fault::new(Point::BeforeAck(phase), Action::DelayMs(held_ms(times)));
     plan.fault((device + 1) % devices, held)
+}
+
+/// How long somebody else's answer is held back, in milliseconds, so that a fault after an answer comes
+/// before the last answer: as long as a device may be late that is not to miss its deadline.
+fn held_ms(times: &Times) -> u32 {
+    let short = u32::try_from(times.short.as_millis()).unwrap_or(u32::MAX);
+    short - short / 10
 }
 
 /// Every fault, in every phase, on every device, each once: one device under `rollback`, the next one

@@ -130,6 +130,8 @@ struct Run<'a> {
     to_remove: BTreeSet<usize>,
     to_restore: BTreeSet<usize>,
     processes: Vec<Processes>,
+    /// Faults that have fired between the step before and this one.
+    fired_before: BTreeSet<usize>,
     seen: Observation,
 }
 
@@ -167,11 +169,13 @@ impl<'a> Run<'a> {
             let spec = arms.wrap(number, spec)?;
             builder = builder.device(spec.deadlines(given(first), given(second)));
         }
-        let machine = builder.start().await?;
-        let status = machine.status().await.map_err(cannot("ask for the status"))?;
+        let machine = within("start the machine", builder.start()).await??;
+        let what = "ask for the status";
+        let status = within(what, machine.status()).await?.map_err(cannot(what))?;
         if let Some(ram) = &ram {
-            let declared = machine.declare_ram(ram.as_fd()).await;
-            declared.map_err(cannot("declare guest RAM"))?;
+            let what = "declare guest RAM";
+            let declared = within(what, machine.declare_ram(ram.as_fd())).await?;
+            declared.map_err(cannot(what))?;
         }
         let mut run = Self {
             plan,
@@ -186,8 +190,10 @@ impl<'a> Run<'a> {
             to_remove: BTreeSet::new(),
             to_restore: BTreeSet::new(),
             processes: vec![Processes::of(&status)],
+            fired_before: BTreeSet::new(),
             seen: Observation::default(),
         };
+        run.behind_relays(None)?;
         run.bench.with("connect to the devices", |rig| rig.connect()).await?;
         run.traffic(0).await?;
         Ok(run)
@@ -275,6 +281,7 @@ impl<'a> Run<'a> {
         round: u32,
         act: Act,
     ) -> Result<Option<Arc<TransitionReport>>, RunError> {
+        self.fired_before = self.arms.newly_fired();
         let began = Instant::now();
         let call = async {
             match act {
@@ -286,8 +293,7 @@ impl<'a> Run<'a> {
                 }),
             }
         };
-        let ended = tokio::time::timeout(HANG, call).await;
-        let ended = ended.map_err(|_| late(format!("the {act} of round {round} ends"), HANG))?;
+        let ended = within(format!("the {act} of round {round}"), call).await?;
         let took = began.elapsed();
         let report = match &ended {
             Ok(report) | Err(MachineError::Transition(report)) => Some(Arc::clone(report)),
@@ -298,8 +304,10 @@ impl<'a> Run<'a> {
     }
 
     async fn declare(&mut self, round: u32, ram: std::os::fd::OwnedFd) -> Result<(), RunError> {
+        self.fired_before = self.arms.newly_fired();
         let began = Instant::now();
-        let ended = match self.machine.declare_ram(ram).await {
+        let call = within("declare guest RAM", self.machine.declare_ram(ram)).await?;
+        let ended = match call {
             Ok(()) => Ended::Done,
             Err(error) => Ended::Refused(crate::chain(&error)),
         };
@@ -323,7 +331,9 @@ impl<'a> Run<'a> {
         let status = self.settle(round, report).await?;
         let survivors = survivors(&status, report, &self.names);
         let machine = status.machine;
-        let step = Step { round, act, ended, machine, survivors, took };
+        let fired = self.arms.newly_fired();
+        let fired_before = std::mem::take(&mut self.fired_before);
+        let step = Step { round, act, ended, machine, survivors, fired_before, fired, took };
         // What was lost by it comes after it.
         self.seen.events.insert(at, Event::Step(step));
         Ok(())
@@ -369,6 +379,18 @@ impl<'a> Run<'a> {
         }
     }
 
+    /// Device processes behind relays, or that one: they have to end, too.
+    fn behind_relays(&mut self, only: Option<usize>) -> Result<(), RunError> {
+        let mut behind = Processes::default();
+        for (device, process) in self.arms.behind_relays()? {
+            if only.is_none_or(|only| only == device) {
+                behind.add(&format!("device {device} behind its relay"), process);
+            }
+        }
+        self.processes.push(behind);
+        Ok(())
+    }
+
     fn is_lost(&self, device: usize, status: &Status) -> bool {
         of_name(status, self.names.get(device)).is_none_or(|now| {
             now.lost.is_some() || self.incarnations.get(device) != Some(&now.incarnation)
@@ -390,8 +412,9 @@ impl<'a> Run<'a> {
     async fn recover_from(&mut self, device: usize) -> Result<(), RunError> {
         let Some(name) = self.names.get(device).cloned() else { return Ok(()) };
         if self.plan.policy != Policy::Restart {
-            let removed = self.machine.remove_device(&name).await;
-            removed.map_err(cannot("remove a lost device"))?;
+            let what = "remove a lost device";
+            let removed = within(what, self.machine.remove_device(&name)).await?;
+            removed.map_err(cannot(what))?;
             self.arms.is_gone(device);
             self.removed.insert(device);
             self.to_remove.insert(device);
@@ -403,6 +426,7 @@ impl<'a> Run<'a> {
             match of_name(&status, Some(&name)) {
                 Some(now) if now.standing == DeviceStanding::Ready => {
                     self.processes.push(Processes::of(&status).only(&[&name]));
+                    self.behind_relays(Some(device))?;
                     break now.incarnation;
                 }
                 _ if Instant::now() > end => {
@@ -454,7 +478,8 @@ impl<'a> Run<'a> {
     }
 
     async fn status(&mut self) -> Result<Status, RunError> {
-        self.machine.status().await.map_err(cannot("ask for the status"))
+        let what = "ask for the status";
+        within(what, self.machine.status()).await?.map_err(cannot(what))
     }
 
     async fn machine(&mut self) -> Result<MachineState, RunError> {
@@ -463,10 +488,10 @@ impl<'a> Run<'a> {
 
     /// Ends the machine; nothing may be left of it.
     async fn end(mut self) -> Result<Observation, RunError> {
-        let ended = self.machine.shutdown_within(SHUTDOWN).await;
-        ended.map_err(cannot("shut the machine down"))?;
+        let what = "shut the machine down";
+        within(what, self.machine.shutdown_within(SHUTDOWN)).await?.map_err(cannot(what))?;
         drop(self.machine);
-        let end = Instant::now() + self.times.grace;
+        let end = Instant::now() + self.times.end;
         let left = |processes: &[Processes]| {
             let names = processes.iter().flat_map(Processes::left);
             names.map(str::to_owned).collect::<Vec<_>>()
@@ -486,6 +511,12 @@ fn of_name<'s>(status: &'s Status, name: Option<&String>) -> Option<&'s DeviceSt
 
 fn cannot(what: &'static str) -> impl FnOnce(MachineError) -> RunError {
     move |source| RunError::Machine { what, source }
+}
+
+/// What a call of the machine comes to; none may hang, whatever its devices do.
+async fn within<T>(what: impl Into<String>, call: impl Future<Output = T>) -> Result<T, RunError> {
+    let ended = tokio::time::timeout(HANG, call).await;
+    ended.map_err(|_| late(format!("the end of this: {}", what.into()), HANG))
 }
 
 fn late(what: String, limit: Duration) -> RunError {

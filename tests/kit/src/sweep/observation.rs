@@ -50,6 +50,10 @@ pub struct Step {
     pub machine: MachineState,
     /// Devices that count after it.
     pub survivors: Vec<Survivor>,
+    /// Faults of the plan, by their number from 0, that have fired between the step before and this one.
+    pub fired_before: BTreeSet<usize>,
+    /// Those that have fired in it.
+    pub fired: BTreeSet<usize>,
     /// How long it took.
     pub took: Duration,
 }

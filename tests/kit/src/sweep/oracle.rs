@@ -3,12 +3,14 @@
 //! - the outcome is the one that the [table](Expected) says for the fault; with several faults, one that
 //!   some of them explain;
 //! - all that survive are in one state, by the machine's status and by their own last answers;
-//! - each fault has fired: one that has not proves nothing;
+//! - each fault has fired, unless another one kept its device or the machine from getting there: one
+//!   that has not proves nothing;
 //! - nothing was written while the machine stood still, except by a liar, of whom it must be found;
 //! - everybody who is not faulty goes on working;
-//! - every call kept its deadline;
+//! - every call kept the deadlines in force, and a small grace;
 //! - no process is left.
 
+mod fired;
 #[cfg(test)]
 mod tests;
 
@@ -16,7 +18,7 @@ use super::Times;
 use super::expected::{Course, Expected, Seen, trim};
 use super::nature::{self, AFTER_LAST_ACK, Nature, Place, nature};
 use super::observation::{Act, Ended, Event, Observation, Step};
-use crate::plan::{Cause, Injection, Plan};
+use crate::plan::{Cause, Injection, Plan, PlanError};
 use standstill_protocol::fault::{Action, Fault};
 use standstill_protocol::migration::MigrationState;
 use standstill_protocol::transition::MachineState;
@@ -118,6 +120,34 @@ pub struct Judge {
 }
 
 impl Judge {
+    /// Whether something can be said of every fault of a plan.
+    ///
+    /// # Errors
+    ///
+    /// [`PlanError::Impossible`] names the first of which the table says nothing, or that it cannot be
+    /// under this policy.
+    pub fn accepts(&self, plan: &Plan) -> Result<(), PlanError> {
+        if let Some(hook) = plan.hooks.first() {
+            let why = "machines that are swept have no hooks; a test machine has";
+            return Err(PlanError::Impossible { fault: 1, what: hook.to_string(), why });
+        }
+        for (number, fault) in (1..).zip(&plan.faults) {
+            let why = match nature::place(&fault.cause) {
+                None => "pausing and resuming a machine never gets there",
+                Some(_) => match self.courses(plan, fault) {
+                    Err(_) => "the table of expected outcomes says nothing of it",
+                    Ok((_, courses)) if courses.is_empty() => {
+                        "the table of expected outcomes says that there is no such thing"
+                    }
+                    Ok(_) => continue,
+                },
+            };
+            let what = fault.cause.to_string();
+            return Err(PlanError::Impossible { fault: number, what, why });
+        }
+        Ok(())
+    }
+
     /// Checks everything about one run.
     #[must_use]
     pub fn violations(&self, plan: &Plan, seen: &Observation) -> Vec<Violation> {
@@ -128,7 +158,7 @@ impl Judge {
             self.in_time(plan, step, &mut found);
         }
         innocents(plan, seen, &mut found);
-        fired(plan, seen, &mut found);
+        self.fired(plan, seen, &mut found);
         self.late(plan, seen, &mut found);
         let idle = seen.idle.iter().map(|(round, what)| (*round, what.clone()));
         found.extend(idle.map(|(round, what)| Violation::Idle { round, what }));
@@ -179,7 +209,7 @@ impl Judge {
     }
 
     /// With several faults each end must be one that the table gives to one of those who were fenced,
-    /// or to one that refuses.
+    /// or to one that refuses; and none is Done in which something has happened that it excludes.
     fn several(
         &self,
         plan: &Plan,
@@ -202,7 +232,7 @@ impl Judge {
         for step in steps(seen) {
             let word = in_words(step);
             let explained = match word {
-                Seen::Done => true,
+                Seen::Done => self.may_be_done(plan, seen, step),
                 // Where all others are says the policy, whichever the fault.
                 Seen::DegradedRunning | Seen::DegradedStopped => {
                     self.degraded(plan, step.act) == Some(word) && known.iter().any(fences)
@@ -389,17 +419,6 @@ fn innocents(plan: &Plan, seen: &Observation, found: &mut Vec<Violation>) {
         let innocent = gone.difference(&guilty);
         found.extend(innocent.map(|&device| Violation::Innocent { round, device }));
     }
-}
-
-/// With several faults, one may keep another from happening; all of them cannot.
-fn fired(plan: &Plan, seen: &Observation, found: &mut Vec<Violation>) {
-    let has = |at: usize| seen.fired.get(at).copied().unwrap_or(false);
-    let any = (0..plan.faults.len()).any(has);
-    if any && principals(plan).len() > 1 {
-        return;
-    }
-    let unfired = (0..).zip(&plan.faults).filter(|(at, _)| !has(*at));
-    found.extend(unfired.map(|(_, fault)| Violation::Unfired(fault.clone())));
 }
 
 impl fmt::Display for Violation {

@@ -21,7 +21,9 @@ fn step(round: u32, act: Act, ended: Ended, machine: MachineState) -> Event {
     };
     let survivor = |device| Survivor { device, status: Some(state), answered: Some(state) };
     let survivors = (0..3).filter(|device| !gone.contains(device)).map(survivor).collect();
-    Event::Step(Step { round, act, ended, machine, survivors, took: Duration::from_millis(5) })
+    let (fired_before, fired) = (BTreeSet::new(), BTreeSet::new());
+    let took = Duration::from_millis(5);
+    Event::Step(Step { round, act, ended, machine, survivors, fired_before, fired, took })
 }
 
 fn done(round: u32) -> [Event; 2] {
@@ -155,15 +157,134 @@ fn a_fault_that_has_not_happened_is_found() {
 
 #[test]
 fn of_several_faults_one_may_keep_the_others_from_happening_and_not_all() {
-    let second = Fault::new(Point::Receipt(Phase::Start), Action::Abort);
-    let two = |fired| {
+    // Device 1 is lost in the first round, by the first fault.
+    let two = |device, round, second, fired| {
         found(|plan, seen| {
-            *plan = plan.clone().fault(2, second);
+            let cause = Cause::Inside(Fault::new(second, Action::Abort));
+            *plan = plan.clone().rounds(2).inject(Injection { device, round, cause });
             seen.fired = fired;
+            first(seen).fired = BTreeSet::from([0]);
         })
     };
-    assert_eq!(two(vec![true, false]), []);
-    assert_eq!(two(vec![false, false]).len(), 2);
+    let unfired = |violations: Vec<Violation>| {
+        let own = violations.iter().filter(|v| matches!(v, Violation::Unfired(_)));
+        own.count()
+    };
+    for point in [Point::Receipt(Phase::Start), Point::Shutdown, Point::Mmio, Point::Memory] {
+        for round in [1, 2] {
+            assert_eq!(two(1, round, point, vec![true, false]), [], "{point:?} {round}");
+        }
+        assert_eq!(unfired(two(1, 1, point, vec![false, false])), 2, "{point:?}");
+    }
+    // Nothing has kept device 2 from it, in the resume of the second round at the latest.
+    for point in [Point::Receipt(Phase::Start), Point::AfterAck(Phase::Stop), Point::Shutdown] {
+        assert_eq!(unfired(two(2, 1, point, vec![true, false])), 1, "{point:?}");
+    }
+    // Of one and the same device, what comes first has to happen; what comes later need not.
+    assert_eq!(two(1, 1, Point::BeforeAck(Phase::Stop), vec![true, false]), []);
+    // There was no declaration, and no resume in the first round.
+    assert_eq!(two(2, 1, Point::Memory, vec![true, false]), []);
+    let stopped = |seen: &Observation| {
+        unfired({
+            let (mut plan, _) = death();
+            plan = plan.outside(2, Moment::Stopped, OutsideAction::Kill);
+            judge().violations(&plan, seen)
+        })
+    };
+    let (_, mut seen) = death();
+    seen.fired = vec![true, false];
+    assert_eq!(stopped(&seen), 0);
+    first(&mut seen).machine = MachineState::Stopped;
+    assert_eq!(stopped(&seen), 1);
+}
+
+#[test]
+fn a_device_that_is_back_has_its_later_faults() {
+    let unfired = |policy| {
+        let violations = found(|plan, seen| {
+            let cause = Cause::Inside(Fault::new(Point::Receipt(Phase::Stop), Action::Abort));
+            *plan = plan.clone().policy(policy).rounds(2);
+            *plan = plan.clone().inject(Injection { device: 1, round: 2, cause });
+            seen.fired = vec![true, false];
+            first(seen).fired = BTreeSet::from([0]);
+        });
+        violations.iter().any(|violation| matches!(violation, Violation::Unfired(_)))
+    };
+    assert!(unfired(Policy::Restart));
+    assert!(!unfired(Policy::Rollback));
+}
+
+#[test]
+fn with_several_faults_none_is_done_in_which_one_was_silent_or_refused() {
+    let pause = |action, policy| {
+        found(|plan, seen| {
+            let fault = Fault::new(Point::Receipt(Phase::Stop), action);
+            *plan = Plan::new(3).policy(policy).fault(1, fault);
+            *plan = plan.clone().fault(2, Fault::new(Point::Mmio, Action::DelayMs(1)));
+            seen.fired = vec![true, true];
+            seen.events = [done(1), done(2)].concat();
+            first(seen).fired = BTreeSet::from([0, 1]);
+        })
+    };
+    for action in [Action::NoAck, Action::Spin, Action::Abort, Action::Refuse(5)] {
+        for policy in [Policy::Rollback, Policy::StayStopped, Policy::ContinueWithout] {
+            let violations = pause(action, policy);
+            assert!(
+                matches!(violations[..], [Violation::Unexplained { ended: Ended::Done, .. }]),
+                "{action:?} {policy}: {violations:?}"
+            );
+        }
+    }
+    assert_eq!(pause(Action::DelayMs(5), Policy::Rollback), []);
+    // It is started again, and has its fault on the way into the machine: that is none of the pause.
+    let between = found(|plan, seen| {
+        *plan = Plan::new(3).policy(Policy::Restart);
+        for action in [OutsideAction::Merge, OutsideAction::Corrupt] {
+            *plan = plan.clone().outside(1, Moment::Answer(Phase::Stop), action);
+        }
+        seen.fired = vec![true, true];
+        if let Event::Step(pause) = &mut seen.events[1] {
+            pause.fired_before = BTreeSet::from([0]);
+        }
+    });
+    assert_eq!(between, []);
+    // A device that stands before the pause cannot take part in it; one that is lost before, need not.
+    let stands = |lost: bool| {
+        found(|plan, seen| {
+            *plan = Plan::new(3).outside(1, Moment::Running, OutsideAction::StopMs(0));
+            *plan = plan.clone().outside(1, Moment::Running, OutsideAction::Kill);
+            seen.fired = vec![true, true];
+            seen.events = [done(1), done(2)].concat();
+            first(seen).fired_before = BTreeSet::from([0, 1]);
+            if lost {
+                seen.events.insert(0, Event::Lost { round: 1, device: 1 });
+            }
+        })
+    };
+    assert!(matches!(stands(false)[..], [Violation::Unexplained { .. }]));
+    assert_eq!(stands(true), []);
+}
+
+#[test]
+fn what_the_table_says_nothing_of_is_refused() {
+    let refused = |plan: &Plan| judge().accepts(plan).unwrap_err().to_string();
+    for point in [Point::Hello, Point::Query, Point::Saving, Point::Loading] {
+        let text = refused(&fault(point, Action::Abort));
+        assert!(text.contains("never gets there"), "{text}");
+    }
+    let swap = Plan::new(3).outside(1, Moment::Command(Phase::Stop), OutsideAction::Swap);
+    let text = refused(&swap);
+    assert!(text.contains("packet after the next") && text.contains("says nothing"), "{text}");
+    let coordinator = Plan::new(3).outside(1, Moment::Running, OutsideAction::KillCoordinator);
+    assert!(refused(&coordinator).contains("SIGKILL for the coordinator"));
+    let hook = Plan::new(3).hook(
+        crate::plan::Place::Before,
+        crate::Call::Stop,
+        crate::plan::HookAction::Fail,
+    );
+    assert!(refused(&hook).contains("no hooks"));
+    judge().accepts(&death().0).unwrap();
+    judge().accepts(&lie().0).unwrap();
 }
 
 #[test]
