@@ -44,7 +44,7 @@ pub use engine::{RunError, run};
 pub use expected::{Course, Expected, Seen, TableError};
 pub use observation::Observation;
 pub use oracle::{Judge, Violation};
-pub use programs::DevicePrograms;
+pub use programs::{DevicePrograms, Driven};
 pub use subject::{Access, Look, Rig, RigError, Subject};
 pub use tally::{Ends, Tally};
 

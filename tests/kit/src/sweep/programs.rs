@@ -9,7 +9,7 @@ use std::collections::BTreeSet;
 use std::fs::File;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io::{Seek, SeekFrom, Write};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -18,20 +18,35 @@ use vfio_user::Client;
 
 /// Makes the description of a device out of its number and the path of its data socket.
 type Describe = dyn Fn(u16, &Path) -> DeviceSpec + Send + Sync;
-
-/// Size of guest RAM in bytes.
-const RAM: u64 = 1 << 20;
+/// Sets a device to work, or sees that it works.
+type Drive = dyn Fn(Driven<'_>) -> Result<(), RigError> + Send + Sync;
 
 /// Machines of any device programs.
 ///
 /// Each has a megabyte of guest RAM, declared to all devices and looked at while the machine stands.
 /// What devices show with their answers is compared: counters must not move and memory must be the same
-/// while they stand. A vfio-user client is connected to each device if a [register](Self::register) is
-/// named that can be read.
+/// while they stand. A vfio-user client is connected to each device, and all guest RAM mapped for its
+/// DMA, if a [register](Self::register) is named that can be read, or if the devices are
+/// [driven](Self::traffic).
+///
+/// Without traffic nobody writes to guest RAM, and only what devices show themselves can give a liar
+/// away.
 #[derive(Clone)]
 pub struct DevicePrograms {
     describe: Arc<Describe>,
     register: Option<(u32, u64)>,
+    drive: Option<Arc<Drive>>,
+}
+
+/// One device that is to work.
+pub struct Driven<'a> {
+    /// Its number, from 0.
+    pub device: u16,
+    /// A client of it.
+    pub client: &'a mut Client,
+    /// Guest RAM of [`DevicePrograms::RAM`] bytes, the same for all devices; for DMA it begins at the
+    /// address 0.
+    pub ram: &'a File,
 }
 
 impl std::fmt::Debug for DevicePrograms {
@@ -41,10 +56,13 @@ impl std::fmt::Debug for DevicePrograms {
 }
 
 impl DevicePrograms {
+    /// Size of guest RAM in bytes.
+    pub const RAM: u64 = 1 << 20;
+
     /// Machines of the devices that this describes: their number, from 0, and a path at which their
     /// data socket can be. Names must be unique in a machine.
     pub fn new(describe: impl Fn(u16, &Path) -> DeviceSpec + Send + Sync + 'static) -> Self {
-        Self { describe: Arc::new(describe), register: None }
+        Self { describe: Arc::new(describe), register: None, drive: None }
     }
 
     /// A 32-bit register of each device, which can be read without any harm at any time: the sign that
@@ -54,6 +72,19 @@ impl DevicePrograms {
         self.register = Some((bar, offset));
         self
     }
+
+    /// How a device is made to work: this is called for each one that should, while the machine runs,
+    /// after it was connected to and after every pause and resume. It sets a device to work that does
+    /// not, so that it writes to guest RAM again and again from then on, and returns an error if it
+    /// cannot; that the device does not work is told then.
+    #[must_use]
+    pub fn traffic(
+        mut self,
+        drive: impl Fn(Driven<'_>) -> Result<(), RigError> + Send + Sync + 'static,
+    ) -> Self {
+        self.drive = Some(Arc::new(drive));
+        self
+    }
 }
 
 impl Subject for DevicePrograms {
@@ -61,15 +92,13 @@ impl Subject for DevicePrograms {
         // The path of a socket has 107 bytes at most, whatever TMPDIR says.
         let folder = tempfile::Builder::new().prefix("faults-").tempdir_in("/tmp")?;
         let mut ram = File::from(memfd_create("guest-ram", MemfdFlags::CLOEXEC)?);
-        ram.set_len(RAM)?;
+        ram.set_len(Self::RAM)?;
         ram.seek(SeekFrom::Start(0))?;
         ram.write_all(&[0x5a; 4096])?;
         let sockets = (0..devices).map(|number| folder.path().join(format!("device{number}.sock")));
         let devices = sockets.map(|socket| Device { socket, client: None, gone: false }).collect();
-        let Self { describe, register } = self.clone();
         let rig = DeviceProgramsRig {
-            describe,
-            register,
+            programs: self.clone(),
             ram,
             devices,
             looks: Vec::new(),
@@ -87,8 +116,7 @@ struct Device {
 }
 
 struct DeviceProgramsRig {
-    describe: Arc<Describe>,
-    register: Option<(u32, u64)>,
+    programs: DevicePrograms,
     ram: File,
     devices: Vec<Device>,
     /// Hashes of guest RAM.
@@ -99,18 +127,35 @@ struct DeviceProgramsRig {
 
 impl DeviceProgramsRig {
     fn connect_to(&mut self, number: usize) -> Result<(), RigError> {
-        if self.register.is_none() {
+        let DevicePrograms { register, drive, .. } = &self.programs;
+        if register.is_none() && drive.is_none() {
             return Ok(());
         }
         let device = self.devices.get_mut(number).ok_or("no such device")?;
-        device.client = Some(Arc::new(Mutex::new(Client::new(&device.socket)?)));
+        let mut client = Client::new(&device.socket)?;
+        client.dma_map(0, 0, DevicePrograms::RAM, self.ram.as_raw_fd())?;
+        device.client = Some(Arc::new(Mutex::new(client)));
         Ok(())
+    }
+
+    /// Sets a device to work, and sees that it serves its client.
+    fn drive(&self, number: usize) -> Result<(), RigError> {
+        let DevicePrograms { register, drive, .. } = &self.programs;
+        let client = self.devices.get(number).and_then(|device| device.client.as_ref());
+        let client = client.ok_or("it has no client")?;
+        if let Some(register) = register {
+            read(client, *register)?;
+        }
+        let Some(drive) = drive else { return Ok(()) };
+        let mut client = client.lock().unwrap_or_else(PoisonError::into_inner);
+        drive(Driven { device: number.try_into()?, client: &mut client, ram: &self.ram })
     }
 }
 
 impl Rig for DeviceProgramsRig {
     fn devices(&self) -> Result<Vec<DeviceSpec>, RigError> {
-        let describe = |(number, device): (u16, &Device)| (self.describe)(number, &device.socket);
+        let describe =
+            |(number, device): (u16, &Device)| (self.programs.describe)(number, &device.socket);
         Ok((0..).zip(&self.devices).map(describe).collect())
     }
 
@@ -133,20 +178,19 @@ impl Rig for DeviceProgramsRig {
     }
 
     fn traffic(&mut self, devices: &BTreeSet<usize>) -> Result<Vec<String>, RigError> {
-        let Some(register) = self.register else { return Ok(Vec::new()) };
-        let mut idle = Vec::new();
-        for &number in devices {
-            let client = self.devices.get(number).and_then(|device| device.client.clone());
-            let client = client.ok_or("a device has no client")?;
-            if let Err(error) = read(&client, register) {
-                idle.push(format!("device {number} does not serve its client: {error}"));
-            }
+        let DevicePrograms { register, drive, .. } = &self.programs;
+        if register.is_none() && drive.is_none() {
+            return Ok(Vec::new());
         }
-        Ok(idle)
+        let idle = |&number: &usize| {
+            let error = self.drive(number).err()?;
+            Some(format!("device {number} does not work: {error}"))
+        };
+        Ok(devices.iter().filter_map(idle).collect())
     }
 
     fn access(&mut self, device: usize) -> Option<super::Access> {
-        let (register, device) = (self.register?, self.devices.get(device)?);
+        let (register, device) = (self.programs.register?, self.devices.get(device)?);
         let client = device.client.clone()?;
         Some(Box::new(move || read(&client, register)))
     }
@@ -155,7 +199,7 @@ impl Rig for DeviceProgramsRig {
         if moment == Look::AfterStop {
             self.looks.clear();
         }
-        let mut bytes = vec![0; usize::try_from(RAM)?];
+        let mut bytes = vec![0; usize::try_from(DevicePrograms::RAM)?];
         self.ram.read_exact_at(&mut bytes, 0)?;
         let mut hasher = DefaultHasher::new();
         bytes.hash(&mut hasher);
