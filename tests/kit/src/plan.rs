@@ -156,6 +156,10 @@ pub enum OutsideAction {
     DelayMs(u32),
     /// It is not delivered at all.
     Drop,
+    /// It is delivered once it is let go ([`Relay::let_go`](crate::outside::Relay::let_go)), or its sender
+    /// has ended; and so is all that follows. In a plan it is let go once everybody is lost who has a fault
+    /// after an answer to the same phase.
+    Hold,
     /// It is delivered twice.
     Duplicate,
     /// A byte of it is changed, such that it is no message any more.
@@ -438,6 +442,7 @@ impl OutsideAction {
             | Self::KillCoordinator
             | Self::StopCoordinatorMs(_) => false,
             Self::DelayMs(_)
+            | Self::Hold
             | Self::Drop
             | Self::Duplicate
             | Self::Corrupt
@@ -508,6 +513,7 @@ impl fmt::Display for OutsideAction {
             Self::StopMs(0) => f.write_str("SIGSTOP"),
             Self::StopMs(ms) => write!(f, "SIGSTOP for {ms} ms"),
             Self::DelayMs(ms) => write!(f, "packet {ms} ms late"),
+            Self::Hold => f.write_str("packet held back"),
             Self::Drop => f.write_str("packet lost"),
             Self::Duplicate => f.write_str("packet twice"),
             Self::Corrupt => f.write_str("packet corrupted"),

@@ -106,6 +106,8 @@ pub(crate) struct Order {
     pub(crate) action: OutsideAction,
     /// Who has armed it: a coordinator of that process number is spared.
     pub(crate) owner: u32,
+    /// A packet that it holds back is let go.
+    pub(crate) let_go: bool,
 }
 
 /// What a test has of a relay. Copies of it are the same relay; with the last one its files go.
@@ -175,12 +177,31 @@ impl Relay {
             return Err(RelayError::Oneself { action });
         }
         let mut orders = self.orders.lock().unwrap_or_else(PoisonError::into_inner);
-        orders.push(Order { moment, nth, action, owner });
-        let (path, new) = (self.path(ORDERS), self.path("orders.new"));
-        let text = serde_json::to_vec(&*orders)?;
-        let written = std::fs::write(&new, text).and_then(|()| std::fs::rename(&new, &path));
-        written.map_err(|source| RelayError::Io { path, source })?;
+        orders.push(Order { moment, nth, action, owner, let_go: false });
+        self.write(&orders)?;
         Ok(u32::try_from(orders.len() - 1).unwrap_or(u32::MAX))
+    }
+
+    /// Lets packets go that [`Hold`](OutsideAction::Hold) of that index holds back, or would.
+    ///
+    /// # Errors
+    ///
+    /// [`RelayError::Io`].
+    pub fn let_go(&self, index: u32) -> Result<(), RelayError> {
+        let mut orders = self.orders.lock().unwrap_or_else(PoisonError::into_inner);
+        let order = usize::try_from(index).ok().and_then(|index| orders.get_mut(index));
+        if let Some(order) = order {
+            order.let_go = true;
+        }
+        self.write(&orders)
+    }
+
+    /// Writes down what is armed; the relay is told by the change.
+    fn write(&self, orders: &[Order]) -> Result<(), RelayError> {
+        let (path, new) = (self.path(ORDERS), self.path("orders.new"));
+        let text = serde_json::to_vec(orders)?;
+        let written = std::fs::write(&new, text).and_then(|()| std::fs::rename(&new, &path));
+        written.map_err(|source| RelayError::Io { path, source })
     }
 
     /// What has happened so far, in that order.

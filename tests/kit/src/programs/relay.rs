@@ -84,6 +84,7 @@ enum Later {
 /// What is to be done to a packet.
 struct Done {
     delay: Duration,
+    held_by: Option<usize>,
     fate: Fate,
     cut: bool,
 }
@@ -197,18 +198,24 @@ impl Relay {
     ) -> Result<(), Error> {
         let orders = moment.map(|moment| self.orders.due(moment)).transpose()?;
         let coordinator = Rc::clone(&session.coordinator);
-        let Done { delay, fate, cut } = self.act(orders.unwrap_or_default(), &coordinator)?;
+        let Done { delay, held_by, fate, cut } =
+            self.act(orders.unwrap_or_default(), &coordinator)?;
         if cut {
             session.cut();
             return Ok(());
         }
-        session.push(way, packet, fate, delay)
+        session.push(way, packet, fate, delay, held_by)
     }
 
     /// Does what is done to processes; says what is to be done to the packet and the channel.
-    fn act(&mut self, orders: Vec<Order>, coordinator: &Rc<Coordinator>) -> Result<Done, Error> {
-        let mut done = Done { delay: Duration::ZERO, fate: Fate::Deliver, cut: false };
-        for Order { action, owner, .. } in orders {
+    fn act(
+        &mut self,
+        orders: Vec<(usize, Order)>,
+        coordinator: &Rc<Coordinator>,
+    ) -> Result<Done, Error> {
+        let mut done =
+            Done { delay: Duration::ZERO, held_by: None, fate: Fate::Deliver, cut: false };
+        for (index, Order { action, owner, let_go, .. }) in orders {
             if action.hits_the_coordinator() && u32::try_from(coordinator.pid()) == Ok(owner) {
                 return Err(
                     "the coordinator is the test itself, and not a process of its own".into()
@@ -227,6 +234,7 @@ impl Relay {
                     self.later(ms, Later::ContinueCoordinator(Rc::clone(coordinator)));
                 }
                 OutsideAction::DelayMs(ms) => done.delay += Duration::from_millis(ms.into()),
+                OutsideAction::Hold => done.held_by = (!let_go).then_some(index).or(done.held_by),
                 OutsideAction::Drop => done.fate = Fate::Drop,
                 OutsideAction::Duplicate => done.fate = Fate::Twice,
                 // The first byte behind the header: which message it is.
@@ -257,6 +265,9 @@ impl Relay {
             if self.act(at_once, &coordinator)?.cut {
                 self.sessions.iter_mut().for_each(Session::cut);
             }
+        }
+        for order in self.orders.let_go() {
+            self.sessions.iter_mut().for_each(|session| session.let_go(order));
         }
         let now = Instant::now();
         while let Some(at) = self.later.iter().position(|(due, _)| *due <= now) {

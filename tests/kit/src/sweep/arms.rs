@@ -14,7 +14,7 @@ use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 /// How long a device may take to say that it is armed, or to get where it always gets.
-const PATIENCE: Duration = Duration::from_secs(20);
+pub(super) const PATIENCE: Duration = Duration::from_secs(20);
 
 /// A moment at which something is done from outside without a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,6 +47,8 @@ struct Armed {
     over: bool,
     /// Its number in the journal of the relay.
     order: Option<u32>,
+    /// The devices that have to be lost before the answer is let go that it holds back.
+    holds_for: BTreeSet<usize>,
 }
 
 impl Arms {
@@ -62,6 +64,11 @@ impl Arms {
             armed: false,
             over: false,
             order: None,
+            holds_for: {
+                let others = plan.faults.iter();
+                let others = others.filter(|other| nature::holds_others_back(injection, other));
+                others.map(|other| other.device.into()).collect()
+            },
         };
         Self {
             faults: plan.faults.iter().map(armed).collect(),
@@ -94,6 +101,9 @@ impl Arms {
             let Some((moment, action)) = fault.moment() else { continue };
             let Some(relay) = self.relays.get(&fault.device) else { continue };
             let order = relay.arm(moment, 1, action).map_err(failed(fault.device))?;
+            if action == OutsideAction::Hold && fault.holds_for.is_empty() {
+                relay.let_go(order).map_err(failed(fault.device))?;
+            }
             (fault.order, fault.armed) = (Some(order), true);
         }
         self.arm_devices(machine, names, round).await
@@ -278,6 +288,25 @@ impl Arms {
             let due = fault.armed && !fault.fired && inside.nth <= 1 && acked && !hung;
             due.then(|| format!("this happens to device {device}: {cause}"))
         })
+    }
+
+    /// Whether an answer is held back, or would be, for the sake of another device's fault.
+    pub(super) fn holds(&self) -> bool {
+        self.faults.iter().any(|fault| fault.order.is_some() && !fault.holds_for.is_empty())
+    }
+
+    /// Lets answers go that need not be held back any more, since those are lost for whom they are.
+    pub(super) fn let_go(&mut self, is_lost: impl Fn(usize) -> bool) -> Result<(), RunError> {
+        for fault in self.faults.iter_mut().filter(|fault| !fault.holds_for.is_empty()) {
+            let (Some(order), Some(relay)) = (fault.order, self.relays.get(&fault.device)) else {
+                continue;
+            };
+            fault.holds_for.retain(|&device| !is_lost(device));
+            if fault.holds_for.is_empty() {
+                relay.let_go(order).map_err(failed(fault.device))?;
+            }
+        }
+        Ok(())
     }
 
     /// The processes behind relays, which the coordinator does not know.

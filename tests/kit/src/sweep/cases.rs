@@ -91,7 +91,7 @@ pub fn outside(times: &Times) -> Vec<Cause> {
 }
 
 /// A plan of that one fault. A fault after an answer, of which it matters whether others have still to
-/// answer, is made to come before they have.
+/// answer, is made to come before they have: another answer is held back until the device is lost.
 #[must_use]
 pub fn plan(cause: &Cause, device: u16, devices: u16, policy: Policy, times: &Times) -> Plan {
     let injection = Injection { device, round: 1, cause: cause.clone() };
@@ -106,15 +106,7 @@ pub fn plan(cause: &Cause, device: u16, devices: u16, policy: Policy, times: &Ti
     if devices < 2 || nature(cause, times) != Nature::Ends {
         return plan;
     }
-    let held = Fault::new(Point::BeforeAck(phase), Action::DelayMs(held_ms(times)));
-    plan.fault((device + 1) % devices, held)
-}
-
-/// How long somebody else's answer is held back, in milliseconds, so that a fault after an answer comes
-/// before the last answer: as long as a device may be late that is not to miss its deadline.
-fn held_ms(times: &Times) -> u32 {
-    let short = u32::try_from(times.short.as_millis()).unwrap_or(u32::MAX);
-    short - short / 10
+    plan.outside((device + 1) % devices, Moment::Answer(phase), OutsideAction::Hold)
 }
 
 /// Every fault, in every phase, on every device, each once: one device under `rollback`, the next one

@@ -1,7 +1,7 @@
 //! Runs one plan on one machine, and writes down what is seen.
 
 use super::Times;
-use super::arms::{Arms, Moments};
+use super::arms::{self, Arms, Moments};
 use super::nature::{self, Nature, nature};
 use super::observation::{Act, Ended, Event, Observation, Step, survivors};
 use super::oracle::principals;
@@ -293,7 +293,13 @@ impl<'a> Run<'a> {
                 }),
             }
         };
-        let ended = within(format!("the {act} of round {round}"), call).await?;
+        let call = within(format!("the {act} of round {round}"), call);
+        let held = held_back(&self.machine, &mut self.arms, &self.names, &self.incarnations);
+        let ended = tokio::select! {
+            biased;
+            ended = call => ended?,
+            failed = held => return Err(failed),
+        };
         let took = began.elapsed();
         let report = match &ended {
             Ok(report) | Err(MachineError::Transition(report)) => Some(Arc::clone(report)),
@@ -392,9 +398,7 @@ impl<'a> Run<'a> {
     }
 
     fn is_lost(&self, device: usize, status: &Status) -> bool {
-        of_name(status, self.names.get(device)).is_none_or(|now| {
-            now.lost.is_some() || self.incarnations.get(device) != Some(&now.incarnation)
-        })
+        is_lost(device, status, &self.names, &self.incarnations)
     }
 
     /// What an owner does about devices that are lost: removes them, or waits until they are back. That
@@ -503,6 +507,37 @@ impl<'a> Run<'a> {
         self.seen.fired = self.arms.fired();
         Ok(self.seen)
     }
+}
+
+/// Lets answers go that are held back until others are lost, as those are; ends only if that fails.
+async fn held_back(
+    machine: &Machine,
+    arms: &mut Arms,
+    names: &[String],
+    incarnations: &[u64],
+) -> RunError {
+    let end = Instant::now() + arms::PATIENCE;
+    loop {
+        if !arms.holds() {
+            return std::future::pending().await;
+        }
+        let status = match machine.status().await {
+            Ok(status) => status,
+            Err(error) => return cannot("ask for the status")(error),
+        };
+        let is_lost = |device: usize| is_lost(device, &status, names, incarnations);
+        // What does not come is judged by how the step ends.
+        let too_late = Instant::now() > end;
+        if let Err(error) = arms.let_go(|device| too_late || is_lost(device)) {
+            return error;
+        }
+        tokio::time::sleep(INTERVAL).await;
+    }
+}
+
+fn is_lost(device: usize, status: &Status, names: &[String], incarnations: &[u64]) -> bool {
+    of_name(status, names.get(device))
+        .is_none_or(|now| now.lost.is_some() || incarnations.get(device) != Some(&now.incarnation))
 }
 
 fn of_name<'s>(status: &'s Status, name: Option<&String>) -> Option<&'s DeviceStatus> {

@@ -74,7 +74,8 @@ pub fn nature(cause: &Cause, times: &Times) -> Nature {
             OutsideAction::StopMs(ms) | OutsideAction::DelayMs(ms) => late(ms),
             // The next packet from a device is a sign of life, which comes soon; to it, nobody knows.
             OutsideAction::Swap if matches!(outside.moment, Moment::Command(_)) => Nature::Silent,
-            OutsideAction::Duplicate
+            OutsideAction::Hold
+            | OutsideAction::Duplicate
             | OutsideAction::Swap
             | OutsideAction::Limit(_)
             | OutsideAction::KillCoordinator
@@ -122,6 +123,7 @@ pub fn word(cause: &Cause, times: &Times) -> &'static str {
             OutsideAction::StopMs(0) => "sigstop",
             OutsideAction::StopMs(ms) => delay(ms, "short-sigstop", "long-sigstop"),
             OutsideAction::DelayMs(ms) => delay(ms, "late-packet", "too-late-packet"),
+            OutsideAction::Hold => "hold",
             OutsideAction::Drop => "drop",
             OutsideAction::Duplicate => "duplicate",
             OutsideAction::Corrupt => "corrupt",
@@ -149,6 +151,8 @@ pub struct Place {
 
 /// The row place of faults after an ack that was the last one of its phase.
 pub(super) const AFTER_LAST_ACK: &str = "after-last-ack";
+/// The row place of what is done with an answer under way that is the last one of its phase.
+pub(super) const LAST_ANSWER: &str = "last-answer";
 
 /// Where a fault stands; `None` if pausing and resuming a machine never gets there.
 #[must_use]
@@ -194,22 +198,20 @@ pub(super) fn others_are_held(fault: &Injection, all: &[Injection]) -> bool {
     all.iter().any(|other| holds_others_back(other, fault))
 }
 
-/// Whether `delay` is there for the sake of `fault`: see [`others_are_held`].
-pub(super) fn holds_others_back(delay: &Injection, fault: &Injection) -> bool {
+/// Whether `hold` is there for the sake of `fault`: see [`others_are_held`].
+pub(super) fn holds_others_back(hold: &Injection, fault: &Injection) -> bool {
     let phase = match &fault.cause {
         Cause::Inside(fault) => match fault.point {
             Point::AfterAck(phase) => phase,
             _ => return false,
         },
         Cause::Outside(outside) => match outside.moment {
-            Moment::Answer(phase) => phase,
+            Moment::Answer(phase) if outside.action != OutsideAction::Hold => phase,
             _ => return false,
         },
     };
-    let Cause::Inside(held) = &delay.cause else { return false };
-    (delay.round, held.point) == (fault.round, Point::BeforeAck(phase))
-        && delay.device != fault.device
-        && matches!(held.action, Action::DelayMs(_))
+    let held = Outside { moment: Moment::Answer(phase), action: OutsideAction::Hold };
+    (hold.round, &hold.cause) == (fault.round, &Cause::Outside(held)) && hold.device != fault.device
 }
 
 /// Whether a device that has this fault, and is not lost by it, can be expected to go on working.

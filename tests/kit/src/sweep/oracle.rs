@@ -16,7 +16,7 @@ mod tests;
 
 use super::Times;
 use super::expected::{Course, Expected, Seen, trim};
-use super::nature::{self, AFTER_LAST_ACK, Nature, Place, nature};
+use super::nature::{self, AFTER_LAST_ACK, LAST_ANSWER, Nature, Place, nature};
 use super::observation::{Act, Ended, Event, Observation, Step};
 use crate::plan::{Cause, Injection, Plan, PlanError};
 use standstill_protocol::fault::{Action, Fault};
@@ -131,7 +131,8 @@ impl Judge {
             let why = "machines that are swept have no hooks; a test machine has";
             return Err(PlanError::Impossible { fault: 1, what: hook.to_string(), why });
         }
-        for (number, fault) in (1..).zip(&plan.faults) {
+        let principals = principals(plan);
+        for (number, fault) in (1..).zip(&plan.faults).filter(|(_, f)| principals.contains(f)) {
             let why = match nature::place(&fault.cause) {
                 None => "pausing and resuming a machine never gets there",
                 Some(_) => match self.courses(plan, fault) {
@@ -181,9 +182,14 @@ impl Judge {
         let place = nature::place(&fault.cause).ok_or_else(missing)?;
         let at = |place| self.expected.courses(plan.policy, word, place).map(<[Course]>::to_vec);
         let mut courses = at(place).ok_or_else(missing)?;
-        if place.row == "after-ack" && !nature::others_are_held(fault, &plan.faults) {
-            let last = Place { row: AFTER_LAST_ACK, ..place };
-            courses.extend(at(last).ok_or_else(missing)?);
+        if !nature::others_are_held(fault, &plan.faults) {
+            let last = |row| at(Place { row, ..place });
+            match place.row {
+                "after-ack" => courses.extend(last(AFTER_LAST_ACK).ok_or_else(missing)?),
+                // Only where that makes a difference.
+                "answer" => courses.extend(last(LAST_ANSWER).unwrap_or_default()),
+                _ => {}
+            }
         }
         Ok((place, courses))
     }

@@ -14,6 +14,7 @@ use standstill_protocol::transition::{Loss, MachineState};
 use standstill_testkit::outside::Relay;
 use standstill_testkit::plan::{Moment, OutsideAction, PacketKind};
 use standstill_testkit::{Packet, Processes, Script, Step, Trace, What, within};
+use std::cell::Cell;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -201,6 +202,41 @@ async fn what_comes_twice_late_or_in_another_order_changes_nothing() {
             assert_eq!(count, round, "{armed:?} in round {round}");
         }
     }
+}
+
+#[tokio::test]
+async fn an_answer_is_held_back_until_it_is_let_go() {
+    let trace = Trace::new().unwrap();
+    let relay = Relay::new().unwrap();
+    let builder = MachineBuilder::new("vm")
+        .deadlines(deadlines())
+        .heartbeat(Duration::from_millis(20))
+        .device(honest("d0", &trace))
+        .device(relay.wrap(honest("d1", &trace)).unwrap());
+    let machine = within(LONG, "start", builder.start()).await.unwrap();
+    let index = relay.arm(Moment::Answer(Phase::Stop), 1, OutsideAction::Hold).unwrap();
+    let ended = Cell::new(false);
+    let paused = async {
+        let report = pause(&machine).await;
+        ended.set(true);
+        report
+    };
+    let let_go = async {
+        relay.until_fired(index).await;
+        // It would be there long ago.
+        let signs = relay.arm(Moment::Packet(PacketKind::Heartbeat), 2, OutsideAction::Duplicate);
+        relay.until_fired(signs.unwrap()).await;
+        assert!(!ended.get(), "a pause that has not all its answers");
+        relay.let_go(index).unwrap();
+    };
+    let (report, ()) = tokio::join!(paused, let_go);
+    assert_eq!(report.unwrap().outcome, Outcome::Done);
+    // One that is let go before it comes is not held back at all.
+    let index = relay.arm(Moment::Answer(Phase::Start), 1, OutsideAction::Hold).unwrap();
+    relay.let_go(index).unwrap();
+    let report = within(LONG, "resume", machine.resume()).await.unwrap();
+    assert_eq!(report.outcome, Outcome::Done, "{report}");
+    assert_eq!(relay.fired().unwrap().last().unwrap().index, index);
 }
 
 #[tokio::test]

@@ -21,11 +21,19 @@ pub(super) enum Fate {
     Swap,
 }
 
+/// A packet that waits to be delivered.
+struct Waiting {
+    /// Not before.
+    due: Instant,
+    /// The order by which it is held back until it is let go.
+    held_by: Option<usize>,
+    packet: Packet,
+}
+
 /// Packets that go one way.
 #[derive(Default)]
 pub(super) struct Lane {
-    /// Each with the time before which it is not delivered.
-    queue: VecDeque<(Instant, Packet)>,
+    queue: VecDeque<Waiting>,
     /// Waits for the next one.
     held: Option<(Fate, Packet)>,
     /// No more will come.
@@ -33,12 +41,14 @@ pub(super) struct Lane {
 }
 
 impl Lane {
-    /// Takes a packet in, which is delivered after that time at the earliest, as all that follow.
+    /// Takes a packet in, which is delivered after that time at the earliest and once it is let go, as
+    /// all that follow.
     pub(super) fn push(
         &mut self,
         mut packet: Packet,
         fate: Fate,
         delay: Duration,
+        held_by: Option<usize>,
     ) -> Result<(), Error> {
         let mut after = None;
         match self.held.take() {
@@ -47,7 +57,7 @@ impl Lane {
             None => {}
         }
         let due = Instant::now() + delay;
-        let mut deliver = |packet| self.queue.push_back((due, packet));
+        let mut deliver = |packet| self.queue.push_back(Waiting { due, held_by, packet });
         match fate {
             Fate::Deliver => deliver(packet),
             Fate::Drop => {}
@@ -63,7 +73,7 @@ impl Lane {
             Fate::Merge | Fate::Swap => self.held = Some((fate, packet)),
         }
         if let Some(after) = after {
-            self.queue.push_back((due, after));
+            self.queue.push_back(Waiting { due, held_by, packet: after });
         }
         Ok(())
     }
@@ -78,18 +88,30 @@ impl Lane {
         self.ended && self.queue.is_empty()
     }
 
-    /// When the next one is due, if one waits.
+    /// When the next one is due, if one waits for nothing but a time.
     pub(super) fn due(&self) -> Option<Instant> {
-        self.queue.front().map(|(due, _)| *due)
+        let next = self.queue.front().filter(|next| self.is_let_go(next));
+        next.map(|next| next.due)
+    }
+
+    /// What nobody sends after can be held back no more: its end is to be seen.
+    fn is_let_go(&self, waiting: &Waiting) -> bool {
+        waiting.held_by.is_none() || self.ended
+    }
+
+    /// Lets go what is held back by that order.
+    pub(super) fn let_go(&mut self, order: usize) {
+        let held = self.queue.iter_mut().filter(|waiting| waiting.held_by == Some(order));
+        held.for_each(|waiting| waiting.held_by = None);
     }
 
     /// Delivers what is due. False if there is no receiver any more.
     pub(super) fn deliver(&mut self, to: BorrowedFd<'_>) -> Result<bool, Error> {
-        while let Some((due, packet)) = self.queue.front() {
-            if Instant::now() < *due {
+        while let Some(next) = self.queue.front() {
+            if !self.is_let_go(next) || Instant::now() < next.due {
                 break;
             }
-            match packet.send(to)? {
+            match next.packet.send(to)? {
                 Sent::Whole | Sent::Lost => drop(self.queue.pop_front()),
                 Sent::Later => break,
                 Sent::Gone => return Ok(false),

@@ -56,18 +56,25 @@ impl Orders {
     }
 
     /// What is to be done without a packet, in order.
-    pub(super) fn due_at_once(&mut self) -> Result<Vec<Order>, Error> {
+    pub(super) fn due_at_once(&mut self) -> Result<Vec<(usize, Order)>, Error> {
         // What has changed is seen in the file itself.
         while matches!(rustix::io::read(&self.watch, &mut [0; 4096]), Ok(1..)) {}
         self.take(|moment| matches!(moment, Moment::Running | Moment::Stopped))
     }
 
     /// What is to be done at this moment, in order. It is written down before it is done.
-    pub(super) fn due(&mut self, moment: Moment) -> Result<Vec<Order>, Error> {
+    pub(super) fn due(&mut self, moment: Moment) -> Result<Vec<(usize, Order)>, Error> {
         self.take(|armed| armed == moment)
     }
 
-    fn take(&mut self, is_now: impl Fn(Moment) -> bool) -> Result<Vec<Order>, Error> {
+    /// Those by which no packet is held back any more.
+    pub(super) fn let_go(&self) -> impl Iterator<Item = usize> {
+        let let_go = |(index, order): (usize, &Order)| order.let_go.then_some(index);
+        self.orders.iter().enumerate().filter_map(let_go)
+    }
+
+    /// Each with its number.
+    fn take(&mut self, is_now: impl Fn(Moment) -> bool) -> Result<Vec<(usize, Order)>, Error> {
         self.refresh()?;
         let mut due = Vec::new();
         for index in 0..self.orders.len() {
@@ -79,10 +86,10 @@ impl Orders {
             let occurrence = self.counts[index];
             let each_time = order.nth == 0;
             if each_time || (order.nth == occurrence && !self.done.contains(&index)) {
-                let index = u32::try_from(index)?;
-                let fired = JournalLine::Fired { index, occurrence, at_ns: now_ns() };
+                let number = u32::try_from(index)?;
+                let fired = JournalLine::Fired { index: number, occurrence, at_ns: now_ns() };
                 self.write(&fired.to_string())?;
-                due.push(order);
+                due.push((index, order));
             }
         }
         Ok(due)

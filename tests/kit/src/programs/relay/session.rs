@@ -114,11 +114,18 @@ impl Session {
         packet: Packet,
         fate: Fate,
         delay: Duration,
+        held_by: Option<usize>,
     ) -> Result<(), Error> {
         match way {
-            Way::ToDevice => self.down.push(packet, fate, delay),
-            Way::ToCoordinator => self.up.push(packet, fate, delay),
+            Way::ToDevice => self.down.push(packet, fate, delay, held_by),
+            Way::ToCoordinator => self.up.push(packet, fate, delay, held_by),
         }
+    }
+
+    /// Lets packets go that this order holds back.
+    pub(super) fn let_go(&mut self, order: usize) {
+        self.down.let_go(order);
+        self.up.let_go(order);
     }
 
     /// Delivers what is due, and closes what nothing more comes through.

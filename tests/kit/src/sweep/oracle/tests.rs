@@ -1,7 +1,7 @@
 //! Every check holds for an honest run, and each can fail by itself.
 
 use super::*;
-use crate::plan::{Moment, OutsideAction, Policy};
+use crate::plan::{Moment, Outside, OutsideAction, Policy};
 use crate::sweep::observation::Survivor;
 use standstill_protocol::fault::Point;
 use standstill_protocol::message::Phase;
@@ -289,29 +289,38 @@ fn what_the_table_says_nothing_of_is_refused() {
 
 #[test]
 fn who_only_holds_others_back_must_do_so() {
-    let held = Fault::new(Point::BeforeAck(Phase::Stop), Action::DelayMs(9));
+    let (answer, hold) = (Moment::Answer(Phase::Stop), OutsideAction::Hold);
     let two = |fired| {
         found(|plan, seen| {
-            *plan = fault(Point::AfterAck(Phase::Stop), Action::Abort).fault(2, held);
+            *plan = fault(Point::AfterAck(Phase::Stop), Action::Abort);
+            *plan = plan.clone().outside(2, answer, hold);
             seen.fired = fired;
         })
     };
     assert_eq!(two(vec![true, true]), []);
     assert!(matches!(two(vec![true, false])[..], [Violation::Unfired(_)]));
+    // One that holds nothing back for anybody is nothing that the table knows.
+    let alone = Plan::new(3).outside(2, answer, hold);
+    assert!(judge().accepts(&alone).unwrap_err().to_string().contains("packet held back"));
+    judge().accepts(&death().0.outside(2, answer, hold)).unwrap_err();
     // Without it, the death may come after the last answer; with it, not.
-    let lost = |plan: &mut Plan, seen: &mut Observation| {
-        plan.faults[0].cause =
-            Cause::Inside(Fault::new(Point::AfterAck(Phase::Stop), Action::Abort));
-        let [pause, resume] = done(1);
-        seen.events = vec![pause, Event::Lost { round: 1, device: 1 }, resume];
-    };
-    assert_eq!(found(lost), []);
-    let violations = found(|plan, seen| {
-        lost(plan, seen);
-        *plan = plan.clone().fault(2, held);
-        seen.fired = vec![true, true];
-    });
-    assert!(matches!(violations[..], [Violation::Outcome { .. }]), "{violations:?}");
+    let abort = Cause::Inside(Fault::new(Point::AfterAck(Phase::Stop), Action::Abort));
+    let kill = Cause::Outside(Outside { moment: answer, action: OutsideAction::Kill });
+    for cause in [abort, kill] {
+        let lost = |plan: &mut Plan, seen: &mut Observation| {
+            plan.faults[0].cause = cause.clone();
+            let [pause, resume] = done(1);
+            seen.events = vec![pause, Event::Lost { round: 1, device: 1 }, resume];
+        };
+        assert_eq!(found(lost), []);
+        let violations = found(|plan, seen| {
+            lost(plan, seen);
+            *plan = plan.clone().outside(2, answer, hold);
+            judge().accepts(plan).unwrap();
+            seen.fired = vec![true, true];
+        });
+        assert!(matches!(violations[..], [Violation::Outcome { .. }]), "{violations:?}");
+    }
 }
 
 #[test]
