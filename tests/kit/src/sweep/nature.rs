@@ -3,6 +3,7 @@
 
 use super::Times;
 use crate::plan::{Cause, Injection, Moment, Outside, OutsideAction};
+use standstill_protocol::channel::CoordinatorEnd;
 use standstill_protocol::fault::{Action, Fault, Forgery, Packet, Point};
 use standstill_protocol::message::Phase;
 use std::sync::OnceLock;
@@ -22,20 +23,24 @@ pub enum Nature {
 /// More signs of life than that in a second are too many for any coordinator; see
 /// `docs/protocol.md`.
 const FLOOD: u32 = 1000;
+/// More fds than anybody has asked for, which get through or are refused by the kernel.
+const FD_FLOOD: &str = "fd-flood";
+const FD_FLOOD_REFUSED: &str = "fd-flood-refused";
 
 /// Whether fds reach a coordinator that has not asked for them: a kernel of 6.16 or later lets a socket
 /// refuse them, and whoever sends them gets an error.
 fn fds_get_through() -> bool {
     static KNOWN: OnceLock<bool> = OnceLock::new();
-    *KNOWN.get_or_init(|| {
-        let name = rustix::system::uname();
-        let release = name.release().to_string_lossy();
-        let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(str::parse::<u32>);
-        match (numbers.next(), numbers.next()) {
-            (Some(Ok(major)), Some(Ok(minor))) => (major, minor) < (6, 16),
-            _ => true,
-        }
-    })
+    *KNOWN.get_or_init(|| CoordinatorEnd::pair().and_then(|(end, _)| end.refuse_fds()).is_err())
+}
+
+/// The word of the same fault on a kernel that takes it otherwise.
+pub(super) fn on_another_kernel(word: &str) -> Option<&'static str> {
+    match word {
+        FD_FLOOD => Some(FD_FLOOD_REFUSED),
+        FD_FLOOD_REFUSED => Some(FD_FLOOD),
+        _ => None,
+    }
 }
 
 /// What a fault does.
@@ -112,7 +117,8 @@ pub fn word(cause: &Cause, times: &Times) -> &'static str {
             Action::Send(Packet::Empty) => "send-empty",
             Action::Send(Packet::Truncated) => "send-truncated",
             Action::Send(Packet::Oversized) => "send-oversized",
-            Action::FdFlood(_) => "fd-flood",
+            Action::FdFlood(_) if fds_get_through() => FD_FLOOD,
+            Action::FdFlood(_) => FD_FLOOD_REFUSED,
             Action::MessageFlood(count) if count > FLOOD => "message-flood",
             Action::MessageFlood(_) => "messages",
             Action::Disconnect => "disconnect",

@@ -138,8 +138,9 @@ impl Tally {
     }
 
     /// What came of each fault, as tables: by policy, with faults of which the same came in one line.
-    /// Where several things are possible, all of them are said, if what came is one of them. `restart`
-    /// is left out: it is `rollback` and what comes after.
+    /// Where several things are possible, all of them are said, if what came is one of them; and where
+    /// the kernel decides, what is to come under the other one. `restart` is left out: it is `rollback`
+    /// and what comes after.
     #[must_use]
     pub fn to_markdown(&self, expected: &Expected) -> String {
         let mut text = String::new();
@@ -155,26 +156,33 @@ impl Tally {
 
     fn table(&self, policy: Policy, columns: &[&str], expected: &Expected, text: &mut String) {
         let own = |cell: &&Cell| cell.policy == policy && columns.contains(&cell.column);
-        let rows: BTreeSet<_> =
-            self.cells.keys().filter(own).map(|cell| (cell.row, cell.word)).collect();
+        let words = |word| std::iter::once(word).chain(nature::on_another_kernel(word));
+        let rows = self.cells.keys().filter(own).flat_map(|cell| {
+            let row = cell.row;
+            words(cell.word).map(move |word| (row, word))
+        });
+        let rows: BTreeSet<_> = rows.collect();
         // Faults of which the same came at the same place are one line.
         let mut lines: BTreeMap<(&str, Vec<String>), Vec<&str>> = BTreeMap::new();
         for (row, word) in rows {
             let field = |column: &&str| {
-                let known = self.cells.iter().find(|(cell, _)| {
-                    (cell.policy, cell.row, cell.word, cell.column) == (policy, row, word, *column)
-                });
-                known.map_or_else(
-                    || "-".to_owned(),
-                    |(cell, courses)| {
-                        let place = Place { row: cell.row, column: cell.column };
-                        let possible = expected.courses(policy, word, place).unwrap_or_default();
-                        let possible: Vec<_> = possible.iter().map(ToString::to_string).collect();
-                        let seen: Vec<_> = courses.keys().cloned().collect();
-                        let one_of = seen.iter().all(|course| possible.contains(course));
-                        (if one_of { possible } else { seen }).join(" or ")
-                    },
-                )
+                let of = |word| {
+                    self.cells.iter().find(move |(cell, _)| {
+                        (cell.policy, cell.row, cell.word, cell.column)
+                            == (policy, row, word, *column)
+                    })
+                };
+                let other = || nature::on_another_kernel(word).and_then(of);
+                let Some((cell, courses)) = of(word).or_else(other) else {
+                    return "-".to_owned();
+                };
+                let place = Place { row: cell.row, column: cell.column };
+                let possible = expected.courses(policy, word, place).unwrap_or_default();
+                let possible: Vec<_> = possible.iter().map(ToString::to_string).collect();
+                let seen: Vec<_> = courses.keys().cloned().collect();
+                let tried = cell.word == word;
+                let one_of = !tried || seen.iter().all(|course| possible.contains(course));
+                (if one_of { possible } else { seen }).join(" or ")
             };
             lines.entry((row, columns.iter().map(field).collect())).or_default().push(word);
         }
