@@ -242,6 +242,16 @@ impl Framer {
         size.ok_or(FramingError::Size { header, limit })
     }
 
+    /// Whether [`next_message`](Self::next_message) has something to say: a message, or an error.
+    #[must_use]
+    pub fn is_ready(&self) -> bool {
+        let there = self.buffer.get(self.start..self.end).unwrap_or_default();
+        let Some(header) = Header::decode(there) else {
+            return false;
+        };
+        self.start < self.last || self.check_size(header).map_or(true, |size| there.len() >= size)
+    }
+
     /// The next whole message, if there is one.
     ///
     /// # Errors

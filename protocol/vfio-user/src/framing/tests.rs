@@ -42,9 +42,11 @@ type Taken = (u16, Vec<u8>, Vec<i64>);
 /// All that can be taken out, up to an error.
 fn take(framer: &mut Framer) -> Result<Vec<Taken>, FramingError> {
     let mut taken = Vec::new();
-    while let Some(message) = framer.next_message()? {
+    while framer.is_ready() {
+        let message = framer.next_message()?.expect("ready");
         taken.push((message.header.id, message.body.to_vec(), names(&message.fds)));
     }
+    assert!(framer.next_message()?.is_none(), "not ready");
     Ok(taken)
 }
 
