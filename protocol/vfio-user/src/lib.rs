@@ -2,7 +2,8 @@
 //!
 //! - [`wire`]: the messages, bytes to types and back, without I/O;
 //! - [`framing`]: a stream of bytes and file descriptors to whole messages, without I/O;
-//! - [`connection`]: a Unix stream socket that carries them, with deadlines.
+//! - [`connection`]: a Unix stream socket that carries them, with deadlines;
+//! - [`client`]: the client, for all commands.
 //!
 //! Both ends need these: the server, which is part of `standstill-device-proc`, and clients (VMMs,
 //! tests, benchmarks). They are a crate of their own so that a client does not pull in the runtime
@@ -10,6 +11,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod client;
 pub mod connection;
 pub mod framing;
 pub mod wire;

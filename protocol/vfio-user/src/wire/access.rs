@@ -132,6 +132,8 @@ pub struct WriteMulti<'a> {
 impl<'a> WriteMulti<'a> {
     /// Size without the writes, in bytes.
     pub const SIZE: usize = 8;
+    /// The most writes in one message: so many that each server has room for it. QEMU sends 200.
+    pub const MOST: usize = 1024;
 
     /// Reads the body of a request; all writes have been judged then.
     ///

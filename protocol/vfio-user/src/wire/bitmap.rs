@@ -36,6 +36,24 @@ pub(super) fn check_pages(
 }
 
 impl PageBitmap {
+    /// For `size` bytes from `iova`, with no page there yet: they are [appended](Self::append).
+    pub(crate) fn empty(iova: u64, size: u64, page_size: u64) -> Result<Self, WireError> {
+        check_pages("bitmap", iova, size, page_size)?;
+        Ok(Self { iova, page_size, pages: 0, words: Vec::new() })
+    }
+
+    /// Appends the bits of the next `size` bytes. What is there has to be whole words.
+    pub(crate) fn append(&mut self, size: u64, bytes: &[u8]) {
+        let (words, _) = bytes.as_chunks();
+        self.words.extend(words.iter().map(|word| u64::from_ne_bytes(*word)));
+        let pages = size.div_ceil(self.page_size);
+        self.pages = self.pages.saturating_add(pages);
+        // Who sends bits beyond the range means nothing by them.
+        if let (Some(last), used @ 1..) = (self.words.last_mut(), pages % 64) {
+            *last &= (1 << used) - 1;
+        }
+    }
+
     /// For `size` bytes from `iova`, with no page dirty.
     ///
     /// # Errors
@@ -69,14 +87,9 @@ impl PageBitmap {
         if u64::try_from(bytes.len()) != Ok(count) {
             return Err(WireError::DataLength { what: WHAT, length: bytes.len(), count });
         }
-        let (words, _) = bytes.as_chunks();
-        let mut words: Vec<u64> = words.iter().map(|word| u64::from_ne_bytes(*word)).collect();
-        let pages = size.div_ceil(page_size);
-        // Who sends bits beyond the range means nothing by them.
-        if let (Some(last), Some(used @ 1..)) = (words.last_mut(), pages.checked_rem(64)) {
-            *last &= (1 << used) - 1;
-        }
-        Ok(Self { iova, page_size, pages, words })
+        let mut bitmap = Self::empty(iova, size, page_size)?;
+        bitmap.append(size, bytes);
+        Ok(bitmap)
     }
 
     /// Appends the bits, as they travel.

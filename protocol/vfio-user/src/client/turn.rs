@@ -1,0 +1,119 @@
+//! Something that one thread uses at a time, with a deadline for those that wait.
+
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+/// Like a mutex; but it can be waited for until a deadline.
+#[derive(Debug)]
+pub(super) struct Turn<T> {
+    place: Mutex<Place<T>>,
+    free: Condvar,
+}
+
+#[derive(Debug)]
+struct Place<T> {
+    /// Not there while somebody uses it.
+    value: Option<T>,
+    waiting: usize,
+}
+
+/// Gives the value back, whatever happens.
+struct Guard<'a, T> {
+    turn: &'a Turn<T>,
+    value: Option<T>,
+}
+
+impl<T> Drop for Guard<'_, T> {
+    fn drop(&mut self) {
+        let mut place = self.turn.lock();
+        place.value = self.value.take();
+        let waiting = place.waiting;
+        drop(place);
+        if waiting > 0 {
+            self.turn.free.notify_one();
+        }
+    }
+}
+
+impl<T> Turn<T> {
+    pub(super) fn new(value: T) -> Self {
+        Self { place: Mutex::new(Place { value: Some(value), waiting: 0 }), free: Condvar::new() }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Place<T>> {
+        self.place.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Uses it; `None` if others have done so until the deadline.
+    pub(super) fn with<R>(&self, deadline: Instant, run: impl FnOnce(&mut T) -> R) -> Option<R> {
+        let mut place = self.lock();
+        while place.value.is_none() {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                // One of those that wait may have been woken for nothing.
+                self.free.notify_one();
+                return None;
+            }
+            place.waiting += 1;
+            let woken = self.free.wait_timeout(place, left);
+            place = woken.unwrap_or_else(PoisonError::into_inner).0;
+            place.waiting -= 1;
+        }
+        let value = place.value.take();
+        drop(place);
+        let mut guard = Guard { turn: self, value };
+        guard.value.as_mut().map(run)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::mpsc;
+    use std::thread;
+    use std::time::Duration;
+
+    #[test]
+    fn one_at_a_time_and_none_is_forgotten() {
+        let turn = Turn::new(0_u64);
+        let deadline = Instant::now() + Duration::from_secs(30);
+        thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for _ in 0..1000 {
+                        turn.with(deadline, |count| *count += 1).expect("in time");
+                    }
+                });
+            }
+        });
+        assert_eq!(turn.with(deadline, |count| *count), Some(4000));
+    }
+
+    #[test]
+    fn whoever_waits_too_long_is_told() {
+        let turn = Turn::new(());
+        let (taken, is_taken) = mpsc::channel();
+        let (done, is_done) = mpsc::channel::<()>();
+        thread::scope(|scope| {
+            let turn = &turn;
+            scope.spawn(move || {
+                turn.with(Instant::now(), |()| {
+                    taken.send(()).expect("heard");
+                    is_done.recv().expect("told");
+                })
+            });
+            is_taken.recv().expect("taken");
+            assert_eq!(turn.with(Instant::now() + Duration::from_millis(5), |()| ()), None);
+            done.send(()).expect("heard");
+        });
+        assert_eq!(turn.with(Instant::now(), |()| ()), Some(()));
+    }
+
+    #[test]
+    fn a_panic_gives_it_back() {
+        let turn = Turn::new(1);
+        let run = || turn.with(Instant::now(), |_| panic!("as asked"));
+        let _: Result<Option<()>, _> = std::panic::catch_unwind(std::panic::AssertUnwindSafe(run));
+        assert_eq!(turn.with(Instant::now(), |value| *value), Some(1));
+    }
+}
