@@ -23,6 +23,7 @@
 pub(crate) mod control;
 pub(crate) mod introduction;
 pub(crate) mod parts;
+pub(crate) mod session;
 
 mod arc;
 mod budget;
@@ -66,6 +67,7 @@ use std::os::fd::OwnedFd;
 use std::sync::mpsc::SyncSender;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
+use stream::Saver;
 use takeover::Listening;
 use thiserror::Error;
 use tokio::sync::oneshot;
@@ -79,8 +81,8 @@ pub(crate) enum Message {
     ArcFinished(ArcOutcome, Activity),
     /// A reset has ended; what the device may do now.
     ResetFinished(Result<Activity, Refusal>, Spent),
-    /// A state stream has ended.
-    StreamFinished(Result<(), Refusal>),
+    /// A state stream has ended, or a pass of one that goes on.
+    StreamFinished(Result<Option<Box<Saver>>, Refusal>),
     /// A message that had to wait cannot be sent.
     SendFailed(ConnectionId, OutboxError),
     /// A revocation has ended: its number, and how many windows it has taken away.
@@ -98,6 +100,8 @@ pub(crate) enum Message {
     HeartbeatDue(ConnectionId),
     /// The client wants something.
     Client(ClientRequest, ClientReply),
+    /// The client asks where it has brought the device.
+    ClientState(SyncSender<MigrationState>),
     /// A client came or went; answered when the coordinator was told.
     ClientPresent(bool, SyncSender<()>),
     /// The operator wants the process to end.
@@ -201,6 +205,8 @@ pub(crate) struct State<D> {
     /// Tells whoever works on what is being done that it was overtaken.
     overtaken: Arc<Overtaken>,
     client_reply: Option<ClientReply>,
+    /// The coordinator's state stream, between two passes.
+    saver: Option<Box<Saver>>,
     lease: Option<AbortHandle>,
     shutdown_grace: Duration,
     /// `None` once the process is ending.
@@ -237,6 +243,7 @@ impl<D: Device> Actor for DeviceActor<D> {
             job: None,
             overtaken: Arc::default(),
             client_reply: None,
+            saver: None,
             lease: None,
             shutdown_grace: Duration::ZERO,
             ended: Some(ended),
@@ -279,6 +286,7 @@ impl<D: Device> State<D> {
             }
             Message::StreamFinished(result) => {
                 self.forget_overtaken_job();
+                let result = result.map(|saver| self.saver = saver);
                 self.feed(result.map_or_else(Event::StreamFailed, |()| Event::StreamDone));
             }
             Message::SendFailed(id, error) if self.is_present(id) => self.lose(error.into()),
@@ -301,6 +309,10 @@ impl<D: Device> State<D> {
                 }
             }
             Message::Client(request, reply) => self.client(request, reply),
+            Message::ClientState(reply) => {
+                // The client may have stopped waiting.
+                let _ = reply.try_send(self.lifecycle.client_state());
+            }
             Message::ClientPresent(present, told) => {
                 let event = if present {
                     DeviceEvent::ClientConnected
@@ -335,7 +347,7 @@ impl<D: Device> State<D> {
                 }
                 let arrival = Arrival { command, at: Instant::now(), fd: fds.into_iter().next() };
                 let mut effects = std::mem::take(&mut self.effects);
-                self.lifecycle.step_into(Event::Command(command), &mut effects);
+                self.step(Event::Command(command), &mut effects);
                 if !matches!(effects.as_slice(), [Effect::Dropped(_)]) {
                     self.arrival = Some(arrival);
                 }
@@ -385,8 +397,21 @@ impl<D: Device> State<D> {
     /// Tells the lifecycle, and carries out what it says, and so on.
     fn feed(&mut self, event: Event) {
         let mut effects = std::mem::take(&mut self.effects);
-        self.lifecycle.step_into(event, &mut effects);
+        self.step(event, &mut effects);
         self.carry_out(effects);
+    }
+
+    /// Tells the lifecycle, and the state streams what that means for them.
+    fn step(&mut self, event: Event, effects: &mut Vec<Effect>) {
+        let before = (self.lifecycle.state(), self.lifecycle.client_state());
+        self.lifecycle.step_into(event, effects);
+        let (state, client) = (self.lifecycle.state(), self.lifecycle.client_state());
+        if before.0 != state && !state.is_saving() {
+            self.saver = None;
+        }
+        if before.1 != client {
+            self.parts.client_stream.moved(client);
+        }
     }
 
     fn carry_out(&mut self, mut effects: Vec<Effect>) {
@@ -399,7 +424,7 @@ impl<D: Device> State<D> {
             let effect = std::mem::replace(effect, Effect::Hurry);
             // What was done at once has an event of its own, after all that was asked for before.
             if let Some(event) = self.carry(effect) {
-                self.lifecycle.step_into(event, &mut effects);
+                self.step(event, &mut effects);
             }
             if self.ended.is_none() {
                 return;

@@ -51,6 +51,8 @@ pub struct DeviceInfo {
     /// The migration states that it has. Devices under this runtime always have the P2P states:
     /// the gate gives them.
     pub migration: MigrationFlags,
+    /// Version of what [`Device::save`] writes.
+    pub state_version: StateVersion,
     /// Whether its DMA can reach peers, or they it.
     pub peer_dma: PeerDma,
     /// Files whose lock proves that a killed incarnation writes no more: each is locked
@@ -68,6 +70,7 @@ impl DeviceInfo {
             bars: Default::default(),
             msix_vectors: 0,
             migration: MigrationFlags::STOP_COPY_P2P,
+            state_version: StateVersion::default(),
             peer_dma: PeerDma::Possible,
             backing_files: Vec::new(),
         }
@@ -91,6 +94,21 @@ impl DeviceInfo {
         self
     }
 
+    /// Its state can be saved while it runs (`PRE_COPY`): its memory BARs, and what
+    /// [`Device::save_running`] writes.
+    #[must_use]
+    pub fn pre_copy(mut self) -> Self {
+        self.migration = MigrationFlags::ALL;
+        self
+    }
+
+    /// Sets the version of its state, which is 1.0 otherwise.
+    #[must_use]
+    pub fn state_version(mut self, major: u16, minor: u16) -> Self {
+        self.state_version = StateVersion { major, minor };
+        self
+    }
+
     /// Its DMA reaches RAM alone, and no peer's DMA reaches it: it has no memory BAR.
     #[must_use]
     pub fn ram_only(mut self) -> Self {
@@ -103,6 +121,26 @@ impl DeviceInfo {
     pub fn backing_file(mut self, file: impl Into<OwnedFd>) -> Self {
         self.backing_files.push(file.into());
         self
+    }
+}
+
+/// Version of what [`Device::save`] and [`Device::save_running`] write.
+///
+/// A state of another major version is refused before the device sees it. One of a newer minor
+/// version may have something at the end of a section that [`Device::load`] does not read; one of
+/// an older minor version may end earlier.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StateVersion {
+    /// Grows when a device of before could not read the state any more.
+    pub major: u16,
+    /// Grows when something is added at the end.
+    pub minor: u16,
+}
+
+impl Default for StateVersion {
+    /// 1.0.
+    fn default() -> Self {
+        Self { major: 1, minor: 0 }
     }
 }
 
@@ -231,6 +269,24 @@ pub struct Progress {
     pub pending: bool,
 }
 
+/// Which of the device's passes over its own state while it runs; see [`Device::save_running`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Pass {
+    /// All of it. Whatever a pass before has saved or loaded counts no more.
+    First,
+    /// What has changed since the pass before.
+    Later,
+}
+
+/// How many bytes a device has to save; see [`Device::state_size`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct StateSize {
+    /// What [`Device::save_running`] would write now, in bytes.
+    pub running: u64,
+    /// What [`Device::save`] would write now, in bytes.
+    pub stopped: u64,
+}
+
 /// A device, written once, served over any transport.
 ///
 /// Hooks are `async`: while one waits, the process goes on answering queries. A hook that blocks
@@ -316,8 +372,9 @@ pub trait Device: Send + Sync + 'static {
         async { Ok(()) }
     }
 
-    /// Writes the device's state. Called in a saving state, on a thread of its own; memory BARs
-    /// are saved by the runtime.
+    /// Writes the device's state; memory BARs are saved by the runtime. Called in a saving state, on
+    /// a thread of its own. The device is stopped; what it has saved while it ran it need not save
+    /// again.
     ///
     /// # Errors
     ///
@@ -331,6 +388,33 @@ pub trait Device: Send + Sync + 'static {
     ///
     /// The `Load` is refused and the device is in ERROR until it is reset.
     fn load(&self, from: &mut dyn Read) -> Result<(), DeviceError>;
+
+    /// Writes what the device can save while it runs, so that [`save`](Self::save) has less to
+    /// write. Only for devices with PRE_COPY; memory BARs are none of its business. Called once for
+    /// each pass, on a thread of its own; it may still be writing when the device is stopped, and
+    /// is called in STOP_COPY if the device was reset after its last pass.
+    ///
+    /// # Errors
+    ///
+    /// The state stream ends.
+    fn save_running(&self, _pass: Pass, _to: &mut dyn Write) -> Result<(), DeviceError> {
+        Ok(())
+    }
+
+    /// Reads what one call of [`save_running`](Self::save_running) wrote, and checks it, as
+    /// [`load`](Self::load), which follows and makes it take effect.
+    ///
+    /// # Errors
+    ///
+    /// As for [`load`](Self::load).
+    fn load_running(&self, _pass: Pass, _from: &mut dyn Read) -> Result<(), DeviceError> {
+        Ok(())
+    }
+
+    /// How much there is to be saved, about; memory BARs do not count. Should take microseconds.
+    fn state_size(&self) -> StateSize {
+        StateSize::default()
+    }
 
     /// What the device can show for an answer; should take microseconds.
     fn evidence(&self, _moment: Moment) -> Evidence {

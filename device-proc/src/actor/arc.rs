@@ -347,7 +347,13 @@ impl<D: Device> Way<'_, D> {
         }
         let whole = budget.left_at(self.since);
         // It may block: on a thread of its own.
-        let reset = tokio::task::spawn_blocking(move || parts.device.reset());
+        let wanted = budget.clone();
+        let reset = tokio::task::spawn_blocking(move || {
+            // What an earlier load still does must not come after it.
+            let turn = parts.loading.take(|| !wanted.left().is_zero());
+            let hangs = || DeviceError::new("a hook that loads has not returned");
+            turn.ok_or_else(hangs).and_then(|_turn| parts.device.reset())
+        });
         let ended = budget.bound(reset).await;
         let lap = self.lap();
         self.spent.hook += lap;

@@ -1,14 +1,15 @@
 //! Carrying out what the lifecycle says.
 
-use super::arc::{ArcOutcome, Spent, change_activity, reset};
+use super::arc::{ArcFailure, ArcOutcome, Spent, change_activity, reset};
 use super::budget::Budget;
 use super::job::{Job, moment_of_answer, moment_of_arrival};
-use super::stream;
+use super::parts::Parts;
+use super::stream::{self, Saver, Sink as _, StreamError};
 use super::stream_fd::StreamFd;
 use super::{Message, State};
 use crate::device::Device;
 use crate::log;
-use standstill_protocol::lifecycle::{Arc as LifecycleArc, Effect, Event};
+use standstill_protocol::lifecycle::{Arc as LifecycleArc, Effect, Event, Master};
 use standstill_protocol::message::{
     Command, DeviceMessage, Reached, Refusal, RefusalKind, Refused,
 };
@@ -101,13 +102,25 @@ impl<D: Device> State<D> {
     }
 
     fn take_arc(&mut self, arc: LifecycleArc) -> Option<Event> {
-        if self.in_force == arc.after {
+        let commits = arc.master == Master::Client && arc.from == MigrationState::Resuming;
+        if self.in_force == arc.after && !commits {
             return Some(Event::ArcDone);
         }
-        let work =
-            change_activity(Arc::clone(&self.parts), self.in_force, arc.after, self.budget());
+        let budget = self.budget();
+        let change =
+            change_activity(Arc::clone(&self.parts), self.in_force, arc.after, budget.clone());
         let after = arc.after;
-        let mut work = Box::pin(async move { (work.await, after) });
+        let loaded = commits.then(|| Box::pin(commit(Arc::clone(&self.parts), budget)));
+        let mut work = Box::pin(async move {
+            if let Some(loaded) = loaded
+                && let Err(refusal) = loaded.await
+            {
+                // Half a state is no state: unusable until it is reset.
+                let result = Err(ArcFailure { refusal, restored: false });
+                return (ArcOutcome { result, spent: Spent::default() }, after);
+            }
+            (change.await, after)
+        });
         // Usually there is nothing to wait for. If there is, a task takes it over and looks again:
         // nobody is to be woken before that.
         let mut nobody = Context::from_waker(Waker::noop());
@@ -151,6 +164,7 @@ impl<D: Device> State<D> {
     }
 
     fn start_reset(&mut self) {
+        self.parts.client_stream.give_up_loading();
         // Where the lifecycle will be if it succeeds: nothing moves before it has ended.
         let mut then = self.lifecycle.clone();
         then.step(Event::ResetDone);
@@ -172,6 +186,10 @@ impl<D: Device> State<D> {
         match result {
             Ok(activity) => {
                 self.in_force = activity;
+                if let Some(saver) = &mut self.saver {
+                    saver.start_over();
+                }
+                self.parts.client_stream.start_over();
                 Event::ResetDone
             }
             Err(refusal) => {
@@ -195,12 +213,29 @@ impl<D: Device> State<D> {
         };
         let parts = Arc::clone(&self.parts);
         let myself = self.myself.clone();
+        // What ends badly is not there any more: the next one begins a stream of its own.
+        let saver = self.saver.take();
+        let is_running = self.lifecycle.state() != MigrationState::StopCopy;
         // It may block: on a thread of its own.
         tokio::task::spawn_blocking(move || {
-            let done = match direction {
-                Direction::Save => stream::save(&parts, fd),
-                Direction::Load => stream::load(&parts, fd),
+            let mut fd = fd;
+            let turn = match direction {
+                Direction::Save => parts.saving.take(|| fd.still_wanted().is_ok()),
+                Direction::Load => parts.loading.take(|| fd.still_wanted().is_ok()),
             };
+            let done = match direction {
+                _ if turn.is_none() => Err(StreamError::HookHangs),
+                Direction::Load => stream::load(&parts, fd).map(|()| None),
+                Direction::Save => {
+                    let mut saver = saver.unwrap_or_else(|| Box::new(Saver::new(&parts)));
+                    if is_running {
+                        saver.pre_copy(&parts, &mut fd).map(|()| Some(saver))
+                    } else {
+                        saver.finish(&parts, &mut fd).map(|()| None)
+                    }
+                }
+            };
+            drop(turn);
             let result = done.map_err(|error| stream_refusal(log::with_causes(&error)));
             // If the actor is gone, so is the process.
             let _ = myself.cast(Message::StreamFinished(result));
@@ -227,6 +262,15 @@ impl<D: Device> State<D> {
         let Command { term, epoch, phase, .. } = command;
         self.send(DeviceMessage::Refused(Refused { term, epoch, phase, state, refusal }));
     }
+}
+
+/// The client's state stream ends: is it whole?
+async fn commit<D: Device>(parts: Arc<Parts<D>>, budget: Budget) -> Result<(), Refusal> {
+    let whole = budget.left();
+    let Ok(ended) = budget.bound(parts.client_stream.commit()).await else {
+        return Err(stream_refusal(format!("the device did not take it over within {whole:?}")));
+    };
+    ended
 }
 
 fn stream_refusal(text: impl Into<String>) -> Refusal {

@@ -1,12 +1,13 @@
 //! What the control side and the data side of a device process have in common.
 
-use crate::device::{Bar, BarBacking, Device, DeviceInfo};
+use super::session::{ClientStream, Turn};
+use crate::device::{Bar, BarBacking, Device, DeviceInfo, StateVersion};
 use crate::gate::{Gate, InFlight};
 use crate::interrupt::Interrupts;
 use crate::memory::MemoryMap;
 use crate::pci::{BarUse, ConfigSpace, PciError, PciLayout};
 use standstill_protocol::message::FileIdentity;
-use standstill_protocol::migration::Activity;
+use standstill_protocol::migration::{Activity, MigrationFlags};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -23,7 +24,16 @@ pub(crate) struct Parts<D> {
     pub(crate) memory: MemoryMap,
     pub(crate) interrupts: Interrupts,
     pub(crate) kind: String,
+    pub(crate) state_version: StateVersion,
+    /// The migration states that it has.
+    pub(crate) migration: MigrationFlags,
     pub(crate) layout: PciLayout,
+    /// The client's state stream.
+    pub(crate) client_stream: ClientStream,
+    /// Whose turn it is to call the hooks that save.
+    pub(crate) saving: Turn,
+    /// Whose turn it is to call the hooks that load or reset.
+    pub(crate) loading: Turn,
     config: Mutex<ConfigSpace>,
     /// What the client wrote into the MSI-X table and pending bits.
     msix: Mutex<Vec<u8>>,
@@ -100,7 +110,12 @@ impl<D: Device> Parts<D> {
             memory,
             interrupts,
             kind: info.kind,
+            state_version: info.state_version,
+            migration: info.migration,
             layout,
+            client_stream: ClientStream::default(),
+            saving: Turn::default(),
+            loading: Turn::default(),
             config: Mutex::new(config),
             msix: Mutex::new(vec![0; msix_size]),
             bar_memory,

@@ -1,12 +1,10 @@
 //! A device for unit tests, whose hooks do what they are told.
 
 use super::parts::Parts;
-use crate::device::{AccessError, Device, DeviceError, DeviceInfo, PciIdentity};
+use crate::device::{AccessError, Device, DeviceError, DeviceInfo, Pass, PciIdentity, StateSize};
 use crate::gate::Gate;
 use crate::interrupt::Interrupts;
 use crate::memory::MemoryMap;
-use standstill_protocol::message::PeerDma;
-use standstill_protocol::migration::MigrationFlags;
 use std::future::pending;
 use std::io::{Read, Write};
 use std::sync::{Arc, Mutex};
@@ -24,6 +22,12 @@ pub(crate) enum Deed {
 pub(crate) struct Scripted {
     pub(crate) deeds: Mutex<Vec<(&'static str, Deed)>>,
     pub(crate) calls: Mutex<Vec<&'static str>>,
+    /// What is saved, and what was loaded.
+    pub(crate) contents: Mutex<Vec<u8>>,
+    /// What the next passes save, and what each of them has loaded.
+    pub(crate) passes: Mutex<Vec<(Pass, Vec<u8>)>>,
+    /// The hooks that save and load wait as long as somebody holds this.
+    pub(crate) hold: Mutex<()>,
 }
 
 impl Scripted {
@@ -73,34 +77,66 @@ impl Device for Scripted {
         self.hook("start").await
     }
 
-    fn save(&self, _: &mut dyn Write) -> Result<(), DeviceError> {
+    fn save(&self, to: &mut dyn Write) -> Result<(), DeviceError> {
+        let _waited = self.hold.lock().unwrap();
+        to.write_all(&self.contents.lock().unwrap()).map_err(DeviceError::new)
+    }
+
+    fn load(&self, from: &mut dyn Read) -> Result<(), DeviceError> {
+        let _waited = self.hold.lock().unwrap();
+        let mut contents = vec![0; self.contents.lock().unwrap().len()];
+        from.read_exact(&mut contents).map_err(DeviceError::new)?;
+        *self.contents.lock().unwrap() = contents;
         Ok(())
     }
 
-    fn load(&self, _: &mut dyn Read) -> Result<(), DeviceError> {
+    fn save_running(&self, pass: Pass, to: &mut dyn Write) -> Result<(), DeviceError> {
+        let mut passes = self.passes.lock().unwrap();
+        let at = passes.iter().position(|(of, _)| *of == pass);
+        let some = at.map(|at| passes.remove(at).1).unwrap_or_default();
+        to.write_all(&some).map_err(DeviceError::new)
+    }
+
+    fn load_running(&self, pass: Pass, from: &mut dyn Read) -> Result<(), DeviceError> {
+        let mut some = Vec::new();
+        // What a fuzzer makes up can be long.
+        from.take(1 << 20).read_to_end(&mut some).map_err(DeviceError::new)?;
+        let mut passes = self.passes.lock().unwrap();
+        if pass == Pass::First {
+            passes.clear();
+        }
+        passes.push((pass, some));
         Ok(())
+    }
+
+    fn state_size(&self) -> StateSize {
+        let running = self.passes.lock().unwrap().iter().map(|(_, some)| some.len() as u64).sum();
+        StateSize { running, stopped: self.contents.lock().unwrap().len() as u64 }
     }
 }
 
 /// Puts one together, RUNNING.
 pub(crate) fn parts(deeds: &[(&'static str, Deed)]) -> Arc<Parts<Scripted>> {
-    let device = Scripted { deeds: Mutex::new(deeds.to_vec()), calls: Mutex::default() };
-    let info = DeviceInfo {
-        kind: "scripted".into(),
-        pci: PciIdentity {
-            vendor: 1,
-            device: 2,
-            subsystem_vendor: 3,
-            subsystem: 4,
-            class: 5,
-            revision: 6,
-        },
-        bars: [const { None }; 6],
-        msix_vectors: 0,
-        migration: MigrationFlags::STOP_COPY_P2P,
-        peer_dma: PeerDma::Possible,
-        backing_files: Vec::new(),
+    put_together(Scripted { deeds: Mutex::new(deeds.to_vec()), ..Scripted::default() }, info())
+}
+
+/// What one says of itself.
+pub(crate) fn info() -> DeviceInfo {
+    let pci = PciIdentity {
+        vendor: 1,
+        device: 2,
+        subsystem_vendor: 3,
+        subsystem: 4,
+        class: 5,
+        revision: 6,
     };
+    DeviceInfo::new("scripted", pci)
+}
+
+/// Puts this one together, RUNNING.
+pub(crate) fn put_together(device: Scripted, info: DeviceInfo) -> Arc<Parts<Scripted>> {
     let memory = MemoryMap::new(Arc::new(Gate::new()));
-    Arc::new(Parts::new(device, info, memory, Interrupts::new()).unwrap())
+    let interrupts = Interrupts::new();
+    interrupts.set_msix_vectors(info.msix_vectors);
+    Arc::new(Parts::new(device, info, memory, interrupts).unwrap())
 }

@@ -5,12 +5,14 @@
 //! every call polls first and then moves no more than surely goes without waiting.
 
 use super::budget::Budget;
+use super::stream::Sink;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{FileType, fstat};
 use rustix::io::Errno;
 use rustix::net::{SendFlags, send};
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::OwnedFd;
+use std::time::Duration;
 
 /// A pipe that polls as writable takes that much at once (`PIPE_BUF` of Linux).
 const PIPE_PIECE: usize = 4096;
@@ -42,18 +44,23 @@ impl StreamFd {
         Ok(Self { fd, kind, budget })
     }
 
+    /// Fails once it is overtaken or the budget is used up; what is left of that.
+    fn left(&self) -> io::Result<Duration> {
+        if self.budget.overtaken().has_fired() {
+            return Err(io::Error::other("overtaken by a later command"));
+        }
+        match self.budget.left() {
+            Duration::ZERO => Err(ErrorKind::TimedOut.into()),
+            left => Ok(left),
+        }
+    }
+
     /// Waits until the fd is ready, the budget is used up, or it is overtaken.
     fn wait(&self, events: PollFlags) -> io::Result<()> {
         let overtaken = self.budget.overtaken();
         loop {
             let wake = overtaken.fd()?;
-            if overtaken.has_fired() {
-                return Err(io::Error::other("overtaken by a later command"));
-            }
-            let left = self.budget.left();
-            if left.is_zero() {
-                return Err(ErrorKind::TimedOut.into());
-            }
+            let left = self.left()?;
             let mut fds =
                 [PollFd::new(&self.fd, events), PollFd::from_borrowed_fd(wake, PollFlags::IN)];
             // Beyond the kernel's seconds is for ever.
@@ -94,11 +101,17 @@ impl Write for StreamFd {
     }
 }
 
+impl Sink for StreamFd {
+    fn still_wanted(&self) -> io::Result<()> {
+        self.left().map(|_| ())
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use std::sync::Arc;
-    use std::time::{Duration, Instant};
+    use std::time::Instant;
 
     fn budget(left: Duration) -> (Budget, Arc<super::super::budget::Overtaken>) {
         let overtaken = Arc::default();

@@ -62,6 +62,83 @@ async fn a_client_can_stop_and_start_its_device_in_band() {
     assert_eq!(as_client(&endpoint, Endpoint::reset).await, Ok(()));
 }
 
+/// Stops the device in band, reads its state, and starts it again.
+async fn read_all(endpoint: &Arc<Endpoint<Scripted>>) -> Vec<u8> {
+    as_client(endpoint, |client| {
+        assert_eq!(client.set_state(MigrationState::StopCopy), Ok(Ok(MigrationState::StopCopy)));
+        assert_eq!(client.state(), Ok(MigrationState::StopCopy));
+        assert_eq!(client.migration_size().stop_copy, 5);
+        let mut state = Vec::new();
+        let length = loop {
+            let begin = state.len();
+            state.resize(begin + 4096, 0);
+            match client.migration_read(&mut state[begin..]).unwrap() {
+                4096 => {}
+                length => break begin + length,
+            }
+        };
+        state.truncate(length);
+        assert_eq!(client.set_state(MigrationState::Running), Ok(Ok(MigrationState::Running)));
+        assert_eq!(client.migration_read(&mut [0]), Err(Errno::INVAL), "it has ended");
+        state
+    })
+    .await
+}
+
+#[tokio::test]
+async fn a_client_saves_and_loads_its_device_in_band() {
+    let (parts, endpoint) = standalone().await;
+    assert_eq!(endpoint.migration_flags(), MigrationFlags::STOP_COPY_P2P);
+    *parts.device.contents.lock().unwrap() = b"state".to_vec();
+    let state = read_all(&endpoint).await;
+    *parts.device.contents.lock().unwrap() = b"other".to_vec();
+    let loaded = as_client(&endpoint, move |client| {
+        client.set_state(MigrationState::Resuming).unwrap().unwrap();
+        for piece in state.chunks(100) {
+            client.migration_write(piece).unwrap();
+        }
+        client.set_state(MigrationState::Running)
+    });
+    assert_eq!(loaded.await, Ok(Ok(MigrationState::Running)));
+    assert_eq!(*parts.device.contents.lock().unwrap(), b"state");
+    assert!(parts.is_at(Activity::Full));
+}
+
+#[tokio::test]
+async fn a_bad_state_leads_to_error_at_the_commit_and_a_reset_out_of_it() {
+    let (parts, endpoint) = standalone().await;
+    *parts.device.contents.lock().unwrap() = b"state".to_vec();
+    let mut state = read_all(&endpoint).await;
+    let end = state.len() - 1;
+    for (bad, text) in [
+        (state[..end].to_vec(), "the state stream ends too early"),
+        (Vec::new(), "the state stream ends too early"),
+        (
+            {
+                state[end] ^= 1;
+                state
+            },
+            "damaged: end at 0x0",
+        ),
+    ] {
+        let refused = as_client(&endpoint, move |client| {
+            client.set_state(MigrationState::Resuming).unwrap().unwrap();
+            client.migration_write(&bad).unwrap();
+            let refused = client.set_state(MigrationState::Stop).unwrap().unwrap_err();
+            assert_eq!(client.state(), Ok(MigrationState::Error));
+            let unusable = client.set_state(MigrationState::Running).unwrap().unwrap_err();
+            assert_eq!(unusable.kind, RefusalKind::NoWay);
+            assert_eq!(client.reset(), Ok(()));
+            assert_eq!(client.state(), Ok(MigrationState::Running));
+            refused
+        });
+        let refused = refused.await;
+        assert_eq!(refused.kind, RefusalKind::Stream);
+        assert!(refused.text.starts_with(text), "{}", refused.text);
+        assert!(parts.is_at(Activity::Full));
+    }
+}
+
 #[tokio::test]
 async fn a_reset_out_of_resuming_starts_the_device() {
     let (parts, endpoint) = standalone().await;

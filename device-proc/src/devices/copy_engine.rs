@@ -29,7 +29,7 @@ pub use descriptor::{DESCRIPTOR_SIZE, Descriptor, FLAG_INTERRUPT, FLAG_SEQUENCE,
 
 use crate::device::{
     AccessError, Bar, BarBacking, Device, DeviceError, DeviceInfo, Handles, Moment, PciIdentity,
-    Progress,
+    Progress, StateVersion,
 };
 use crate::memory::{SharedMemory, WindowClass};
 use engine::{Engine, Ring, Shared};
@@ -276,6 +276,7 @@ impl CopyEngineConfig {
             bars: [Some(registers), None, Some(memory), None, None, None],
             msix_vectors: self.vectors,
             migration: MigrationFlags::STOP_COPY_P2P,
+            state_version: StateVersion::default(),
             peer_dma: PeerDma::Possible,
             backing_files: Vec::new(),
         })

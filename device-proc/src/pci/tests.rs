@@ -1,5 +1,5 @@
 use super::*;
-use crate::device::{Bar, PciIdentity};
+use crate::device::{Bar, PciIdentity, StateVersion};
 use proptest::prelude::*;
 use standstill_protocol::message::PeerDma;
 use standstill_protocol::migration::MigrationFlags;
@@ -24,6 +24,7 @@ fn info(bars: [Option<Bar>; 6], msix_vectors: u16) -> DeviceInfo {
         bars,
         msix_vectors,
         migration: MigrationFlags::STOP_COPY_P2P,
+        state_version: StateVersion::default(),
         peer_dma: PeerDma::Possible,
         backing_files: Vec::new(),
     }

@@ -10,6 +10,7 @@
 
 use crate::actor::Message;
 use crate::actor::parts::Parts;
+use crate::actor::session::MigrationSize;
 use crate::device::{AccessError, Device};
 use crate::interrupt::SetIrqs;
 use crate::memory::{Handling, WindowSpec};
@@ -18,7 +19,7 @@ use ractor::ActorRef;
 use rustix::io::Errno;
 use standstill_protocol::lifecycle::ClientRequest;
 use standstill_protocol::message::Refusal;
-use standstill_protocol::migration::MigrationState;
+use standstill_protocol::migration::{MigrationFlags, MigrationState};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::mpsc::sync_channel;
@@ -237,6 +238,42 @@ impl<D: Device> Endpoint<D> {
         state: MigrationState,
     ) -> Result<Result<MigrationState, Refusal>, Errno> {
         self.request(ClientRequest::SetState(state))
+    }
+
+    /// Where the client has brought the device.
+    #[cfg_attr(not(test), expect(dead_code, reason = "as above"))]
+    pub(crate) fn state(&self) -> Result<MigrationState, Errno> {
+        let (reply, answer) = sync_channel(1);
+        self.actor.cast(Message::ClientState(reply)).map_err(|_| Errno::IO)?;
+        answer.recv_timeout(LONGEST_WAIT).map_err(|_| Errno::TIMEDOUT)
+    }
+
+    /// The migration states that the device has.
+    #[cfg_attr(not(test), expect(dead_code, reason = "as above"))]
+    pub(crate) fn migration_flags(&self) -> MigrationFlags {
+        self.parts.migration
+    }
+
+    /// Reads the state stream, in PRE_COPY, PRE_COPY_P2P and STOP_COPY. Less than `data.len()` bytes:
+    /// nothing is left now (in STOP_COPY: that was all). EINVAL in any other state, EIO if the state
+    /// cannot be saved, ETIMEDOUT if the device gives nothing in time: nothing was read then.
+    #[cfg_attr(not(test), expect(dead_code, reason = "as above"))]
+    pub(crate) fn migration_read(&self, data: &mut [u8]) -> Result<usize, Errno> {
+        self.parts.client_stream.read(&self.parts, data, LONGEST_WAIT)
+    }
+
+    /// Writes all of `data` to the state stream, in RESUMING. EINVAL in any other state, or if the
+    /// stream is bad: the device goes to ERROR when the client ends RESUMING. ETIMEDOUT if the device
+    /// does not take it in time: nothing was written then.
+    #[cfg_attr(not(test), expect(dead_code, reason = "as above"))]
+    pub(crate) fn migration_write(&self, data: &[u8]) -> Result<(), Errno> {
+        self.parts.client_stream.write(&self.parts, data, LONGEST_WAIT)
+    }
+
+    /// How much there is to be saved, about; in every state.
+    #[cfg_attr(not(test), expect(dead_code, reason = "as above"))]
+    pub(crate) fn migration_size(&self) -> MigrationSize {
+        self.parts.client_stream.size(&self.parts)
     }
 
     /// Asks the actor and waits for its answer. ETIMEDOUT if none comes in time; the request may

@@ -118,8 +118,12 @@ impl Device {
 
     /// The next answer; events and heartbeats on the way are skipped.
     pub(crate) fn answer(&self) -> DeviceMessage {
+        self.answer_within(PATIENCE)
+    }
+
+    pub(crate) fn answer_within(&self, patience: Duration) -> DeviceMessage {
         loop {
-            match self.next() {
+            match self.channel.recv(patience).unwrap().message {
                 DeviceMessage::Event(_) | DeviceMessage::Heartbeat(_) => {}
                 message => return message,
             }

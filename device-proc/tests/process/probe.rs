@@ -13,11 +13,12 @@
 //!
 //! The script is words: `hold:HOOK` makes the hook wait for register 0x10, `fail:HOOK` makes it
 //! fail, `kind:NAME` gives the device another kind, `raise-when-stopped` raises vector 0 right
-//! after the stop, `pci:NUMBER` gives it another device id.
+//! after the stop, `pci:NUMBER` gives it another device id, `version:NUMBER` its state another major
+//! version, `memory:PATH` another file of memory, `pre-copy` the PRE_COPY states.
 
 use standstill_device_proc::device::{
     AccessError, Bar, BarBacking, Device, DeviceError, DeviceInfo, Handles, Moment, PciIdentity,
-    Progress,
+    Progress, StateVersion,
 };
 use standstill_device_proc::interrupt::Interrupts;
 use standstill_device_proc::memory::{AccessKind, Dma, Span};
@@ -65,8 +66,19 @@ fn build(handles: Handles, script: Vec<String>) -> Result<(Probe, DeviceInfo), D
     let word = |key: &str| script.iter().find_map(|word| word.strip_prefix(key));
     let kind = word("kind:").unwrap_or("probe").to_owned();
     let device = word("pci:").map_or(1, |number| number.parse().unwrap());
-    let memory = tempfile::tempfile().map_err(DeviceError::new)?;
-    memory.set_len(MEMORY_SIZE).map_err(DeviceError::new)?;
+    let memory = match word("memory:") {
+        Some(path) => {
+            File::options().read(true).write(true).open(path).map_err(DeviceError::new)?
+        }
+        None => {
+            let memory = tempfile::tempfile().map_err(DeviceError::new)?;
+            memory.set_len(MEMORY_SIZE).map_err(DeviceError::new)?;
+            memory
+        }
+    };
+    let memory_size = memory.metadata().map_err(DeviceError::new)?.len();
+    let major = word("version:").map_or(1, |number| number.parse().unwrap());
+    let can_pre_copy = script.iter().any(|word| word == "pre-copy");
     let backing: File = tempfile::tempfile().map_err(DeviceError::new)?;
     let info = DeviceInfo {
         kind,
@@ -81,13 +93,14 @@ fn build(handles: Handles, script: Vec<String>) -> Result<(Probe, DeviceInfo), D
         bars: [
             Some(Bar { size: 4096, backing: BarBacking::Registers }),
             None,
-            Some(Bar { size: MEMORY_SIZE, backing: BarBacking::Memory(memory.into()) }),
+            Some(Bar { size: memory_size, backing: BarBacking::Memory(memory.into()) }),
             None,
             None,
             None,
         ],
         msix_vectors: 2,
-        migration: MigrationFlags::STOP_COPY,
+        migration: if can_pre_copy { MigrationFlags::ALL } else { MigrationFlags::STOP_COPY },
+        state_version: StateVersion { major, minor: 0 },
         peer_dma: PeerDma::Possible,
         backing_files: vec![backing.into()],
     };

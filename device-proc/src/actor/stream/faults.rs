@@ -1,28 +1,37 @@
 //! Faults while the state is saved or loaded.
 
-use super::{StreamError, Writer, piece_length};
+use super::StreamError;
+use super::format::{DIGEST, HEADER, Header, Tag};
+use super::save::{Saver, Sink};
 use crate::fault;
 use standstill_protocol::fault::{Action, Packet, Point};
-use std::hash::Hasher;
-use std::io::{self, Write};
+use std::io;
 
-impl<W: Write> Writer<W> {
-    /// A piece is to be written. What was done instead, if something was: the checksum is that of
-    /// what should have been written.
-    pub(super) fn spoil_piece(&mut self, piece: &[u8]) -> Option<io::Result<()>> {
+impl Saver {
+    /// The record that was put together is to be written. What was done instead, if something was:
+    /// the stream's end will be that of what should have been written.
+    pub(super) fn spoil_record(&mut self, to: &mut impl Sink) -> Option<io::Result<()>> {
+        if self.is_cut {
+            return Some(Ok(()));
+        }
+        let mut header = [0; HEADER];
+        header.copy_from_slice(self.record().get(..HEADER)?);
+        if matches!(Header::from_bytes(header).tag, Tag::IDENTITY | Tag::END) {
+            return None;
+        }
         let spoils = |action: &Action| matches!(action, Action::Refuse(_) | Action::Send(_));
         let action = fault::reach(Point::Saving).into_iter().find(spoils)?;
-        let length = piece_length(piece);
-        self.checksum.write(&length);
-        self.checksum.write(piece);
+        let record = self.record();
+        let end = record.len() - DIGEST;
         Some(match action {
             Action::Refuse(errno) => Err(io::Error::from_raw_os_error(errno)),
             Action::Send(Packet::Garbage) => {
-                let garbage: Vec<u8> = piece.iter().map(|byte| !byte).collect();
-                self.put_unsummed(&length).and_then(|()| self.put_unsummed(&garbage))
+                record[HEADER..end].iter_mut().for_each(|byte| *byte = !*byte);
+                to.write_all(record)
             }
             Action::Send(Packet::Oversized) => {
-                self.put_unsummed(&u32::MAX.to_le_bytes()).and_then(|()| self.put_unsummed(piece))
+                record[4..8].copy_from_slice(&u32::MAX.to_le_bytes());
+                to.write_all(record)
             }
             Action::Send(Packet::Truncated) => {
                 self.is_cut = true;
@@ -31,14 +40,10 @@ impl<W: Write> Writer<W> {
             _ => Ok(()),
         })
     }
-
-    fn put_unsummed(&mut self, bytes: &[u8]) -> io::Result<()> {
-        if self.is_cut { Ok(()) } else { self.to.write_all(bytes) }
-    }
 }
 
-/// A piece is to be read.
-pub(super) fn reach_piece() -> Result<(), StreamError> {
+/// A record is to be read.
+pub(super) fn reach_record() -> Result<(), StreamError> {
     for action in fault::reach(Point::Loading) {
         if let Action::Refuse(errno) = action {
             return Err(StreamError::Read(io::Error::from_raw_os_error(errno)));

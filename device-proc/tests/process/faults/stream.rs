@@ -70,13 +70,14 @@ fn a_state_that_was_saved_wrongly_is_found_where_it_is_loaded() {
     let whole = honest();
     for (nth, packet, found) in [
         (1, Packet::Truncated, "the state stream ends too early"),
-        // Configuration, MSI-X table, interrupts, four pieces of memory, and the device's own.
+        // Four pieces of memory, configuration, MSI-X table, interrupts, and the device's own.
         (5, Packet::Truncated, "the state stream ends too early"),
         (8, Packet::Truncated, "the state stream ends too early"),
-        (8, Packet::Garbage, "damaged: the checksum is"),
-        (6, Packet::Garbage, "damaged: the checksum is"),
-        (6, Packet::Empty, "section 0x12 has 196608 bytes, expected 262144"),
-        (6, Packet::Oversized, "a piece of 4294967295 bytes in section 0x12"),
+        (8, Packet::Garbage, "damaged: device's state at 0x0 has digest"),
+        (3, Packet::Garbage, "damaged: memory of BAR 2 at 0x20000 has digest"),
+        (3, Packet::Empty, "memory of BAR 2: nothing was saved of the 65536 bytes at 0x20000"),
+        (7, Packet::Empty, "device's state where interrupts that wait was expected"),
+        (3, Packet::Oversized, "memory of BAR 2: a record of 4294967295 bytes"),
     ] {
         let (device, mut journal, file) = saving(nth, Action::Send(packet));
         assert_eq!(reached(&device).state, S::StopCopy, "it says that all is well");
