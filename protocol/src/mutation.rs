@@ -35,6 +35,8 @@ pub enum Mutation {
     UndoesAnUndo,
     /// Coordinator: a failure in the second phase is undone by the row of the first.
     UndoesTheSecondPhaseAsTheFirst,
+    /// Coordinator: the undo of a machine that neither ran nor stood leads back to that.
+    GoesBackToAHalf,
     /// Coordinator: the answers to a phase have no deadline.
     ArmsNoPhaseTimer,
     /// Coordinator: the outcome does not say who was fenced.

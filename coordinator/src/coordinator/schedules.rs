@@ -144,3 +144,42 @@ fn a_machine_does_not_wait_for_ever_for_one_that_does_not_show_that_it_outlives_
     let run = search::replay(&case, &actions, Slips::default(), true).unwrap();
     assert_eq!(run.wrong, None, "{}", search::tell(0, &run));
 }
+
+/// A pause of three devices, of which one dies and is not proven gone in time, and one hangs. The
+/// coordinator is so late that the hold has run out of its time before the third one is told to stop:
+/// that one is left in RUNNING_P2P. Then both proofs come, and the owner tries to pause again and gives
+/// up.
+fn half() -> (action::Case, Vec<action::Action>) {
+    use super::script::packets::Ask;
+    use action::Action::{Arc, Ask as Asks, Crash, Greet, Handle, Hang, Prove, Read, SeeExit};
+    use action::Action::{Tick, Watch};
+    let kind = action::Kind::default();
+    let unprovable = action::Kind { unprovable: true, ..kind };
+    let case = action::Case {
+        devices: vec![kind, kind, unprovable],
+        hooks: Vec::new(),
+        locals: 0,
+        stay_stopped: false,
+        heartbeats: false,
+        kept: false,
+        taken_over: false,
+        faults: action::Faults { crash: 1, hang: 1, time: 1, ..action::Faults::default() },
+        plain: false,
+        steps: 0,
+    };
+    let started = [Greet(0), Greet(1), Greet(2), Watch, Handle, Read(0), Read(1), Read(2)];
+    let held = [Asks(Ask::Pause), Handle, Crash(2), SeeExit(2), Handle, Tick, Handle, Hang(1)];
+    let late = [Read(0), Read(0), Read(0), Arc(0), Tick, Tick, Handle, Handle];
+    let proven = [SeeExit(1), Handle, Prove(1), Handle, Prove(2), Handle];
+    let again = [Asks(Ask::Pause), Handle, Asks(Ask::Cancel), Handle];
+    (case, [&started[..], &held, &late, &proven, &again].concat())
+}
+
+#[test]
+fn a_machine_that_a_hold_has_left_half_is_held_until_it_stands() {
+    let (case, actions) = half();
+    let run = search::replay(&case, &actions, Slips::default(), true).unwrap();
+    assert_eq!(run.wrong, None, "{}", search::tell(0, &run));
+    let ends = ["pause Held", "pause Stopped"];
+    assert!(ends.iter().all(|end| run.reached.contains(*end)), "{}", search::tell(0, &run));
+}

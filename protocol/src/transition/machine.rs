@@ -181,6 +181,9 @@ pub struct Transition {
     fencing: usize,
     told: bool,
     second_phase: bool,
+    /// It is undone, and who was left by then had neither all run nor all been stopped at its
+    /// beginning. There is no one state to go back to, so all go to STOP.
+    found_half: bool,
     armed: Vec<Timer>,
     reasons: Vec<HeldReason>,
     history: History,
@@ -238,6 +241,7 @@ impl Transition {
             fencing: 0,
             told: false,
             second_phase: false,
+            found_half: false,
             armed: Vec::new(),
             reasons: Vec::new(),
             history: History::default(),
@@ -498,6 +502,7 @@ impl Transition {
             .collect();
         let stays = self.plan.on_failure == OnFailure::StayStopped;
         let machine = match self.plan.operation {
+            _ if self.found_half => MachineState::Stopped,
             Operation::Pause | Operation::SwitchOver if undone && !stays && self.ran() => {
                 MachineState::Running
             }
@@ -514,7 +519,7 @@ impl Transition {
         } else if !undone {
             Outcome::Done
         } else if machine == MachineState::Stopped
-            && (stays || self.plan.operation == Operation::Load)
+            && (stays || self.found_half || self.plan.operation == Operation::Load)
         {
             Outcome::Stopped
         } else {
@@ -534,6 +539,15 @@ impl Transition {
             }
         }
         left.unwrap_or(all)
+    }
+
+    /// True if who is left neither all ran nor was all stopped when the transition began: a hold
+    /// that ran out of its time may leave a machine so.
+    fn is_half(&self) -> bool {
+        let left = self.participants.iter().filter(|p| p.standing == Standing::Live);
+        let mut activities = left.map(|participant| participant.original.activity());
+        let Some(first) = activities.next() else { return false };
+        first == Activity::NoPeer || activities.any(|other| other != first)
     }
 
     /// True if everybody who is left ran when the transition began; if nobody is, everybody.

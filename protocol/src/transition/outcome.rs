@@ -106,7 +106,7 @@ pub enum HeldReason {
     HookHung(HookId),
     /// The hook failed where there was no way back.
     HookFailed(HookId),
-    /// The undo did not end within its budget.
+    /// The undo did not end within its budget, or the hold did not and somebody is not stopped.
     UndoExpired,
     /// A machine was taken over in which somebody had reached STOP: it may run elsewhere.
     TakenOverStopped,

@@ -55,6 +55,13 @@ pub(crate) fn one_and_two() -> Vec<Scenario> {
         },
         Scenario {
             faults: every(2),
+            hook: true,
+            last_from: Some(MigrationState::RunningP2p),
+            reaches: two_faults!(Stopped, HookFailed, HookHung),
+            ..Scenario::new("pause of what a hold has left half, resume; a hook; 2 faults", 2)
+        },
+        Scenario {
+            faults: every(2),
             operations: &[Operation::SwitchOver, Operation::Resume],
             from: MigrationState::PreCopy,
             reaches: two_faults!(RolledBack),

@@ -17,6 +17,7 @@ use machine::report;
 use machine::rule::Rule;
 use machine::scenario::{Faults, Scenario, Successor};
 use machine::world::{Breaks, Checked};
+use standstill_protocol::migration::MigrationState;
 use standstill_protocol::mutation::Mutation;
 use standstill_protocol::transition::OnFailure;
 use stateright::Checker;
@@ -80,6 +81,14 @@ fn an_end_that_does_not_wait_for_the_last_answer() {
 fn an_undo_that_undoes_nothing() {
     let breaks = in_the_transition!(UndoesNothing);
     finds(breaks, faults(|f| f.refusals = 1), Rule::NothingRunsHalf);
+}
+
+#[test]
+fn an_undo_that_goes_back_to_a_machine_that_neither_ran_nor_stood() {
+    let breaks = in_the_transition!(GoesBackToAHalf);
+    let half = |scenario| Scenario { last_from: Some(MigrationState::RunningP2p), ..scenario };
+    finds(breaks, half(faults(|f| f.crashes = 1)), Rule::OutcomeIsTrue);
+    finds(breaks, half(faults(|f| f.refusals = 1)), Rule::OutcomeIsTrue);
 }
 
 #[test]

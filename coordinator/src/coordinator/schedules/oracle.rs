@@ -204,6 +204,16 @@ impl World {
                     self.is_wrong(|| format!("{device} has answered and is lost for its silence"));
                 }
             }
+            MachineEvent::HoldEnded { by_owner: false } => {
+                let ready = |unit: &&Unit| self.standing(unit) == Some(Standing::Ready);
+                let mut ready = self.units.iter().filter(ready);
+                let moves =
+                    |unit: &&Unit| unit.is_alive() && unit.device.may_do() != Activity::Stopped;
+                if let Some(unit) = ready.find(moves) {
+                    let (name, is) = (unit.device.name.clone(), unit.device.lifecycle.state());
+                    self.is_wrong(|| format!("a hold has ended, and {name} is in {is}"));
+                }
+            }
             MachineEvent::DeviceFenced { device, .. } => {
                 let mut units = self.units.iter();
                 if !units.any(|unit| unit.device.name == device && unit.proven) {
@@ -318,6 +328,11 @@ impl World {
             (Outcome::Held { .. }, _) if current.hold_expired => return None,
             (Outcome::Held { .. }, _) => Some(true),
         };
+        let found = |activity| current.originals.iter().any(|(_, s)| s.activity() == activity);
+        let half = found(Activity::NoPeer) || found(Activity::Full) && found(Activity::Stopped);
+        if stops.is_none() && half {
+            return Some("they were neither all running nor all stopped before".to_owned());
+        }
         for (i, unit) in self.units.iter().enumerate() {
             let Some(device) = unit.id.and_then(|id| state.devices.get(id)) else { continue };
             let (is, does) = (unit.device.lifecycle.state(), unit.device.may_do());
@@ -327,13 +342,8 @@ impl World {
             if device.state != is {
                 return Some(format!("device {i} is in {is}, and said to be in {}", device.state));
             }
-            // Whom an undo finds where it leads, or has not moved, is left there.
-            let degraded = matches!(report.outcome, Outcome::Degraded { .. });
-            let left = degraded && original(i) == Some(is) && does == is.activity();
             let fits = match stops {
-                Some(true) if current.operation == Operation::Resume && left => true,
                 Some(true) => does == Activity::Stopped,
-                Some(false) if left => true,
                 Some(false) => does == Activity::Full,
                 None => {
                     original(i) == Some(is)

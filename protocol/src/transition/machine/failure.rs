@@ -145,6 +145,11 @@ impl Transition {
                     self.hook_hung(id);
                     self.hold(HeldReason::HookHung(id), out);
                 }
+                // The proofs that are missing would not be all that is missing.
+                let runs = |p: &Participant| p.standing == Standing::Live && !stopped(p.state);
+                if self.participants.iter().any(runs) {
+                    self.hold(HeldReason::UndoExpired, out);
+                }
                 self.finish(out);
             }
         }
@@ -195,8 +200,19 @@ impl Transition {
         let Plan { operation, on_failure, .. } = self.plan;
         let second_phase =
             self.second_phase && !self.broken.is(Mutation::UndoesTheSecondPhaseAsTheFirst);
-        let mut steps = undo_row(operation, on_failure, second_phase);
-        let nothing_to_undo = !self.told && on_failure == OnFailure::Rollback;
+        self.found_half = self.is_half() && !self.broken.is(Mutation::GoesBackToAHalf);
+        let mut steps = match operation {
+            Operation::Pause | Operation::SwitchOver if self.found_half => {
+                undo_row(operation, OnFailure::StayStopped, second_phase)
+            }
+            // Some may write into others already.
+            Operation::Resume if self.found_half => undo_row(operation, on_failure, true),
+            Operation::Load if self.found_half && !self.told => {
+                &[UndoStep::PrepareStop, UndoStep::Stop]
+            }
+            _ => undo_row(operation, on_failure, second_phase),
+        };
+        let nothing_to_undo = !self.told && on_failure == OnFailure::Rollback && !self.found_half;
         // Hooks go the way of the last epoch of the row.
         while let Some(at) = steps.iter().position(|&step| step == UndoStep::NewEpoch) {
             self.push_undo_epoch(&steps[..at], None, nothing_to_undo);

@@ -13,6 +13,7 @@ impl Transition {
         };
         // Going back is for what this transition has done, not for what it found.
         let goes_back = self.mode == Mode::Undo
+            && !self.found_half
             && match self.plan.operation {
                 Operation::Pause | Operation::SwitchOver => moment == HookMoment::Start,
                 Operation::Resume => moment == HookMoment::Stop,

@@ -108,7 +108,10 @@ impl Transition {
     /// True in the undo of a resume for a participant that was not stopped before. To stop it
     /// would be more than going back, and one of them may be writing into another.
     pub(super) fn ran_before_resume(&self, original: MigrationState) -> bool {
-        self.mode == Mode::Undo && self.plan.operation == Operation::Resume && !stopped(original)
+        self.mode == Mode::Undo
+            && self.plan.operation == Operation::Resume
+            && !self.found_half
+            && !stopped(original)
     }
 
     pub(super) fn send_queries(&mut self, out: &mut Vec<Effect>) {

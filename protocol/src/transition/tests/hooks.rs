@@ -213,3 +213,31 @@ fn two_hooks_with_one_number_are_refused() {
     let plan = with_hooks(Operation::Pause, S::Running, twice);
     assert_eq!(Transition::new(plan), Err(PlanError::HookTwice { id: HookId(0) }));
 }
+
+/// A hold that ran out of its time has left it so. There is no one state to go back to, also as long as
+/// nobody was told anything.
+#[test]
+fn what_neither_ran_nor_stood_is_stopped_with_its_hooks() {
+    for operation in [Operation::Pause, Operation::Resume] {
+        let mut plan = machine(operation, &[S::Running, S::RunningP2p]);
+        let moment = match operation {
+            Operation::Resume => Start,
+            _ => Stop,
+        };
+        let stopped = moment == Start;
+        plan.hooks = vec![Hook { start: Slot::Before, stopped, ..hook(0, Slot::Before, 0) }];
+        let mut script = Script::begin(plan);
+        assert_eq!(script.hooks(), [(0, moment)]);
+        script.step(Event::Cancel);
+        script.step(Event::HookDone(HookId(0), moment));
+        if moment == Start {
+            assert_eq!(script.hooks(), [(0, Stop)]);
+            script.step(Event::HookDone(HookId(0), Stop));
+        }
+        assert_eq!(script.sent().len(), 2, "everybody is to be quiet");
+        script.reach_all();
+        script.reach_all();
+        assert_eq!(script.outcome(), Some(&Outcome::Stopped), "{operation}");
+        assert!(script.transition.hooks()[0].stopped, "{operation}");
+    }
+}

@@ -172,3 +172,23 @@ fn a_hold_ends_at_its_deadline_whoever_is_silent() {
     let reasons = [0, 1].map(|number| HeldReason::FenceUnproven(id(number)));
     assert_eq!(script.outcome(), Some(&held(&reasons)));
 }
+
+/// When all proofs have come, somebody still runs.
+#[test]
+fn a_hold_that_runs_out_of_its_time_says_so_if_anybody_is_not_stopped() {
+    let unproven = [2, 1].map(|number| HeldReason::FenceUnproven(id(number)));
+    for (stopped, reasons) in [
+        (false, [unproven.as_slice(), &[HeldReason::UndoExpired]].concat()),
+        (true, unproven.into()),
+    ] {
+        let mut script = Script::begin(machine(Operation::Pause, &[S::Running; 3]));
+        script.lose(2);
+        script.expire(Timer::Fence(id(2)));
+        if stopped {
+            script.reach_all();
+        }
+        script.reach(0);
+        script.expire(Timer::Hold);
+        assert_eq!(script.outcome(), Some(&held(&reasons)));
+    }
+}

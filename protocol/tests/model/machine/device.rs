@@ -97,7 +97,11 @@ impl Device {
     pub(crate) fn new(mut lifecycle: Lifecycle, state: MigrationState) -> Self {
         lifecycle.step(Message::Welcome(Term(1)).event());
         if state != MigrationState::Running {
-            let (term, epoch, phase) = (Term(1), Epoch(1), Phase::Start);
+            let (term, epoch) = (Term(1), Epoch(1));
+            let phase = match state.activity() {
+                Activity::NoPeer => Phase::PrepareStop,
+                Activity::Full | Activity::Stopped => Phase::Start,
+            };
             let command = Command { term, epoch, phase, target: state, budget_ns: 0, lease_ns: 0 };
             lifecycle.step(lifecycle::Event::Command(command));
             while lifecycle.is_busy() {
@@ -107,10 +111,10 @@ impl Device {
         Self {
             lifecycle,
             arc: None,
-            activity: Activity::Full,
+            activity: state.activity(),
             life: Life::Alive,
             ghost: false,
-            promised: Activity::Full,
+            promised: state.activity(),
             links: [Link { open: true, ..Link::default() }, Link::default()],
         }
     }

@@ -81,12 +81,19 @@ pub(crate) fn is_true(world: &World, coordinator: &Coordinator, outcome: &Outcom
         Operation::Resume => hook_is(false),
         Operation::Load | Operation::TakeOver => true,
     };
+    // Back to where everybody was is no one state if they were in several.
+    let half = || {
+        let mut activities = seats().map(|(_, seat)| seat.original.activity());
+        let first = activities.next();
+        first == Some(Activity::NoPeer) || activities.any(|other| Some(other) != first)
+    };
     let rolls_back = coordinator.operation == Operation::TakeOver || coordinator.undone;
     match outcome {
         Outcome::Done => nobody_fenced && !coordinator.undone && hook_done && left_are(&done),
         Outcome::RolledBack => {
             nobody_fenced
                 && rolls_back
+                && (coordinator.operation == Operation::TakeOver || !half())
                 && hook_is(coordinator.hook_found_stopped)
                 && left_are(&undone)
         }

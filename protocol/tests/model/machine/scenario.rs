@@ -56,6 +56,8 @@ pub(crate) struct Scenario {
     pub(crate) devices: usize,
     /// Where every device is at the beginning: RUNNING or PRE_COPY.
     pub(crate) from: MigrationState,
+    /// Where a hold that ran out of its time has left the last one.
+    pub(crate) last_from: Option<MigrationState>,
     /// What the owner does, one after the other, as long as the machine is not held.
     pub(crate) operations: &'static [Operation],
     pub(crate) on_failure: OnFailure,
@@ -76,6 +78,7 @@ impl Scenario {
             name,
             devices,
             from: MigrationState::Running,
+            last_from: None,
             operations: &[Operation::Pause, Operation::Resume],
             on_failure: OnFailure::Rollback,
             last_is_optional: false,
@@ -85,6 +88,12 @@ impl Scenario {
             successor: Successor::None,
             reaches: &[],
         }
+    }
+
+    /// Where a device is at the beginning.
+    pub(crate) fn from(&self, device: usize) -> MigrationState {
+        let last = self.last_from.filter(|_| device + 1 == self.devices);
+        last.unwrap_or(self.from)
     }
 
     pub(crate) fn hooks(&self, stopped: bool) -> Vec<Hook> {

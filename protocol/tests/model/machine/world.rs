@@ -388,14 +388,17 @@ impl Model for Checked {
 
     fn init_states(&self) -> Vec<World> {
         let scenario = &self.scenario;
-        let device = Device::new((self.breaks.lifecycle)(Device::power_on()), scenario.from);
-        let members: Vec<_> = (0..scenario.devices).map(|number| (number, scenario.from)).collect();
+        let members: Vec<_> =
+            (0..scenario.devices).map(|number| (number, scenario.from(number))).collect();
+        let device = |&(_, from): &(usize, MigrationState)| {
+            Shared::new(Device::new((self.breaks.lifecycle)(Device::power_on()), from))
+        };
         let operation = (scenario.operations[0], Epoch(2));
         let first =
             Coordinator::new(scenario, self.breaks.transition, 0, operation, &members, false);
         let mut world = World {
             coordinators: [first.map(Shared::new), None],
-            devices: vec![Shared::new(device); scenario.devices],
+            devices: members.iter().map(device).collect(),
             faults: scenario.faults,
             hooks: scenario.hook,
             kept: None,
