@@ -5,6 +5,7 @@
 //! that a shutdown would have to remove under those who wait for it), and only for reading,
 //! changing and writing it. A wait for that lock is bounded: its holder may be stopped for ever.
 
+use crate::identity::{boot_id, is_alive};
 use crate::record::{
     DeviceRecord, MAX_RECORD, MachineRecord, ProcessIdentity, RecordError, SocketNameError,
     socket_name,
@@ -421,43 +422,10 @@ fn check_owner(path: &Path, status: &Stat, expected: u32) -> Result<(), ControlD
     Ok(())
 }
 
-/// The running system's boot id.
-pub(crate) fn boot_id() -> io::Result<Uuid> {
-    let text = std::fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
-    text.trim().parse().map_err(io::Error::other)
-}
-
-/// When a process began: field 22 of `/proc/<pid>/stat`. A process that is gone is `NotFound`.
-pub(crate) fn start_time(pid: u32) -> io::Result<u64> {
-    let stat = std::fs::read(format!("/proc/{pid}/stat")).map_err(|error| {
-        // Gone between the opening and the reading.
-        match error.raw_os_error() {
-            Some(code) if code == Errno::SRCH.raw_os_error() => io::ErrorKind::NotFound.into(),
-            _ => error,
-        }
-    })?;
-    // The second field is the program's name in parentheses, which may hold anything.
-    let after_name = stat.iter().rposition(|&byte| byte == b')').map_or(0, |at| at + 1);
-    let fields = String::from_utf8_lossy(&stat[after_name..]);
-    let field = fields.split_ascii_whitespace().nth(22 - 3);
-    field
-        .and_then(|text| text.parse().ok())
-        .ok_or_else(|| io::Error::other(format!("/proc/{pid}/stat has no start time")))
-}
-
-/// Which process this pid is now.
-pub(crate) fn identity(pid: u32) -> io::Result<ProcessIdentity> {
-    Ok(ProcessIdentity { pid, start_time: start_time(pid)? })
-}
-
-/// True if that very process is there (a zombie is).
-fn is_alive(process: ProcessIdentity) -> bool {
-    start_time(process.pid).is_ok_and(|start_time| start_time == process.start_time)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::identity::identity;
     use crate::record::RECORD_VERSION;
     use std::os::unix::fs::PermissionsExt;
 

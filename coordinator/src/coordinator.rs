@@ -12,7 +12,9 @@ mod incoming;
 mod join;
 mod keep;
 mod memory;
+mod outcome;
 mod owner;
+mod plan;
 mod removal;
 mod roster;
 #[cfg(test)]

@@ -82,7 +82,7 @@ impl Custody {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::control_directory::{boot_id, identity};
+    use crate::identity::{boot_id, identity};
     use crate::process::{DeviceProcess, Fence, FenceProgress, ProcessSpec, Spawner};
     use crate::record::{MachineRecord, RECORD_VERSION};
     use std::os::fd::OwnedFd;

@@ -35,6 +35,7 @@ pub mod error;
 pub mod events;
 #[cfg(feature = "fault-injection")]
 pub mod fault;
+mod identity;
 pub mod logs;
 pub mod machine;
 mod mailbox;

@@ -113,7 +113,7 @@ impl Process {
                 identity_behind(pidfd, *pid)?.ok_or_else(ended)
             }
             #[cfg(any(test, fuzzing))]
-            Self::Scripted(_) => crate::control_directory::identity(std::process::id()),
+            Self::Scripted(_) => crate::identity::identity(std::process::id()),
         }
     }
 }

@@ -2,9 +2,10 @@
 
 use super::start::Start;
 use super::state::{Device, Standing, State};
-use crate::control_directory::{ControlDirectory, ControlDirectoryError, boot_id, identity};
+use crate::control_directory::{ControlDirectory, ControlDirectoryError};
 use crate::custody::Custody;
 use crate::description::DeviceSpec;
+use crate::identity::{boot_id, identity};
 use crate::process::BackingFile;
 use crate::record::{DeviceRecord, MachineRecord, RECORD_VERSION};
 use standstill_protocol::message::{CoordinatorMessage, Query, Term};

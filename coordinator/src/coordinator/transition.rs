@@ -1,96 +1,27 @@
 //! Runs a transition: the effects of the pure machine are carried out, what comes of them is fed
-//! back.
+//! back. What goes into one is in [`super::plan`], what its end means in [`super::outcome`].
 
 use super::owner::{GAP, GAP_NAME};
-use super::slips::Slip;
-use super::state::{Active, Device, Local, Purpose, Standing, State, Timers};
+use super::state::{Active, Purpose, Standing, State, Timers};
 use super::{Message, Owner};
 use crate::clock;
-use crate::description::DeviceSpec;
 use crate::device::Message as DeviceActorMessage;
-use crate::error::MachineError;
 use crate::events::MachineEvent;
 use crate::participant::LocalAnswer;
 use crate::recorder::Recorder;
 use crate::report::{ParticipantReport, nanos};
 use crate::spans::Spans;
 use standstill_protocol::channel::{Frame, SendError};
-use standstill_protocol::message::{Command, CoordinatorMessage, PeerDma};
-use standstill_protocol::migration::{Activity, MigrationFlags};
+use standstill_protocol::message::{Command, CoordinatorMessage};
+use standstill_protocol::migration::Activity;
 use standstill_protocol::transition::{
-    Answer, Effect, Event, HeldReason, HookId, HookMoment, Loss, MachineState, Member, MemberKind,
-    OnFailure, OnLoss, Operation, Outcome, ParticipantId, Plan, PlanError, Timer, Transition,
+    Answer, Effect, Event, HeldReason, HookId, HookMoment, Loss, Member, OnFailure, OnLoss,
+    Operation, ParticipantId, Plan, Timer, Transition,
 };
 use std::collections::VecDeque;
-use std::sync::Arc;
 use std::time::Duration;
 
 impl State {
-    /// What an operation would be for this machine as it is.
-    pub(super) fn plan(&self, operation: Operation) -> Plan {
-        let default = (self.deadlines.first_phase, self.deadlines.second_phase);
-        let devices = self.devices.iter().filter_map(|device| {
-            let counts = matches!(device.standing, Standing::Ready | Standing::Lost(_));
-            counts.then(|| self.member(device)).flatten()
-        });
-        let locals = self.locals.iter().filter(|local| !local.hung).map(|local| Member {
-            id: local.id,
-            kind: MemberKind::Local,
-            state: local.state,
-            flags: local.flags,
-            peer_dma: local.peer_dma,
-            one_phase_allowed: false,
-            on_loss: OnLoss::Fail,
-            first_ns: nanos(default.0),
-            second_ns: nanos(default.1),
-            lease_ns: 0,
-        });
-        Plan {
-            operation,
-            term: self.term,
-            epoch: self.epoch.next(),
-            members: devices.chain(locals).collect(),
-            hooks: self.hooks.iter().filter(|entry| !entry.hung).map(|e| e.hook).collect(),
-            phases: self.phases,
-            on_failure: self.on_failure,
-            undo_ns: nanos(self.deadlines.undo),
-            fence_ns: nanos(self.deadlines.fence),
-        }
-    }
-
-    /// What a device is to a transition; `None` if it has no process.
-    pub(super) fn member(&self, device: &Device) -> Option<Member> {
-        let lost = match device.standing {
-            Standing::Ready | Standing::Greeting | Standing::Joining => false,
-            // It was lost before; what is left is to prove it.
-            Standing::Lost(_) => true,
-            Standing::Fenced(_) | Standing::Leaving => return None,
-        };
-        let on_loss = match lost {
-            true => OnLoss::ContinueWithout,
-            false => self.policies.in_transition(&device.spec),
-        };
-        let capabilities = device.hello.as_ref().map(|hello| hello.capabilities);
-        Some(Member {
-            id: device.id,
-            kind: MemberKind::Process,
-            state: device.state,
-            flags: capabilities.map_or(MigrationFlags::STOP_COPY, |c| c.migration),
-            peer_dma: capabilities.map_or(PeerDma::Possible, |c| c.peer_dma),
-            // One that is lost is told nothing.
-            one_phase_allowed: device.spec.one_phase_allowed || lost,
-            on_loss,
-            first_ns: nanos(self.first_phase(&device.spec)),
-            second_ns: nanos(device.spec.second_phase.unwrap_or(self.deadlines.second_phase)),
-            lease_ns: 0,
-        })
-    }
-
-    /// How long a device has for the answer to a first phase.
-    pub(super) fn first_phase(&self, spec: &DeviceSpec) -> Duration {
-        spec.first_phase.unwrap_or(self.deadlines.first_phase)
-    }
-
     /// The owner asks for a transition.
     pub(super) fn begin(&mut self, operation: Operation, owner: Owner) {
         match self.admit(operation, &owner) {
@@ -179,62 +110,6 @@ impl State {
         // Those that are lost already are not told anything.
         for event in lost.into_iter().chain([Event::Begin]) {
             self.feed(event);
-        }
-    }
-
-    fn admit(&self, operation: Operation, owner: &Owner) -> Result<Transition, MachineError> {
-        let under_way = self.active.as_ref().map(|active| active.operation);
-        // A held machine can be stopped again, and be proven stopped by that, unless it depends on
-        // something that cannot be asked.
-        let possible = self.machine != MachineState::Held
-            || (operation != Operation::Resume
-                && !self.held.iter().any(|reason| {
-                    matches!(
-                        reason,
-                        HeldReason::HookHung(_)
-                            | HeldReason::TakenOverStopped
-                            | HeldReason::Superseded
-                    )
-                }));
-        if under_way.is_some() || !possible || self.ending.is_some() {
-            return Err(MachineError::State { operation, machine: self.machine, under_way });
-        }
-        if operation == Operation::Resume {
-            self.nobody_is_missing()?;
-        }
-        let mut plan = self.plan(operation);
-        plan.hooks.extend(owner.gap.as_ref().map(|gap| gap.hook(operation)));
-        Transition::new(plan).map_err(|source| {
-            let device = self.in_the_way(&source);
-            MachineError::Plan { device, source }
-        })
-    }
-
-    /// Whether every device is there that the machine must not run without.
-    fn nobody_is_missing(&self) -> Result<(), MachineError> {
-        for device in self.devices.iter() {
-            let missed = !device.care.added
-                && device.care.leaving.is_none()
-                && !self.policies.may_be_missing(&device.spec);
-            let why = match &device.standing {
-                Standing::Lost(why) | Standing::Fenced(why) => why.clone(),
-                Standing::Greeting | Standing::Joining => "it is being restarted".to_owned(),
-                Standing::Ready | Standing::Leaving => continue,
-            };
-            if missed {
-                return Err(MachineError::Missing { device: device.spec.name.clone(), why });
-            }
-        }
-        Ok(())
-    }
-
-    /// The name of the participant or hook that a plan fails for.
-    pub(super) fn in_the_way(&self, error: &PlanError) -> String {
-        match *error {
-            PlanError::State { id, .. } | PlanError::OnePhase { id } | PlanError::Twice { id } => {
-                self.names.participant(id)
-            }
-            PlanError::HookTwice { id } => self.names.hook(id),
         }
     }
 
@@ -470,162 +345,6 @@ impl State {
                         self.returned_running(id);
                     }
                 }
-            }
-        }
-    }
-
-    fn finish(&mut self, outcome: Outcome) {
-        let Some(active) = self.active.take() else { return };
-        self.unsettled = true;
-        self.epoch = active.transition.epoch();
-        for device in self.devices.iter_mut() {
-            if let Some(state) = active.transition.state(device.id) {
-                device.state = state;
-            }
-        }
-        if active.purpose.is_internal() {
-            return self.finish_internal(active, &outcome);
-        }
-        for local in &mut self.locals {
-            if let Some(state) = active.transition.state(local.id) {
-                local.state = state;
-            }
-        }
-        for entry in &mut self.hooks {
-            if let Some(hook) = active.transition.hooks().iter().find(|h| h.id == entry.hook.id) {
-                entry.hook.stopped = hook.stopped;
-            }
-        }
-        self.machine = match (&outcome, active.operation) {
-            (Outcome::Done, Operation::Resume)
-            | (Outcome::Done | Outcome::RolledBack, Operation::TakeOver) => MachineState::Running,
-            (Outcome::Done | Outcome::Stopped, _) => MachineState::Stopped,
-            (Outcome::RolledBack, _) => self.machine,
-            (Outcome::Degraded { machine, .. }, _) => *machine,
-            (Outcome::Held { .. }, _) => MachineState::Held,
-        };
-        self.held = match &outcome {
-            Outcome::Held { reasons, fenced } => reasons
-                .iter()
-                .filter_map(|&reason| self.still_held(reason, fenced, &active))
-                .collect(),
-            // An attempt that was undone has proven nothing.
-            Outcome::RolledBack => std::mem::take(&mut self.held),
-            _ => Vec::new(),
-        };
-        if self.machine == MachineState::Held && self.held.is_empty() {
-            self.machine = MachineState::Stopped;
-        }
-        let downtime_ns = self.downtime(&active);
-        let unproven = self.held.iter().filter_map(|reason| match reason {
-            HeldReason::FenceUnproven(id) => Some(*id),
-            _ => None,
-        });
-        for id in unproven.collect::<Vec<_>>() {
-            self.fence_expired(id);
-        }
-        let Active { transition, recorder, purpose, .. } = active;
-        let report = Arc::new(recorder.finish(&transition, outcome, self.machine, downtime_ns));
-        self.emit(MachineEvent::Transition(Arc::clone(&report)));
-        if let Purpose::Owner(owner) = purpose
-            && !self.slips.is(Slip::ForgetsTheOwner)
-        {
-            // Whoever asked may have given up; the machine is where it is all the same.
-            let _ = owner.reply.send(Ok(report));
-        }
-    }
-
-    /// A device was moved by itself: the machine is where it was.
-    fn finish_internal(&mut self, active: Active, outcome: &Outcome) {
-        let Active { operation, transition, recorder, purpose, .. } = active;
-        let report = recorder.finish(&transition, outcome.clone(), self.machine, None);
-        tracing::debug!(%report, "a device was moved by itself");
-        let text = report.failure_lines().join("; ");
-        if let Outcome::Held { reasons, .. } = outcome {
-            let unproven = reasons.iter().copied().filter(|reason| match reason {
-                HeldReason::FenceUnproven(id) => self
-                    .devices
-                    .get(*id)
-                    .is_some_and(|device| matches!(device.standing, Standing::Lost(_))),
-                _ => false,
-            });
-            let unproven: Vec<_> = unproven.collect();
-            for reason in &unproven {
-                if let HeldReason::FenceUnproven(id) = reason {
-                    self.fence_expired(*id);
-                }
-            }
-            // Something may run in a machine that is to stand.
-            if self.machine != MachineState::Running && !unproven.is_empty() {
-                let began = self.machine == MachineState::Stopped;
-                self.machine = MachineState::Held;
-                self.held.extend(unproven);
-                if began && let Purpose::Join(id) | Purpose::Leave(id) = purpose {
-                    let device = self.names.participant(id);
-                    self.emit(MachineEvent::HoldBegan { device });
-                }
-            }
-        }
-        match purpose {
-            Purpose::Join(id) => self.newcomer_moved(id, operation, outcome, &text),
-            Purpose::Leave(id) => self.leaver_moved(id),
-            Purpose::Owner(_) => {}
-        }
-    }
-
-    /// What is left of a reason at the end of the hold: some of it may be proven by then.
-    fn still_held(
-        &mut self,
-        reason: HeldReason,
-        fenced: &[(ParticipantId, Loss)],
-        active: &Active,
-    ) -> Option<HeldReason> {
-        match reason {
-            HeldReason::FenceUnproven(id) => {
-                (!fenced.iter().any(|&(who, _)| who == id)).then_some(reason)
-            }
-            HeldReason::LocalHung(id) => {
-                let answered = active.recorder.has_answered(id);
-                let stopped = |local: &mut Local| local.state.activity() == Activity::Stopped;
-                (!answered || !self.local(id).is_some_and(stopped)).then_some(reason)
-            }
-            HeldReason::HookHung(id) => {
-                let entry = self.hooks.iter_mut().find(|entry| entry.hook.id == id)?;
-                match active.recorder.left_stopped(id) {
-                    None => {
-                        entry.hung = true;
-                        Some(reason)
-                    }
-                    Some(stopped) => {
-                        entry.hook.stopped = stopped;
-                        (!stopped).then_some(HeldReason::HookFailed(id))
-                    }
-                }
-            }
-            _ => Some(reason),
-        }
-    }
-
-    /// A hook that hung has returned, and what it stands for runs: that is no proof, but it can be
-    /// called again.
-    fn returned_running(&mut self, id: HookId) {
-        for reason in &mut self.held {
-            if *reason == HeldReason::HookHung(id) {
-                *reason = HeldReason::HookFailed(id);
-            }
-        }
-    }
-
-    /// The machine has stood from the beginning of the first pause to the end of this resume.
-    fn downtime(&mut self, active: &Active) -> Option<u64> {
-        match (active.operation, self.machine) {
-            (_, MachineState::Running) => {
-                let paused_at = self.paused_at.take()?;
-                (active.operation == Operation::Resume).then(|| nanos(clock::since(paused_at)))
-            }
-            _ => {
-                self.paused_at.get_or_insert(active.recorder.began());
-                None
             }
         }
     }

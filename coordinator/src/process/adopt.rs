@@ -1,8 +1,8 @@
 //! Device processes that another coordinator has left behind.
 
 use super::{DeviceProcess, Exit, wait_readable};
-use crate::control_directory::start_time;
 use crate::custody::Custody;
+use crate::identity::start_time;
 use crate::record::ProcessIdentity;
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::io::Errno;
