@@ -9,7 +9,7 @@
 //! thread, and the device's own threads do DMA meanwhile. The runtime holds no lock while it
 //! calls.
 
-use crate::interrupt::Interrupts;
+use crate::interrupt::{Interrupts, IrqCounts};
 use crate::memory::Dma;
 use standstill_protocol::message::{Evidence, PeerDma};
 use standstill_protocol::migration::MigrationFlags;
@@ -48,6 +48,14 @@ pub struct DeviceInfo {
     pub bars: [Option<Bar>; 6],
     /// Number of MSI-X vectors, 0 to 2048.
     pub msix_vectors: u16,
+    /// Number of MSI vectors: 0, 1, 2, 4, 8, 16 or 32.
+    pub msi_vectors: u16,
+    /// Whether it has the interrupt pin INTA.
+    pub intx: bool,
+    /// Whether it is a PCI Express endpoint, and not a conventional PCI device.
+    pub express: bool,
+    /// Whether it has a power management capability; a PCI Express endpoint always has.
+    pub power_management: bool,
     /// The migration states that it has. Devices under this runtime always have the P2P states:
     /// the gate gives them.
     pub migration: MigrationFlags,
@@ -61,7 +69,7 @@ pub struct DeviceInfo {
 }
 
 impl DeviceInfo {
-    /// A device of that kind (at most 64 bytes): without BARs and interrupts, whose state can be
+    /// A device of that kind (at most 64 bytes): conventional PCI, without BARs, with INTx, whose state can be
     /// saved and loaded, with P2P states and peers, without backing files.
     pub fn new(kind: impl Into<String>, pci: PciIdentity) -> Self {
         Self {
@@ -69,6 +77,10 @@ impl DeviceInfo {
             pci,
             bars: Default::default(),
             msix_vectors: 0,
+            msi_vectors: 0,
+            intx: true,
+            express: false,
+            power_management: false,
             migration: MigrationFlags::STOP_COPY_P2P,
             state_version: StateVersion::default(),
             peer_dma: PeerDma::Possible,
@@ -107,6 +119,44 @@ impl DeviceInfo {
     pub fn state_version(mut self, major: u16, minor: u16) -> Self {
         self.state_version = StateVersion { major, minor };
         self
+    }
+
+    /// Sets the number of MSI vectors: 0, 1, 2, 4, 8, 16 or 32. They are raised by
+    /// [`Interrupts::raise_msi`].
+    #[must_use]
+    pub fn msi_vectors(mut self, vectors: u16) -> Self {
+        self.msi_vectors = vectors;
+        self
+    }
+
+    /// It has no interrupt pin.
+    #[must_use]
+    pub fn without_intx(mut self) -> Self {
+        self.intx = false;
+        self
+    }
+
+    /// It is a PCI Express endpoint: its configuration space has 4096 bytes and the capabilities PCI
+    /// Express and power management, and its memory BARs take two indexes each.
+    #[must_use]
+    pub fn express(mut self) -> Self {
+        self.express = true;
+        self
+    }
+
+    /// It has a power management capability, with the states D0 and D3hot. The device is not told:
+    /// it goes on in D3hot, and loses nothing there.
+    #[must_use]
+    pub fn power_management(mut self) -> Self {
+        self.power_management = true;
+        self
+    }
+
+    /// How many interrupts it has.
+    #[must_use]
+    pub fn irqs(&self) -> IrqCounts {
+        let (msi, msix) = (self.msi_vectors, self.msix_vectors);
+        IrqCounts { intx: self.intx.into(), msi, msix }
     }
 
     /// Its DMA reaches RAM alone, and no peer's DMA reaches it: it has no memory BAR.

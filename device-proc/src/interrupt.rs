@@ -1,7 +1,8 @@
-//! Interrupt lines of a device: INTx and MSI-X (and the error and request lines of VFIO), each an
+//! Interrupt lines of a device: INTx, MSI and MSI-X (and the error and request lines of VFIO), each an
 //! eventfd that the client has installed.
 //!
-//! The device raises interrupts ([`Interrupts::raise`], [`Interrupts::set_intx`]); the runtime
+//! The device raises interrupts ([`Interrupts::raise`],
+//! [`Interrupts::raise_msi`], [`Interrupts::set_intx`]); the runtime
 //! installs eventfds for the client ([`Interrupts::set_irqs`]) and freezes and thaws the whole.
 //!
 //! **None is lost.** While frozen, an interrupt is latched. After the thaw it is raised on the
@@ -9,7 +10,7 @@
 //! latched. [`Interrupts::latched`] is part of a device's saved state. INTx works by level: what
 //! counts is whether the line is asserted.
 //!
-//! **Some were never meant to arrive**: an MSI-X vector that is raised while it runs and has no
+//! **Some were never meant to arrive**: a vector that is raised while it runs and has no
 //! eventfd is dropped, as VFIO does. A masked vector is latched until it is unmasked. INTx masks
 //! itself when it is raised (`VFIO_IRQ_INFO_AUTOMASKED`) and is raised again when it is unmasked
 //! while the line is still asserted.
@@ -24,8 +25,8 @@ mod eventfd;
 
 pub use eventfd::SetIrqsError;
 pub use standstill_vfio_user::wire::irq::{
-    ACTION_MASK, ACTION_TRIGGER, ACTION_UNMASK, DATA_BOOL, DATA_EVENTFD, DATA_NONE, IrqError,
-    IrqIndex, IrqOperation, IrqRequest, SET_IRQS_SIZE, Selection, SetIrqs, validate,
+    ACTION_MASK, ACTION_TRIGGER, ACTION_UNMASK, DATA_BOOL, DATA_EVENTFD, DATA_NONE, IrqCounts,
+    IrqError, IrqIndex, IrqOperation, IrqRequest, SET_IRQS_SIZE, Selection, SetIrqs, validate,
 };
 
 use crate::gate::{InFlight, Permit};
@@ -37,6 +38,8 @@ use thiserror::Error;
 
 /// The most MSI-X vectors that PCI knows.
 pub const MAX_MSIX_VECTORS: u16 = 2048;
+/// The most MSI vectors that PCI knows.
+pub const MAX_MSI_VECTORS: u16 = 32;
 
 /// The interrupts of one device. Clones are the same.
 #[derive(Clone, Debug, Default)]
@@ -53,16 +56,33 @@ struct Shared {
 }
 
 /// All lines, by index.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Lines {
+    has_intx: bool,
     intx: Line,
     /// Whether the device asserts INTx.
     intx_asserted: bool,
+    msi: Vec<Line>,
     msix: Vec<Line>,
     error: Line,
     request: Line,
     /// Sum over all lines of what was raised.
     raised: u64,
+}
+
+impl Default for Lines {
+    fn default() -> Self {
+        Self {
+            has_intx: true,
+            intx: Line::default(),
+            intx_asserted: false,
+            msi: Vec::new(),
+            msix: Vec::new(),
+            error: Line::default(),
+            request: Line::default(),
+            raised: 0,
+        }
+    }
 }
 
 #[derive(Debug, Default)]
@@ -90,12 +110,16 @@ pub struct Latched {
     pub intx: bool,
     /// MSI-X vectors, ascending; at most [`MAX_MSIX_VECTORS`].
     pub msix: Vec<u16>,
+    /// MSI vectors, ascending; at most [`MAX_MSI_VECTORS`].
+    pub msi: Vec<u16>,
 }
 
 /// Saved interrupts that this device does not have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
-#[error("MSI-X vector {vector}: this device has {vectors}")]
+#[error("interrupt {vector} of index {index:?}: this device has {vectors}")]
 pub struct NoVector {
+    /// Of which index.
+    pub index: IrqIndex,
     /// Which one.
     pub vector: u32,
     /// How many there are.
@@ -103,18 +127,26 @@ pub struct NoVector {
 }
 
 impl Interrupts {
-    /// INTx only; see [`set_msix_vectors`](Self::set_msix_vectors).
+    /// INTx only; see [`set_counts`](Self::set_counts).
     #[must_use]
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Says how many MSI-X vectors the device has; at most [`MAX_MSIX_VECTORS`] count. The
-    /// runtime does so once, when it knows the device. What was installed or latched is gone.
-    pub fn set_msix_vectors(&self, vectors: u16) {
-        let count = usize::from(vectors.min(MAX_MSIX_VECTORS));
-        let fresh = std::iter::repeat_with(Line::default).take(count).collect();
-        let old = std::mem::replace(&mut self.lines().msix, fresh);
+    /// Says how many interrupts the device has; at most [`MAX_MSI_VECTORS`] and
+    /// [`MAX_MSIX_VECTORS`] count. The runtime does so once, when it knows the device. What was
+    /// installed or latched is gone.
+    pub fn set_counts(&self, counts: IrqCounts) {
+        let fresh = |vectors: u16| {
+            std::iter::repeat_with(Line::default).take(usize::from(vectors)).collect()
+        };
+        let lines = Lines {
+            has_intx: counts.intx > 0,
+            msi: fresh(counts.msi.min(MAX_MSI_VECTORS)),
+            msix: fresh(counts.msix.min(MAX_MSIX_VECTORS)),
+            ..Lines::default()
+        };
+        let old = std::mem::replace(&mut *self.lines(), lines);
         drop(old);
     }
 
@@ -124,9 +156,18 @@ impl Interrupts {
         self.raise_line(IrqIndex::Msix, u32::from(vector));
     }
 
-    /// Asserts INTx or takes it back. Never waits.
+    /// Raises an MSI vector, as [`raise`](Self::raise) does an MSI-X one. A client that has fewer of
+    /// them enabled than the device has installs no eventfd for the others.
+    pub fn raise_msi(&self, vector: u16) {
+        self.raise_line(IrqIndex::Msi, u32::from(vector));
+    }
+
+    /// Asserts INTx or takes it back. Never waits. A device without INTx has nothing to assert.
     pub fn set_intx(&self, asserted: bool) {
-        let was = std::mem::replace(&mut self.lines().intx_asserted, asserted);
+        let mut lines = self.lines();
+        let asserted = asserted && lines.has_intx;
+        let was = std::mem::replace(&mut lines.intx_asserted, asserted);
+        drop(lines);
         if asserted && !was {
             self.raise_line(IrqIndex::Intx, 0);
         } else if !asserted {
@@ -163,9 +204,9 @@ impl Interrupts {
         data: &[u8],
         fds: Vec<OwnedFd>,
     ) -> Result<(), SetIrqsError> {
-        let vectors = u16::try_from(self.lines().msix.len()).unwrap_or(MAX_MSIX_VECTORS);
+        let counts = self.lines().counts();
         let IrqRequest { index, range, operation } =
-            validate(request, data.len(), fds.len(), vectors)?;
+            validate(request, data.len(), fds.len(), counts)?;
         // Looked at outside the lock, and all of them before any is installed.
         let eventfds = fds.into_iter().map(EventFd::new).collect::<Result<Vec<_>, _>>()?;
         let selected = |selection: Selection| {
@@ -176,7 +217,7 @@ impl Interrupts {
         };
         match operation {
             IrqOperation::Disable => {
-                let lines = 0..index.count(vectors);
+                let lines = 0..index.count(counts);
                 lines.for_each(|at| self.install(index, at, None));
             }
             IrqOperation::Remove => range.for_each(|at| self.install(index, at, None)),
@@ -213,12 +254,9 @@ impl Interrupts {
     /// Raises interrupts again, first those that were latched. Never waits.
     pub fn thaw(&self) {
         self.shared.raising.open();
-        let vectors = self.lines().msix.len();
-        for vector in 0..u32::try_from(vectors).unwrap_or(0) {
-            self.deliver_latched(IrqIndex::Msix, vector);
-        }
-        for index in [IrqIndex::Intx, IrqIndex::Error, IrqIndex::Request] {
-            self.deliver_latched(index, 0);
+        let counts = self.lines().counts();
+        for index in IrqIndex::ALL {
+            (0..index.count(counts)).for_each(|at| self.deliver_latched(index, at));
         }
     }
 
@@ -232,11 +270,11 @@ impl Interrupts {
     #[must_use]
     pub fn latched(&self) -> Latched {
         let lines = self.lines();
-        let msix = (0..MAX_MSIX_VECTORS).zip(&lines.msix);
-        Latched {
-            intx: lines.intx_asserted,
-            msix: msix.filter(|(_, line)| line.latched).map(|(vector, _)| vector).collect(),
-        }
+        let latched = |lines: &[Line]| {
+            let vectors = (0..MAX_MSIX_VECTORS).zip(lines);
+            vectors.filter(|(_, line)| line.latched).map(|(vector, _)| vector).collect()
+        };
+        Latched { intx: lines.intx_asserted, msix: latched(&lines.msix), msi: latched(&lines.msi) }
     }
 
     /// Takes over what was saved, in place of what is latched now; the interrupts are raised at
@@ -244,18 +282,20 @@ impl Interrupts {
     ///
     /// # Errors
     ///
-    /// [`NoVector`] if the device has no such vector; nothing has changed then.
+    /// [`NoVector`] if the device has no such interrupt; nothing has changed then.
     pub fn restore(&self, latched: &Latched) -> Result<(), NoVector> {
         let mut lines = self.lines();
-        let vectors = lines.msix.len();
-        if let Some(bad) = latched.msix.iter().find(|vector| usize::from(**vector) >= vectors) {
-            return Err(NoVector { vector: u32::from(*bad), vectors });
+        let intx = latched.intx.then_some((IrqIndex::Intx, 0));
+        let msi = latched.msi.iter().map(|vector| (IrqIndex::Msi, u32::from(*vector)));
+        let msix = latched.msix.iter().map(|vector| (IrqIndex::Msix, u32::from(*vector)));
+        let all: Vec<_> = intx.into_iter().chain(msi).chain(msix).collect();
+        for (index, at) in &all {
+            lines.line(*index, *at)?;
         }
         lines.clear();
         lines.intx_asserted = latched.intx;
-        lines.intx.latched = latched.intx;
-        for vector in &latched.msix {
-            lines.line(IrqIndex::Msix, u32::from(*vector))?.latched = true;
+        for (index, at) in all {
+            lines.line(index, at)?.latched = true;
         }
         Ok(())
     }
@@ -381,19 +421,25 @@ impl Interrupts {
 
 impl Lines {
     fn line(&mut self, index: IrqIndex, at: u32) -> Result<&mut Line, NoVector> {
-        let vectors = self.msix.len();
+        let vectors = usize::try_from(index.count(self.counts())).unwrap_or(0);
         match index {
-            IrqIndex::Intx => Some(&mut self.intx),
-            IrqIndex::Msi => None,
+            IrqIndex::Intx => Some(&mut self.intx).filter(|_| self.has_intx),
+            IrqIndex::Msi => usize::try_from(at).ok().and_then(|at| self.msi.get_mut(at)),
             IrqIndex::Msix => usize::try_from(at).ok().and_then(|at| self.msix.get_mut(at)),
             IrqIndex::Error => Some(&mut self.error),
             IrqIndex::Request => Some(&mut self.request),
         }
-        .ok_or(NoVector { vector: at, vectors })
+        .ok_or(NoVector { index, vector: at, vectors })
     }
 
     fn all(&mut self) -> impl Iterator<Item = &mut Line> {
-        [&mut self.intx, &mut self.error, &mut self.request].into_iter().chain(&mut self.msix)
+        let single = [&mut self.intx, &mut self.error, &mut self.request];
+        single.into_iter().chain(&mut self.msi).chain(&mut self.msix)
+    }
+
+    fn counts(&self) -> IrqCounts {
+        let count = |lines: &[Line]| u16::try_from(lines.len()).unwrap_or(MAX_MSIX_VECTORS);
+        IrqCounts { intx: self.has_intx.into(), msi: count(&self.msi), msix: count(&self.msix) }
     }
 
     fn clear(&mut self) {

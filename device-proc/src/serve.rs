@@ -228,7 +228,7 @@ fn greet_and_serve<D: Device>(
     };
     // The gate gives every device the P2P states.
     info.migration = with_p2p(info.migration);
-    interrupts.set_msix_vectors(info.msix_vectors);
+    interrupts.set_counts(info.irqs());
     // Kept, and with them their locks, until the process ends.
     let backing_files = std::mem::take(&mut info.backing_files);
     if backing_files.len() > MAX_FDS {

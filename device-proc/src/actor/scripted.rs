@@ -137,6 +137,6 @@ pub(crate) fn info() -> DeviceInfo {
 pub(crate) fn put_together(device: Scripted, info: DeviceInfo) -> Arc<Parts<Scripted>> {
     let memory = MemoryMap::new(Arc::new(Gate::new()));
     let interrupts = Interrupts::new();
-    interrupts.set_msix_vectors(info.msix_vectors);
+    interrupts.set_counts(info.irqs());
     Arc::new(Parts::new(device, info, memory, interrupts).unwrap())
 }

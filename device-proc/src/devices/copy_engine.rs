@@ -29,13 +29,12 @@ pub use descriptor::{DESCRIPTOR_SIZE, Descriptor, FLAG_INTERRUPT, FLAG_SEQUENCE,
 
 use crate::device::{
     AccessError, Bar, BarBacking, Device, DeviceError, DeviceInfo, Handles, Moment, PciIdentity,
-    Progress, StateVersion,
+    Progress,
 };
 use crate::memory::{SharedMemory, WindowClass};
 use engine::{Engine, Ring, Shared};
 use registers::*;
-use standstill_protocol::message::{Counter, CounterKind, Evidence, PeerDma};
-use standstill_protocol::migration::MigrationFlags;
+use standstill_protocol::message::{Counter, CounterKind, Evidence};
 use state::{Shape, State};
 use std::convert::Infallible;
 use std::io::{Read, Write};
@@ -270,16 +269,8 @@ impl CopyEngineConfig {
         let fd = memory.try_clone_fd().map_err(DeviceError::new)?;
         let registers = Bar { size: REGISTER_BAR_SIZE, backing: BarBacking::Registers };
         let memory = Bar { size: self.memory_size, backing: BarBacking::Memory(fd) };
-        Ok(DeviceInfo {
-            kind: KIND.to_owned(),
-            pci: IDENTITY,
-            bars: [Some(registers), None, Some(memory), None, None, None],
-            msix_vectors: self.vectors,
-            migration: MigrationFlags::STOP_COPY_P2P,
-            state_version: StateVersion::default(),
-            peer_dma: PeerDma::Possible,
-            backing_files: Vec::new(),
-        })
+        let info = DeviceInfo::new(KIND, IDENTITY).bar(0, registers).bar(2, memory);
+        Ok(info.msix_vectors(self.vectors))
     }
 }
 

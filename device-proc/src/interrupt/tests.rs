@@ -4,6 +4,7 @@ use rustix::io::{read, write};
 use std::os::fd::AsFd;
 use std::time::Duration;
 
+const MSI: u32 = IrqIndex::Msi as u32;
 const MSIX: u32 = IrqIndex::Msix as u32;
 
 fn new_eventfd() -> OwnedFd {
@@ -18,7 +19,7 @@ fn signalled(fd: &OwnedFd) -> u64 {
 
 fn device() -> Interrupts {
     let interrupts = Interrupts::new();
-    interrupts.set_msix_vectors(4);
+    interrupts.set_counts(IrqCounts { intx: 1, msi: 2, msix: 4 });
     interrupts
 }
 
@@ -65,7 +66,7 @@ async fn a_frozen_vector_is_latched_and_raised_on_the_eventfd_installed_at_the_t
     interrupts.raise(3);
     assert_eq!(signalled(&old), 0);
     assert_eq!(interrupts.raised(), 0);
-    assert_eq!(interrupts.latched(), Latched { intx: false, msix: vec![1, 3] });
+    assert_eq!(interrupts.latched(), Latched { msix: vec![1, 3], ..Latched::default() });
     // The client goes and comes back, disables what it had, and installs anew.
     interrupts.release();
     set(&interrupts, DATA_NONE | ACTION_TRIGGER, MSIX, (0, 0), &[], vec![]).expect("disabled");
@@ -85,6 +86,7 @@ async fn what_was_latched_is_restored_in_another_process() {
     let source = device();
     source.freeze().await;
     source.raise(2);
+    source.raise_msi(1);
     source.set_intx(true);
     let saved = source.latched();
 
@@ -93,11 +95,47 @@ async fn what_was_latched_is_restored_in_another_process() {
     target.restore(&saved).expect("it has these vectors");
     assert_eq!(target.latched(), saved);
     let (vector, intx) = (install(&target, MSIX, 2), install(&target, 0, 0));
+    let msi = install(&target, MSI, 1);
     target.thaw();
-    assert_eq!((signalled(&vector), signalled(&intx)), (1, 1));
+    assert_eq!((signalled(&vector), signalled(&intx), signalled(&msi)), (1, 1, 1));
 
-    let bad = Latched { intx: false, msix: vec![4] };
-    assert_eq!(target.restore(&bad), Err(NoVector { vector: 4, vectors: 4 }));
+    let restored = |latched: Latched| target.restore(&latched);
+    let foreign = |index, vector, vectors| Err(NoVector { index, vector, vectors });
+    let bad = Latched { msix: vec![4], ..Latched::default() };
+    assert_eq!(restored(bad), foreign(IrqIndex::Msix, 4, 4));
+    let bad = Latched { msi: vec![1, 2], ..Latched::default() };
+    assert_eq!(restored(bad), foreign(IrqIndex::Msi, 2, 2));
+    target.set_counts(IrqCounts::default());
+    let bad = Latched { intx: true, ..Latched::default() };
+    assert_eq!(restored(bad), foreign(IrqIndex::Intx, 0, 0));
+}
+
+#[test]
+fn msi_vectors_are_lines_of_their_own() {
+    let interrupts = device();
+    let fds = [install(&interrupts, MSI, 0), install(&interrupts, MSI, 1)];
+    let msix = install(&interrupts, MSIX, 1);
+    interrupts.raise_msi(1);
+    interrupts.raise_msi(2);
+    assert_eq!((signalled(&fds[0]), signalled(&fds[1]), signalled(&msix)), (0, 1, 0));
+    assert_eq!((interrupts.raised(), interrupts.raised_by(1)), (1, 0));
+    set(&interrupts, DATA_NONE | ACTION_MASK, MSI, (0, 2), &[], vec![]).expect("masked");
+    interrupts.raise_msi(0);
+    assert_eq!(interrupts.latched(), Latched { msi: vec![0], ..Latched::default() });
+    set(&interrupts, DATA_NONE | ACTION_UNMASK, MSI, (0, 1), &[], vec![]).expect("unmasked");
+    assert_eq!(signalled(&fds[0]), 1);
+    let beyond = set(&interrupts, DATA_NONE | ACTION_TRIGGER, MSI, (1, 2), &[], vec![]);
+    assert_eq!(beyond.expect_err("no vector 2").errno(), nix::libc::EINVAL);
+}
+
+#[test]
+fn a_device_without_intx_asserts_nothing() {
+    let interrupts = Interrupts::new();
+    interrupts.set_counts(IrqCounts::default());
+    interrupts.set_intx(true);
+    assert_eq!(interrupts.latched(), Latched::default());
+    let none = set(&interrupts, DATA_NONE | ACTION_TRIGGER, 0, (0, 1), &[], vec![]);
+    assert_eq!(none.expect_err("no line").errno(), nix::libc::EINVAL);
 }
 
 #[tokio::test]

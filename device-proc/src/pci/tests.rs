@@ -1,8 +1,8 @@
+mod capabilities;
+
 use super::*;
-use crate::device::{Bar, PciIdentity, StateVersion};
+use crate::device::{Bar, PciIdentity};
 use proptest::prelude::*;
-use standstill_protocol::message::PeerDma;
-use standstill_protocol::migration::MigrationFlags;
 use std::os::fd::OwnedFd;
 
 fn memory() -> BarBacking {
@@ -11,23 +11,15 @@ fn memory() -> BarBacking {
 }
 
 fn info(bars: [Option<Bar>; 6], msix_vectors: u16) -> DeviceInfo {
-    DeviceInfo {
-        kind: "test".into(),
-        pci: PciIdentity {
-            vendor: 0x1234,
-            device: 0x5678,
-            subsystem_vendor: 0x9abc,
-            subsystem: 0xdef0,
-            class: 0x08_80_01,
-            revision: 7,
-        },
-        bars,
-        msix_vectors,
-        migration: MigrationFlags::STOP_COPY_P2P,
-        state_version: StateVersion::default(),
-        peer_dma: PeerDma::Possible,
-        backing_files: Vec::new(),
-    }
+    let pci = PciIdentity {
+        vendor: 0x1234,
+        device: 0x5678,
+        subsystem_vendor: 0x9abc,
+        subsystem: 0xdef0,
+        class: 0x08_80_01,
+        revision: 7,
+    };
+    DeviceInfo { bars, msix_vectors, ..DeviceInfo::new("test", pci) }
 }
 
 fn registers(size: u64) -> Option<Bar> {
@@ -35,9 +27,12 @@ fn registers(size: u64) -> Option<Bar> {
 }
 
 fn build(bars: [Option<Bar>; 6], vectors: u16) -> (PciLayout, ConfigSpace) {
-    let info = info(bars, vectors);
-    let layout = PciLayout::new(&info).unwrap();
-    let space = ConfigSpace::new(&info, &layout).unwrap();
+    build_from(&info(bars, vectors))
+}
+
+fn build_from(info: &DeviceInfo) -> (PciLayout, ConfigSpace) {
+    let layout = PciLayout::new(info).unwrap();
+    let space = ConfigSpace::new(info, &layout).unwrap();
     (layout, space)
 }
 

@@ -63,13 +63,13 @@ fn run<D: Device>(waiting: &UnixListener, server: &Server, endpoint: &Endpoint<D
 }
 
 fn irqs<D: Device>(endpoint: &Endpoint<D>) -> Vec<IrqInfo> {
-    let vectors = endpoint.parts().layout.msix.map_or(0, |msix| msix.vectors);
+    let counts = endpoint.parts().layout.irqs;
     let info = |(index, irq): (u32, IrqIndex)| {
         let flags = match irq {
             IrqIndex::Intx => IRQ_EVENTFD | IRQ_MASKABLE | IRQ_AUTOMASKED,
             _ => IRQ_EVENTFD,
         };
-        IrqInfo { index, flags, count: irq.count(vectors) }
+        IrqInfo { index, flags, count: irq.count(counts) }
     };
     (0..).zip(IrqIndex::ALL).map(info).collect()
 }

@@ -23,7 +23,7 @@ use standstill_device_proc::device::{
 use standstill_device_proc::interrupt::Interrupts;
 use standstill_device_proc::memory::{AccessKind, Dma, Span};
 use standstill_device_proc::{ServeOptions, serve};
-use standstill_protocol::message::{Counter, CounterKind, Evidence, PeerDma};
+use standstill_protocol::message::{Counter, CounterKind, Evidence};
 use standstill_protocol::migration::MigrationFlags;
 use std::fs::File;
 use std::io::{Read, Write};
@@ -80,16 +80,15 @@ fn build(handles: Handles, script: Vec<String>) -> Result<(Probe, DeviceInfo), D
     let major = word("version:").map_or(1, |number| number.parse().unwrap());
     let can_pre_copy = script.iter().any(|word| word == "pre-copy");
     let backing: File = tempfile::tempfile().map_err(DeviceError::new)?;
+    let pci = PciIdentity {
+        vendor: 0x1af4,
+        device,
+        subsystem_vendor: 0,
+        subsystem: 0,
+        class: 0x088000,
+        revision: 0,
+    };
     let info = DeviceInfo {
-        kind,
-        pci: PciIdentity {
-            vendor: 0x1af4,
-            device,
-            subsystem_vendor: 0,
-            subsystem: 0,
-            class: 0x088000,
-            revision: 0,
-        },
         bars: [
             Some(Bar { size: 4096, backing: BarBacking::Registers }),
             None,
@@ -101,8 +100,8 @@ fn build(handles: Handles, script: Vec<String>) -> Result<(Probe, DeviceInfo), D
         msix_vectors: 2,
         migration: if can_pre_copy { MigrationFlags::ALL } else { MigrationFlags::STOP_COPY },
         state_version: StateVersion { major, minor: 0 },
-        peer_dma: PeerDma::Possible,
         backing_files: vec![backing.into()],
+        ..DeviceInfo::new(kind, pci)
     };
     let probe = Probe {
         script,

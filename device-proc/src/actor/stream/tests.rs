@@ -42,7 +42,8 @@ fn memory(size: u64) -> OwnedFd {
 /// A device with two vectors and memory behind BAR 2, and state of its own.
 fn with_memory(contents: &[u8], change: impl FnOnce(&mut DeviceInfo)) -> Arc<Parts<Scripted>> {
     let device = Scripted { contents: Mutex::new(contents.to_vec()), ..Scripted::default() };
-    let mut info = info().bar(2, Bar::memory(MEMORY, memory(MEMORY))).msix_vectors(2);
+    let mut info =
+        info().bar(2, Bar::memory(MEMORY, memory(MEMORY))).msix_vectors(2).msi_vectors(4);
     change(&mut info);
     put_together(device, info)
 }
@@ -65,7 +66,7 @@ fn saved_of(parts: &Parts<Scripted>) -> Vec<u8> {
 
 fn saved() -> Vec<u8> {
     let parts = parts(&[]);
-    parts.interrupts.restore(&Latched { intx: true, msix: Vec::new() }).unwrap();
+    parts.interrupts.restore(&Latched { intx: true, ..Latched::default() }).unwrap();
     parts.config().write(4, &[6]).unwrap();
     saved_of(&parts)
 }
@@ -147,11 +148,15 @@ fn a_device_with_everything_goes_on_elsewhere() {
     let source = with_memory(&contents, |_| {});
     poke(&source, 65536 * 3 + 17, b"memory");
     source.msix()[3] = 9;
-    source.interrupts.restore(&Latched { intx: false, msix: vec![1] }).unwrap();
+    source
+        .interrupts
+        .restore(&Latched { msix: vec![1], msi: vec![3], ..Latched::default() })
+        .unwrap();
     let stream = saved_of(&source);
     let target = with_memory(&vec![0; contents.len()], |_| {});
     load(&target, stream.as_slice()).unwrap();
     assert_eq!(peek(&target), peek(&source));
+    assert_eq!(target.interrupts.latched().msi, [3]);
     assert_eq!(*target.device.contents.lock().unwrap(), contents);
     assert_eq!(target.msix()[3], 9);
     assert_eq!(target.interrupts.latched().msix, [1]);

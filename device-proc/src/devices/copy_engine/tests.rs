@@ -46,7 +46,7 @@ impl Machine {
         }
         let handles = Handles { dma: map.dma(), interrupts: interrupts.clone() };
         let (device, info) = CopyEngine::build(config, handles).expect("built");
-        interrupts.set_msix_vectors(info.msix_vectors);
+        interrupts.set_counts(info.irqs());
         Self { map, interrupts, ram, peer, device }
     }
 

@@ -147,7 +147,12 @@ impl Bits<'_> {
             let begin = page << part.shift;
             let end = begin | ((1 << part.shift) - 1);
             let (begin, end) = (begin.max(part.from), end.min(part.to));
-            self.set_pages((begin - first) >> shift, (end - first) >> shift);
+            let bit = (end - first) >> shift;
+            self.set_pages((begin - first) >> shift, bit);
+            // What else begins in that page of the report would set it once more.
+            let next = (bit + 1).checked_mul(1 << shift).and_then(|at| at.checked_add(first));
+            let next = next.map_or(u64::MAX, |at| (at >> part.shift).saturating_sub(word * 64));
+            set &= if next < 64 { u64::MAX << next } else { 0 };
         }
     }
 }

@@ -34,7 +34,7 @@ const ACTION_BITS: u32 = ACTION_MASK | ACTION_UNMASK | ACTION_TRIGGER;
 pub enum IrqIndex {
     /// INTx, by level.
     Intx = 0,
-    /// MSI; the devices of this project have none.
+    /// MSI.
     Msi = 1,
     /// MSI-X.
     Msix = 2,
@@ -54,19 +54,31 @@ impl IrqIndex {
         Self::ALL.get(usize::try_from(number).ok()?).copied()
     }
 
-    /// How many interrupts it has in a device with that many MSI-X vectors.
+    /// How many interrupts it has in a device with so many.
     #[must_use]
-    pub fn count(self, msix_vectors: u16) -> u32 {
+    pub fn count(self, counts: IrqCounts) -> u32 {
         match self {
-            Self::Intx | Self::Error | Self::Request => 1,
-            Self::Msi => 0,
-            Self::Msix => u32::from(msix_vectors),
+            Self::Intx => u32::from(counts.intx),
+            Self::Msi => u32::from(counts.msi),
+            Self::Msix => u32::from(counts.msix),
+            Self::Error | Self::Request => 1,
         }
     }
 
     fn can_be_masked(self) -> bool {
         !matches!(self, Self::Error | Self::Request)
     }
+}
+
+/// How many interrupts a device has where devices differ.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct IrqCounts {
+    /// INTx: 0 or 1.
+    pub intx: u16,
+    /// MSI vectors: 0 to 32.
+    pub msi: u16,
+    /// MSI-X vectors: 0 to 2048.
+    pub msix: u16,
 }
 
 /// The fixed part of a request, as it was received.
@@ -222,8 +234,8 @@ impl IrqError {
     }
 }
 
-/// Whether a request with that many data bytes and fds is acceptable to a device with that many
-/// MSI-X vectors, and what it means.
+/// Whether a request with that many data bytes and fds is acceptable to a device with so many
+/// interrupts, and what it means.
 ///
 /// # Errors
 ///
@@ -232,7 +244,7 @@ pub fn validate(
     request: &SetIrqs,
     data_bytes: usize,
     fds: usize,
-    msix_vectors: u16,
+    counts: IrqCounts,
 ) -> Result<IrqRequest, IrqError> {
     let SetIrqs { argsz, flags, index, start, count } = *request;
     if argsz < SET_IRQS_SIZE {
@@ -246,7 +258,7 @@ pub fn validate(
         return Err(IrqError::BadFlags { flags });
     }
     let index = IrqIndex::from_number(index).ok_or(IrqError::NoIndex { index })?;
-    let available = index.count(msix_vectors);
+    let available = index.count(counts);
     let end = start.checked_add(count).filter(|end| *end <= available && start < available);
     let end = end.ok_or(IrqError::BadRange { index, start, count, available })?;
     if action != ACTION_TRIGGER && !index.can_be_masked() {

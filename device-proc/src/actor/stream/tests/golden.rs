@@ -30,7 +30,7 @@ fn device() -> Arc<Parts<Scripted>> {
 fn written() -> Vec<u8> {
     let source = device();
     poke(&source, 0, b"memory");
-    source.interrupts.restore(&Latched { intx: false, msix: vec![0] }).unwrap();
+    source.interrupts.restore(&Latched { msix: vec![0], ..Latched::default() }).unwrap();
     passes(&source, &[(Pass::First, b"running")]);
     let mut stream = Kept::default();
     let mut saver = Saver::new(&source);

@@ -1,12 +1,12 @@
 use super::*;
 
-const VECTORS: u16 = 4;
+const COUNTS: IrqCounts = IrqCounts { intx: 1, msi: 0, msix: 4 };
 
 /// One request of the table: flags, index, start, count, data bytes, fds.
 type Row = (u32, u32, u32, u32, usize, usize);
 
 fn check((flags, index, start, count, data, fds): Row) -> Result<IrqRequest, IrqError> {
-    validate(&SetIrqs { argsz: SET_IRQS_SIZE, flags, index, start, count }, data, fds, VECTORS)
+    validate(&SetIrqs { argsz: SET_IRQS_SIZE, flags, index, start, count }, data, fds, COUNTS)
 }
 
 #[test]
@@ -92,7 +92,7 @@ fn each_unacceptable_request_is_refused_for_its_reason() {
 fn a_request_shorter_than_its_fixed_part_is_refused() {
     let flags = DATA_NONE | ACTION_TRIGGER;
     let request = SetIrqs { argsz: 19, flags, index: 2, start: 0, count: 0 };
-    assert!(matches!(validate(&request, 0, 0, VECTORS), Err(IrqError::TooShort { argsz: 19 })));
+    assert!(matches!(validate(&request, 0, 0, COUNTS), Err(IrqError::TooShort { argsz: 19 })));
 }
 
 #[test]
