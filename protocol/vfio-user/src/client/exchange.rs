@@ -158,14 +158,7 @@ impl Exchange {
         }
         let id = state.pending.begin(command)?;
         state.requests = state.requests.wrapping_add(1);
-        let at_socket = state.service == Service::AtSocket;
-        if at_socket {
-            state.service = Service::Active;
-        }
-        drop(state);
-        if at_socket {
-            self.call_away();
-        }
+        self.call_away(state);
         let mut ticket = Ticket { exchange: self, id, command, over: false };
         let header = Header::command(id, command);
         if let Err(error) = self.send(&header, command, data, fds, deadline, body) {
@@ -219,18 +212,27 @@ impl Exchange {
         state.ended = Some(Arc::clone(&reason));
         state.pending.sleepers().for_each(thread::Thread::unpark);
         state.queue.clear();
-        drop(state);
-        self.service.notify_all();
-        self.call_away();
+        self.wake_service(state);
         // Whoever reads is woken; a peer that has closed already needs no telling.
         let _ = shutdown(&self.socket, Shutdown::Both);
         reason
     }
 
-    /// Gets the service away from the socket.
-    fn call_away(&self) {
-        // A counter that is full calls, too.
-        let _ = rustix::io::write(&self.away, &1_u64.to_ne_bytes());
+    /// Gets the service away from the socket, if it is there.
+    fn call_away(&self, mut state: MutexGuard<'_, State>) {
+        if state.service == Service::AtSocket {
+            state.service = Service::Active;
+            drop(state);
+            // A counter that is full calls, too.
+            let _ = rustix::io::write(&self.away, &1_u64.to_ne_bytes());
+        }
+    }
+
+    /// Has the service look at what there is to do, wherever it is. It may be at the socket also
+    /// while a caller reads: one that took longer than a tick from sending to reading.
+    fn wake_service(&self, state: MutexGuard<'_, State>) {
+        self.service.notify_all();
+        self.call_away(state);
     }
 
     /// Hands a message over to whom it is for.
@@ -243,8 +245,7 @@ impl Exchange {
             state.queue_bytes = state.queue_bytes.saturating_add(body.len());
             state.queue.push_back(Incoming { header, body: buffer });
             state.stalled |= state.queue.len() >= QUEUE_LENGTH || state.queue_bytes >= QUEUE_BYTES;
-            drop(state);
-            self.service.notify_all();
+            self.wake_service(state);
             return Ok(());
         };
         match state.pending.look_up(&header)? {
@@ -297,12 +298,13 @@ impl Exchange {
         let next = if free && state.waiting > 0 { state.pending.sleeper() } else { None };
         let asleep = state.service == Service::Asleep;
         let service = asleep && state.waiting == 0 || state.stalled && !state.leading;
-        drop(state);
+        if service {
+            self.wake_service(state);
+        } else {
+            drop(state);
+        }
         if let Some(thread) = next {
             thread.unpark();
-        }
-        if service {
-            self.service.notify_all();
         }
     }
 
@@ -353,6 +355,11 @@ impl Exchange {
             let _ = rustix::io::read(&self.away, &mut [0; 8]);
         }
         !fds[0].revents().is_empty()
+    }
+
+    #[cfg(test)]
+    pub(super) fn service_is_at_socket(&self) -> bool {
+        self.lock().service == Service::AtSocket
     }
 
     /// Reads what there is, without waiting.

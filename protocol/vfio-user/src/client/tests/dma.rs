@@ -129,6 +129,34 @@ fn it_is_served_at_any_time() {
     });
 }
 
+/// A caller that takes its time between sending and reading: the service is back at the socket then,
+/// and what the caller reads for it must get it away from there.
+#[test]
+fn it_is_served_when_a_slow_caller_reads_it() {
+    let (begun, has_begun) = mpsc::channel();
+    let script = move |peer: &mut Peer| {
+        let (header, _, _) = peer.expect(Command::Reset);
+        has_begun.recv_timeout(PATIENCE).expect("begun");
+        peer.dma_read(1, 0, 1);
+        peer.expect_answer(1, Command::DmaRead);
+        peer.answer(&header, &[]);
+    };
+    session_of(builder(), script, |client| {
+        let deadline = Instant::now() + PATIENCE;
+        let exchange = client.exchange();
+        let ticket = exchange.start(Command::Reset, &[], &[], deadline, |_| ()).expect("sent");
+        while !exchange.service_is_at_socket() {
+            assert!(Instant::now() < deadline, "the service never goes to the socket");
+            thread::yield_now();
+        }
+        thread::scope(|scope| {
+            let waits = scope.spawn(|| ticket.finish(deadline, |_, _| Ok(())));
+            begun.send(()).expect("heard");
+            waits.join().expect("no panic").expect("reset");
+        });
+    });
+}
+
 #[test]
 fn errors_are_answered() {
     let script = |peer: &mut Peer| {
@@ -244,8 +272,9 @@ fn calls_go_on_while_dma_is_served() {
 fn a_deadline_holds_while_dma_does_not_get_on() {
     let (begun, is_begun) = mpsc::channel();
     let (go_on, is_told) = mpsc::channel();
+    let (answered, is_answered) = mpsc::channel();
     let slow = Slow { begun, go_on: is_told };
-    let script = |peer: &mut Peer| {
+    let script = move |peer: &mut Peer| {
         let (header, body, _) = peer.expect(Command::RegionRead);
         peer.dma_read(1, 0, 4);
         for _ in 0..300 {
@@ -253,6 +282,7 @@ fn a_deadline_holds_while_dma_does_not_get_on() {
         }
         peer.answer(&header, &read_answer(&body, 1));
         peer.expect_answer(1, Command::DmaRead);
+        answered.send(()).expect("heard");
         peer.serve_read(2);
     };
     session_of(Client::builder().timeout(PATIENCE).dma(slow), script, |client| {
@@ -261,6 +291,7 @@ fn a_deadline_holds_while_dma_does_not_get_on() {
         assert!(matches!(error, Err(ClientError::Deadline { .. })), "{error:?}");
         is_begun.recv_timeout(PATIENCE).expect("begun");
         go_on.send(()).expect("heard");
+        is_answered.recv_timeout(PATIENCE).expect("answered");
         assert_eq!(read_4(&client).expect("read"), [2; 4]);
     });
 }
