@@ -32,6 +32,9 @@ struct CopyEngineArgs {
     /// Size of the memory BAR: a power of two, 4KiB to 4GiB
     #[arg(long, value_name = "SIZE", value_parser = parse_size, default_value = "1MiB")]
     memory: u64,
+    /// How many MSI-X interrupt vectors the device has: 0 to 16
+    #[arg(long, value_name = "NUMBER", default_value_t = CopyEngineConfig::default().vectors)]
+    vectors: u16,
     /// How long the device takes to become quiet, such as 20ms
     #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration, default_value = "0s")]
     slow_prepare: Duration,
@@ -48,6 +51,7 @@ pub(crate) fn run(args: DeviceArgs) -> ExitCode {
     let DeviceKind::CopyEngine(args) = args.kind;
     let config = CopyEngineConfig {
         memory_size: args.memory,
+        vectors: args.vectors,
         slow_prepare: args.slow_prepare,
         slow_stop: args.slow_stop,
         rest: args.rest,

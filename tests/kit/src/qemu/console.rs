@@ -178,6 +178,13 @@ impl Console {
         }
     }
 
+    /// Passes over all lines that have come: what is [waited for](Self::wait_for) next comes after now.
+    pub fn catch_up(&self) {
+        let mut read = self.read.lock().unwrap_or_else(PoisonError::into_inner);
+        let state = self.log.lock();
+        *read = state.forgotten + state.lines.len();
+    }
+
     /// Writes a line to the guest.
     ///
     /// # Errors
@@ -261,6 +268,18 @@ mod tests {
         console.write("").unwrap();
         child.wait().unwrap();
         let error = console.write("nobody").unwrap_err();
+        assert!(matches!(error, GuestError::Ended { .. }), "{error}");
+    }
+
+    #[test]
+    fn what_was_passed_over_is_not_found() {
+        let (mut child, console) = console("echo a 1; echo b; read line; echo a 2");
+        console.wait_for("b", LONG).unwrap();
+        console.write("").unwrap();
+        child.wait().unwrap();
+        console.log().wait_for_end(LONG);
+        console.catch_up();
+        let error = console.wait_for("a", LONG).unwrap_err();
         assert!(matches!(error, GuestError::Ended { .. }), "{error}");
     }
 

@@ -154,12 +154,9 @@ fn impossible_configurations_are_refused() {
         let config = CopyEngineConfig { memory_size, ..default() };
         assert_eq!(config.check(), Err(ConfigError::MemorySize(memory_size)));
     }
-    for vectors in [0, 17] {
-        assert_eq!(
-            CopyEngineConfig { vectors, ..default() }.check(),
-            Err(ConfigError::Vectors(vectors))
-        );
-    }
+    assert_eq!(CopyEngineConfig { vectors: 0, ..default() }.check(), Ok(()));
+    let config = CopyEngineConfig { vectors: 17, ..default() };
+    assert_eq!(config.check(), Err(ConfigError::Vectors(17)));
 }
 
 proptest! {

@@ -1,0 +1,94 @@
+//! Copy engines under a real VMM: Linux in QEMU finds them and drives them from user space, while they
+//! are stopped and started, the guest is reset, and one is unplugged.
+
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod driver;
+mod machine;
+
+use machine::{LONG, Vm, name};
+use serde_json::json;
+
+/// How often the machine is stopped and started.
+const PAUSES: usize = 50;
+
+/// Not a test: what runs in the guest.
+#[test]
+fn driver_in_the_guest() {
+    if std::env::var_os(driver::VARIABLE).is_some() {
+        driver::drive();
+    }
+}
+
+#[test]
+fn a_guest_drives_engines_that_are_paused_fifty_times_while_it_stands() {
+    let Some(vm) = Vm::start(2) else { return };
+    let pages = vm.driver_begins();
+    let runner = *pages.last().unwrap();
+    for pause in 1..=PAUSES {
+        vm.rounds_go_on();
+        vm.guest.stop().unwrap();
+        // Its processors stand, its devices do not.
+        vm.engine_writes(runner);
+        let stopped = vm.machine.pause().unwrap();
+        let seen = vm.pages(&pages);
+        assert_eq!(vm.guest.qmp().execute("query-status", &json!({})).unwrap()["status"], "paused");
+        assert!(vm.pages(&pages) == seen, "pause {pause}: RAM changes while all stands");
+        stopped.resume().unwrap();
+        vm.engine_writes(runner);
+        vm.guest.go_on().unwrap();
+    }
+    vm.rounds_go_on();
+    vm.end();
+}
+
+#[test]
+fn a_guest_that_is_reset_finds_its_engine_at_rest_and_drives_it_again() {
+    let Some(vm) = Vm::start(2) else { return };
+    let pages = vm.driver_begins();
+    vm.rounds_go_on();
+    vm.engine_writes(pages[1]);
+    // While its processors stand nobody writes but engines.
+    vm.guest.stop().unwrap();
+    vm.engine_writes(pages[1]);
+    vm.guest.reset().unwrap();
+    vm.guest.qmp().wait_for("RESET", LONG).unwrap();
+    let seen = vm.pages(&pages);
+    vm.machine.status().unwrap();
+    assert!(vm.pages(&pages) == seen, "an engine writes after its reset");
+    vm.guest.go_on().unwrap();
+    let pages = vm.driver_begins();
+    vm.engine_writes(pages[1]);
+    vm.pause_and_resume();
+    vm.rounds_go_on();
+    vm.end();
+}
+
+#[test]
+fn an_engine_that_is_unplugged_stays_in_the_machine_and_the_guest_goes_on() {
+    // Without MSI-X: QEMU 11.1 aborts when a vfio-user device that has it is unplugged (it removes the
+    // table of pending bits from a BAR that is gone already).
+    let Some(vm) = Vm::start_with(2, &["--vectors=0"]) else { return };
+    vm.driver_begins();
+    vm.rounds_go_on();
+    vm.guest.unplug(&name(1), LONG).unwrap();
+    vm.rounds_go_on();
+    vm.pause_and_resume();
+    vm.rounds_go_on();
+    let status = vm.machine.status().unwrap();
+    assert!(status.devices.iter().all(|device| device.pid.is_some()), "{status:?}");
+    vm.end();
+}
+
+#[test]
+fn device_processes_outlive_their_qemu_and_serve_the_next_one() {
+    let Some(vm) = Vm::start(1) else { return };
+    vm.driver_begins();
+    vm.rounds_go_on();
+    let vm = vm.replace_guest();
+    vm.driver_begins();
+    vm.rounds_go_on();
+    vm.pause_and_resume();
+    vm.rounds_go_on();
+    vm.end();
+}
