@@ -36,6 +36,7 @@
 pub use standstill_coordinator as coordinator;
 pub use standstill_device_proc as device_proc;
 pub use standstill_protocol as protocol;
+pub use standstill_vfio_user as vfio_user;
 
 // What of the command reads what others write, for the fuzz targets.
 #[cfg(fuzzing)]

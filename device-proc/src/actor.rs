@@ -432,6 +432,10 @@ impl<D: Device> State<D> {
         }
         effects.clear();
         self.effects = effects;
+        if !self.lifecycle.has_lease() && !self.lifecycle.is_busy() {
+            // Nobody promises any more that the client's wait will end.
+            self.parts.edge.let_go();
+        }
         debug_assert!(
             self.lifecycle.is_busy()
                 || (self.in_force == self.lifecycle.activity() && self.parts.is_at(self.in_force)),

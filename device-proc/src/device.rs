@@ -260,6 +260,48 @@ pub enum BarBacking {
     Memory(OwnedFd),
 }
 
+/// A register that a guest can write without a message to the device process: an eventfd stands for
+/// the write (`KVM_IOEVENTFD`). See [`Device::doorbells`].
+///
+/// ```
+/// use standstill_device_proc::device::Doorbell;
+///
+/// let any = Doorbell::new(0, 0x40);
+/// let only_7 = Doorbell::new(0, 0x48).width(4).of_value(7);
+/// assert_eq!((any.width, only_7.value), (0, Some(7)));
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Doorbell {
+    /// The BAR: one of registers.
+    pub bar: u32,
+    /// Where in the BAR, in bytes.
+    pub offset: u64,
+    /// Width of the write in bytes, 1, 2, 4 or 8; 0 for any.
+    pub width: u8,
+    /// Only writes of this value count.
+    pub value: Option<u64>,
+}
+
+impl Doorbell {
+    /// A doorbell for writes of any width and value.
+    #[must_use]
+    pub const fn new(bar: u32, offset: u64) -> Self {
+        Self { bar, offset, width: 0, value: None }
+    }
+
+    /// Only writes of that many bytes count: 1, 2, 4 or 8.
+    #[must_use]
+    pub const fn width(self, width: u8) -> Self {
+        Self { width, ..self }
+    }
+
+    /// Only writes of this value count; such a doorbell has a width.
+    #[must_use]
+    pub const fn of_value(self, value: u64) -> Self {
+        Self { value: Some(value), ..self }
+    }
+}
+
 /// An access to a register that a device does not accept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 pub enum AccessError {
@@ -363,6 +405,20 @@ pub trait Device: Send + Sync + 'static {
     ///
     /// [`AccessError`] if the write is not acceptable; the client gets EINVAL.
     fn region_write(&self, bar: u32, offset: u64, data: &[u8]) -> Result<(), AccessError>;
+
+    /// Registers that a client can have written through an eventfd instead of a message, at most
+    /// 64; asked once, before the device is served. A client need not: then these writes come to
+    /// [`region_write`](Self::region_write) as all others.
+    fn doorbells(&self) -> Vec<Doorbell> {
+        Vec::new()
+    }
+
+    /// The doorbell with this number was rung, once or more often. Called on a thread of its own,
+    /// beside accesses to registers; never called while the device is stopped: what is rung then is
+    /// told after the start.
+    ///
+    /// DMA from here may only be tried, never waited for (see [`Dma::try_access`]).
+    fn doorbell(&self, _index: usize) {}
 
     /// Whether reading registers changes anything. If not, they can be read while stopped.
     fn reads_have_side_effects(&self) -> bool {

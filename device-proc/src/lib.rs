@@ -16,6 +16,7 @@
 pub mod actor;
 pub mod device;
 pub mod devices;
+mod edge;
 #[cfg(feature = "fault-injection")]
 mod fault;
 pub mod gate;

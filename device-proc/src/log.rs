@@ -25,8 +25,8 @@ use tracing_subscriber::fmt::format::JsonFields;
 
 pub(crate) use json::knows;
 
-/// What is logged unless `RUST_LOG` says otherwise: the transport's crate tells of each connection.
-pub const DEFAULT_FILTER: &str = "info,vfio_user=warn";
+/// What is logged unless `RUST_LOG` says otherwise.
+pub const DEFAULT_FILTER: &str = "info";
 
 /// The longest line in bytes. A pipe that says it is writable takes that much at once (`PIPE_BUF`
 /// of Linux), so writing it does not wait.

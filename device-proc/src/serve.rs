@@ -43,7 +43,7 @@
 #![forbid(unsafe_code)]
 
 mod greeting;
-pub(crate) mod panics;
+mod panics;
 
 pub use greeting::GreetingError;
 
@@ -169,8 +169,7 @@ impl ServeError {
 /// `build` makes the device; it is called once, inside a tokio runtime. The device is RUNNING
 /// when `build` returns.
 ///
-/// A panic of any thread aborts the process from now on (but for one in the code that takes a
-/// client's messages apart: it ends that client's connection).
+/// A panic of any thread aborts the process from now on.
 ///
 /// # Errors
 ///

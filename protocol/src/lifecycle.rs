@@ -283,6 +283,12 @@ impl Lifecycle {
         self.job.is_some()
     }
 
+    /// True while a lease protects the client's data socket.
+    #[must_use]
+    pub fn has_lease(&self) -> bool {
+        self.lease.is_some()
+    }
+
     /// ERROR is the device's, whoever brought it there.
     fn position(&self, master: Master) -> MigrationState {
         let (own, other) = match master {

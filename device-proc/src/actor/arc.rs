@@ -5,8 +5,8 @@
 //! | step | in order |
 //! |---|---|
 //! | `Full` to `NoPeer` | hook `prepare_stop`; gate closes for peers and drains |
-//! | `NoPeer` to `Stopped` | register accesses close and drain; hook `stop`; gate closes and drains; interrupts freeze |
-//! | `Stopped` to `NoPeer` | gate opens for RAM; hook `prepare_start`; interrupts thaw; accesses open |
+//! | `NoPeer` to `Stopped` | what was sent before takes effect; register accesses close and drain; hook `stop`; gate closes and drains; interrupts freeze |
+//! | `Stopped` to `NoPeer` | gate opens for RAM; hook `prepare_start`; interrupts thaw; accesses open; what was kept takes effect |
 //! | `NoPeer` to `Full` | gate opens for peers; hook `start` |
 //!
 //! A longer way is these steps one after another. What fails undoes, in reverse, what the way has
@@ -55,14 +55,16 @@ pub(crate) struct ArcOutcome {
     pub(super) spent: Spent,
 }
 
-/// Brings the device from one level of activity to another.
+/// Brings the device from one level of activity to another. With `lease` a stop holds the data
+/// socket until the start.
 pub(super) async fn change_activity<D: Device>(
     parts: Arc<Parts<D>>,
     from: Activity,
     to: Activity,
+    lease: bool,
     budget: Budget,
 ) -> ArcOutcome {
-    let mut way = Way::begin(&parts);
+    let mut way = Way { lease, ..Way::begin(&parts) };
     let mut at = from;
     while at != to {
         let next = one_level(at, to);
@@ -129,6 +131,8 @@ impl Hook {
 /// A way that is being taken.
 struct Way<'a, D> {
     parts: &'a Parts<D>,
+    /// Whether a stop holds the data socket.
+    lease: bool,
     spent: Spent,
     /// When the last of its parts ended and the present one began: the clock is read once for both.
     since: Instant,
@@ -136,7 +140,7 @@ struct Way<'a, D> {
 
 impl<'a, D> Way<'a, D> {
     fn begin(parts: &'a Parts<D>) -> Self {
-        Self { parts, spent: Spent::default(), since: Instant::now() }
+        Self { parts, lease: false, spent: Spent::default(), since: Instant::now() }
     }
 
     /// The time since the last call of this, or since the beginning.
@@ -171,7 +175,16 @@ impl<D: Device> Way<'_, D> {
     }
 
     async fn stop(&mut self, budget: &Budget) -> Result<(), ArcFailure> {
-        if let Err(refusal) = self.close_accesses(budget).await {
+        if self.lease {
+            // Before anybody looks whether something is there: what comes after that waits.
+            self.parts.edge.hold();
+        }
+        let closed = match self.drain_edge(budget).await {
+            Ok(()) => self.close_accesses(budget).await,
+            refused => refused,
+        };
+        if let Err(refusal) = closed {
+            self.parts.edge.started();
             return Err(ArcFailure { refusal, restored: true });
         }
         let failure = match self.hook(Hook::Stop, budget).await {
@@ -187,7 +200,7 @@ impl<D: Device> Way<'_, D> {
             },
         };
         if failure.restored {
-            self.parts.accesses.open();
+            self.open_accesses();
         }
         Err(failure)
     }
@@ -200,7 +213,7 @@ impl<D: Device> Way<'_, D> {
             return Err(failure);
         }
         self.parts.interrupts.thaw();
-        self.parts.accesses.open();
+        self.open_accesses();
         Ok(())
     }
 
@@ -286,6 +299,25 @@ impl<D: Device> Way<'_, D> {
         }
     }
 
+    fn open_accesses(&self) {
+        self.parts.accesses.open();
+        self.parts.edge.started();
+    }
+
+    /// What the client had sent before this takes effect.
+    async fn drain_edge(&mut self, budget: &Budget) -> Result<(), Refusal> {
+        let edge = &self.parts.edge;
+        // Usually it is, and there is nothing to wait for.
+        if edge.is_quiet() {
+            return Ok(());
+        }
+        let whole = budget.left_at(self.since);
+        let drained = budget.bound(Box::pin(edge.drain())).await;
+        let lap = self.lap();
+        self.spent.drain += lap;
+        drained.map_err(|given_up| self.accesses_refusal(given_up, whole))
+    }
+
     async fn close_accesses(&mut self, budget: &Budget) -> Result<(), Refusal> {
         let whole = budget.left_at(self.since);
         let accesses = &self.parts.accesses;
@@ -296,15 +328,21 @@ impl<D: Device> Way<'_, D> {
         let Err(given_up) = drained else {
             return Ok(());
         };
-        let refusal = drain_refusal(match given_up {
-            GivenUp::Late => {
-                let in_flight = accesses.in_flight();
-                format!("{in_flight} register accesses still in flight after {whole:?}")
-            }
-            GivenUp::Overtaken => "register accesses: overtaken by a later command".into(),
-        });
+        let refusal = self.accesses_refusal(given_up, whole);
         accesses.open();
         Err(refusal)
+    }
+
+    fn accesses_refusal(&self, given_up: GivenUp, whole: Duration) -> Refusal {
+        drain_refusal(match (given_up, self.parts.accesses.in_flight()) {
+            (GivenUp::Late, 0) => {
+                format!("what the client had sent was not carried out within {whole:?}")
+            }
+            (GivenUp::Late, in_flight) => {
+                format!("{in_flight} register accesses still in flight after {whole:?}")
+            }
+            (GivenUp::Overtaken, _) => "register accesses: overtaken by a later command".into(),
+        })
     }
 }
 
@@ -369,10 +407,11 @@ impl<D: Device> Way<'_, D> {
             }
         }
         self.parts.interrupts.reset();
+        self.parts.edge.replaced();
         if from != Activity::Stopped {
             let scope = if from == Activity::Full { Scope::All } else { Scope::Ram };
             self.parts.gate.open(scope);
-            self.parts.accesses.open();
+            self.open_accesses();
         }
         let mut at = from;
         while at < to {

@@ -106,9 +106,10 @@ impl<D: Device> State<D> {
         if self.in_force == arc.after && !commits {
             return Some(Event::ArcDone);
         }
+        let lease = self.job.as_ref().is_some_and(|job| job.lease);
         let budget = self.budget();
-        let change =
-            change_activity(Arc::clone(&self.parts), self.in_force, arc.after, budget.clone());
+        let parts = Arc::clone(&self.parts);
+        let change = change_activity(parts, self.in_force, arc.after, lease, budget.clone());
         let after = arc.after;
         let loaded = commits.then(|| Box::pin(commit(Arc::clone(&self.parts), budget)));
         let mut work = Box::pin(async move {
@@ -211,6 +212,10 @@ impl<D: Device> State<D> {
                 return Some(Event::StreamFailed(stream_refusal(text)));
             }
         };
+        if matches!(direction, Direction::Load) {
+            // Whoever has sent something to the device has sent it to what is replaced now.
+            self.parts.edge.replaced();
+        }
         let parts = Arc::clone(&self.parts);
         let myself = self.myself.clone();
         // What ends badly is not there any more: the next one begins a stream of its own.

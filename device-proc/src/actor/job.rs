@@ -24,6 +24,8 @@ pub(super) struct Job {
     at: Instant,
     pub(super) budget: Budget,
     pub(super) fd: Option<OwnedFd>,
+    /// It stops the device for a time only, while its client waits.
+    pub(super) lease: bool,
     pub(super) spent: Spent,
     evidence: Evidence,
     collecting: Duration,
@@ -37,6 +39,7 @@ impl Job {
             at,
             budget,
             fd,
+            lease: command.lease_ns > 0,
             spent: Spent::default(),
             evidence: Evidence::default(),
             collecting: Duration::ZERO,

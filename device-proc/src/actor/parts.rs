@@ -1,7 +1,8 @@
 //! What the control side and the data side of a device process have in common.
 
 use super::session::{ClientStream, Turn};
-use crate::device::{Bar, BarBacking, Device, DeviceInfo, StateVersion};
+use crate::device::{Bar, BarBacking, Device, DeviceInfo, Doorbell, StateVersion};
+use crate::edge::Edge;
 use crate::gate::{Gate, InFlight};
 use crate::interrupt::Interrupts;
 use crate::memory::MemoryMap;
@@ -21,6 +22,8 @@ pub(crate) struct Parts<D> {
     pub(crate) gate: Arc<Gate>,
     /// What all accesses to BARs pass.
     pub(crate) accesses: InFlight,
+    /// Who takes what comes from outside, and how far they are with it.
+    pub(crate) edge: Edge,
     pub(crate) memory: MemoryMap,
     pub(crate) interrupts: Interrupts,
     pub(crate) kind: String,
@@ -41,6 +44,8 @@ pub(crate) struct Parts<D> {
     pub(crate) bar_memory: [Option<OwnedFd>; 6],
     /// The files behind them, each once.
     pub(crate) memory_files: Vec<FileIdentity>,
+    /// What the device says of its doorbells.
+    pub(crate) doorbells: Vec<Doorbell>,
 }
 
 /// A device cannot be served as it describes itself.
@@ -55,6 +60,12 @@ pub enum InfoError {
     /// Too many backing files.
     #[error("{0} backing files, at most 16 are possible")]
     BackingFiles(usize),
+    /// Too many doorbells.
+    #[error("{0} doorbells, at most 64 are possible")]
+    Doorbells(usize),
+    /// A doorbell that cannot be.
+    #[error("{0:x?} is not in a BAR of registers, or has no width that can be written")]
+    Doorbell(Doorbell),
     /// The memory behind a BAR cannot be looked at.
     #[error("the memory of BAR {bar} cannot be examined")]
     Memory {
@@ -87,6 +98,8 @@ impl<D: Device> Parts<D> {
         if info.kind.is_empty() || info.kind.len() > standstill_protocol::message::MAX_NAME {
             return Err(InfoError::Kind(info.kind));
         }
+        let doorbells = device.doorbells();
+        check_doorbells(&doorbells, &info.bars)?;
         let layout = PciLayout::new(&info)?;
         let config = ConfigSpace::new(&info, &layout)?;
         let mut bar_memory = [const { None }; 6];
@@ -107,6 +120,7 @@ impl<D: Device> Parts<D> {
             device,
             gate: Arc::clone(memory.gate()),
             accesses: InFlight::new(),
+            edge: Edge::default(),
             memory,
             interrupts,
             kind: info.kind,
@@ -120,6 +134,7 @@ impl<D: Device> Parts<D> {
             msix: Mutex::new(vec![0; msix_size]),
             bar_memory,
             memory_files,
+            doorbells,
         })
     }
 
@@ -148,6 +163,28 @@ impl<D: Device> Parts<D> {
             Activity::NoPeer => open == (true, false) && accesses,
             Activity::Full => open == (true, true) && accesses,
         }
+    }
+}
+
+/// The most doorbells of a device.
+const MOST_DOORBELLS: usize = 64;
+
+/// Refuses doorbells that cannot be.
+fn check_doorbells(doorbells: &[Doorbell], bars: &[Option<Bar>; 6]) -> Result<(), InfoError> {
+    if doorbells.len() > MOST_DOORBELLS {
+        return Err(InfoError::Doorbells(doorbells.len()));
+    }
+    let is_possible = |doorbell: &Doorbell| {
+        let bar = usize::try_from(doorbell.bar).ok().and_then(|bar| bars.get(bar)?.as_ref());
+        let Some(Bar { size, backing: BarBacking::Registers }) = bar else { return false };
+        let width = u64::from(doorbell.width);
+        let fits = doorbell.offset.checked_add(width.max(1)).is_some_and(|end| end <= *size);
+        // What is compared with a value has a width.
+        fits && (matches!(width, 1 | 2 | 4 | 8) || (width == 0 && doorbell.value.is_none()))
+    };
+    match doorbells.iter().find(|doorbell| !is_possible(doorbell)) {
+        Some(doorbell) => Err(InfoError::Doorbell(*doorbell)),
+        None => Ok(()),
     }
 }
 

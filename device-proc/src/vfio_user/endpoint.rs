@@ -12,15 +12,17 @@ use crate::actor::Message;
 use crate::actor::parts::Parts;
 use crate::actor::session::MigrationSize;
 use crate::device::{AccessError, Device};
+use crate::gate::Permit;
 use crate::interrupt::SetIrqs;
-use crate::memory::{Handling, WindowSpec};
+use crate::memory::{Handling, LogRange, Report, UnmapError, WindowSpec};
 use crate::pci::BarUse;
 use ractor::ActorRef;
 use rustix::io::Errno;
 use standstill_protocol::lifecycle::ClientRequest;
-use standstill_protocol::message::Refusal;
+use standstill_protocol::message::{Refusal, RefusalKind};
 use standstill_protocol::migration::{MigrationFlags, MigrationState};
-use std::os::fd::OwnedFd;
+use standstill_vfio_user::wire::{LoggingReport, LoggingStart};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::mpsc::sync_channel;
 use std::time::Duration;
@@ -34,14 +36,19 @@ pub(crate) const LONGEST_ACCESS: usize = 1 << 20;
 
 /// The region of the configuration space (`VFIO_PCI_CONFIG_REGION_INDEX`).
 pub(crate) const CONFIG_REGION: u32 = 7;
-/// Number of regions of a PCI device.
-pub(crate) const REGIONS: u32 = 9;
 
 /// A device as its client sees it; see the [module](self).
 #[derive(Debug)]
 pub(crate) struct Endpoint<D> {
     parts: Arc<Parts<D>>,
     actor: ActorRef<Message>,
+}
+
+// For any device, which need not be one that can be cloned.
+impl<D> Clone for Endpoint<D> {
+    fn clone(&self) -> Self {
+        Self { parts: Arc::clone(&self.parts), actor: self.actor.clone() }
+    }
 }
 
 /// What answers an access.
@@ -73,6 +80,7 @@ impl<D: Device> Endpoint<D> {
         if let Err(error) = self.parts.memory.unmap_all(LONGEST_WAIT) {
             warn!(%error, "unmapping the windows of the client that has gone");
         }
+        self.parts.memory.stop_log();
         self.parts.interrupts.release();
         self.tell_present(false);
     }
@@ -86,18 +94,30 @@ impl<D: Device> Endpoint<D> {
         }
     }
 
-    /// Reads from a region.
+    /// Leave to touch the BARs, unless the device is stopped. Never waits.
+    #[inline]
+    pub(crate) fn enter(&self) -> Option<Permit<'_>> {
+        self.parts.accesses.try_enter()
+    }
+
+    /// Whether a region is out of reach while the device is stopped.
+    pub(crate) fn is_gated(&self, region: u32) -> bool {
+        region != CONFIG_REGION
+    }
+
+    /// Reads from a region, with what [`enter`](Self::enter) has given.
+    #[inline]
     pub(crate) fn region_read(
         &self,
+        permit: Option<&Permit<'_>>,
         region: u32,
         offset: u64,
         data: &mut [u8],
     ) -> Result<(), Errno> {
-        let (target, offset) = self.find(region, offset, data.len())?;
+        let target = self.find(region, offset, data.len())?;
         if let Region::Config = target {
             return self.parts.config().read(offset, data).map_err(|_| Errno::INVAL);
         }
-        let permit = self.parts.accesses.try_enter();
         if permit.is_none() && self.parts.device.reads_have_side_effects() {
             debug!(region, offset, "read refused: the device is stopped");
             return Err(Errno::INVAL);
@@ -121,16 +141,22 @@ impl<D: Device> Endpoint<D> {
         }
     }
 
-    /// Writes to a region.
-    pub(crate) fn region_write(&self, region: u32, offset: u64, data: &[u8]) -> Result<(), Errno> {
-        let (target, offset) = self.find(region, offset, data.len())?;
+    /// Writes to a region, with what [`enter`](Self::enter) has given.
+    pub(crate) fn region_write(
+        &self,
+        permit: Option<&Permit<'_>>,
+        region: u32,
+        offset: u64,
+        data: &[u8],
+    ) -> Result<(), Errno> {
+        let target = self.find(region, offset, data.len())?;
         if let Region::Config = target {
             return self.parts.config().write(offset, data).map_err(|_| Errno::INVAL);
         }
-        let Some(_permit) = self.parts.accesses.try_enter() else {
+        if permit.is_none() {
             debug!(region, offset, "write refused: the device is stopped");
             return Err(Errno::INVAL);
-        };
+        }
         match target {
             Region::Config => Ok(()),
             Region::Registers(bar) => {
@@ -150,8 +176,14 @@ impl<D: Device> Endpoint<D> {
         }
     }
 
+    /// Whether an access lies inside a region that there is, and is not too long.
+    pub(crate) fn check_range(&self, region: u32, offset: u64, length: usize) -> Result<(), Errno> {
+        self.find(region, offset, length).map(|_| ())
+    }
+
     /// What answers an access, if all of it lies inside.
-    fn find(&self, region: u32, offset: u64, length: usize) -> Result<(Region<'_>, u64), Errno> {
+    #[inline]
+    fn find(&self, region: u32, offset: u64, length: usize) -> Result<Region<'_>, Errno> {
         let size = self.region_size(region);
         let end = offset.saturating_add(length as u64);
         if length > LONGEST_ACCESS || end > size {
@@ -159,19 +191,26 @@ impl<D: Device> Endpoint<D> {
             return Err(Errno::INVAL);
         }
         if region == CONFIG_REGION {
-            return Ok((Region::Config, offset));
+            return Ok(Region::Config);
         }
         let bar = usize::try_from(region).map_err(|_| Errno::INVAL)?;
         let layout = self.parts.layout.bars.get(bar).ok_or(Errno::INVAL)?;
-        let target = match layout.usage {
+        Ok(match layout.usage {
             BarUse::Absent => return Err(Errno::INVAL),
             BarUse::Registers => Region::Registers(region),
             BarUse::Msix => Region::Msix,
             BarUse::Memory => {
                 Region::Memory(self.parts.bar_memory[bar].as_ref().ok_or(Errno::INVAL)?)
             }
-        };
-        Ok((target, offset))
+        })
+    }
+
+    /// The memory behind a region that clients can map.
+    pub(crate) fn region_memory(&self, region: u32) -> Option<BorrowedFd<'_>> {
+        let bar = usize::try_from(region).ok()?;
+        let layout = self.parts.layout.bars.get(bar)?;
+        let memory = self.parts.bar_memory.get(bar)?.as_ref()?;
+        (layout.usage == BarUse::Memory).then(|| memory.as_fd())
     }
 
     /// Size of a region in bytes; 0 if it is absent.
@@ -199,10 +238,60 @@ impl<D: Device> Endpoint<D> {
         })
     }
 
+    /// Removes a DMA window if nothing uses it now; whether that was so.
+    pub(crate) fn dma_unmap_at_once(&self, iova: u64, size: u64) -> Result<bool, Errno> {
+        match self.parts.memory.unmap(iova, size, Duration::ZERO) {
+            Ok(()) => Ok(true),
+            Err(UnmapError::Busy { .. }) => Ok(false),
+            Err(error) => {
+                debug!(%error, "DMA_UNMAP refused");
+                Err(Errno::from_raw_os_error(error.errno()))
+            }
+        }
+    }
+
     /// Removes all DMA windows when nothing uses them any more.
     pub(crate) fn dma_unmap_all(&self) -> Result<(), Errno> {
         self.parts.memory.unmap_all(LONGEST_WAIT).map_err(|error| {
             warn!(%error, "DMA_UNMAP of everything");
+            Errno::from_raw_os_error(error.errno())
+        })
+    }
+
+    /// Removes a DMA window when nothing uses it any more, and says which of its pages were written.
+    pub(crate) fn dma_unmap_reported(
+        &self,
+        iova: u64,
+        size: u64,
+        page_size: u64,
+    ) -> Result<Vec<u64>, Errno> {
+        let unmapped = self.parts.memory.unmap_reported(iova, size, page_size, LONGEST_WAIT);
+        unmapped.map_err(|error| {
+            warn!(%error, "DMA_UNMAP with a bitmap refused");
+            Errno::from_raw_os_error(error.errno())
+        })
+    }
+
+    /// Logs which pages the device writes from now on.
+    pub(crate) fn start_log(&self, start: &LoggingStart) -> Result<(), Errno> {
+        let ranges = start.ranges.iter().map(|(iova, length)| {
+            let (iova, length) = (*iova, *length);
+            LogRange { iova, length }
+        });
+        let ranges: Vec<_> = ranges.collect();
+        self.parts.memory.start_log(start.page_size, &ranges, LONGEST_WAIT).map_err(|error| {
+            warn!(%error, "DMA_LOGGING_START refused");
+            Errno::from_raw_os_error(error.errno())
+        })
+    }
+
+    /// Which pages were written since the last time.
+    pub(crate) fn report(&self, report: &LoggingReport) -> Result<Vec<u64>, Errno> {
+        let LoggingReport { iova, length, page_size } = *report;
+        let reported = Report::new(iova, length, page_size)
+            .and_then(|report| self.parts.memory.report(&report));
+        reported.map_err(|error| {
+            debug!(%error, "DMA_LOGGING_REPORT refused");
             Errno::from_raw_os_error(error.errno())
         })
     }
@@ -226,13 +315,16 @@ impl<D: Device> Endpoint<D> {
             Ok(_) => Ok(()),
             Err(refusal) => {
                 warn!(%refusal, "DEVICE_RESET refused");
-                Err(Errno::INVAL)
+                // Out of place, whoever holds the device where it is.
+                Err(match refusal.kind {
+                    RefusalKind::Busy => Errno::INVAL,
+                    _ => refusal_errno(&refusal),
+                })
             }
         }
     }
 
     /// Moves the client's position in the migration states and says where it is then.
-    #[cfg_attr(not(test), expect(dead_code, reason = "the present transport has no such command"))]
     pub(crate) fn set_state(
         &self,
         state: MigrationState,
@@ -241,7 +333,6 @@ impl<D: Device> Endpoint<D> {
     }
 
     /// Where the client has brought the device.
-    #[cfg_attr(not(test), expect(dead_code, reason = "as above"))]
     pub(crate) fn state(&self) -> Result<MigrationState, Errno> {
         let (reply, answer) = sync_channel(1);
         self.actor.cast(Message::ClientState(reply)).map_err(|_| Errno::IO)?;
@@ -249,7 +340,6 @@ impl<D: Device> Endpoint<D> {
     }
 
     /// The migration states that the device has.
-    #[cfg_attr(not(test), expect(dead_code, reason = "as above"))]
     pub(crate) fn migration_flags(&self) -> MigrationFlags {
         self.parts.migration
     }
@@ -257,7 +347,6 @@ impl<D: Device> Endpoint<D> {
     /// Reads the state stream, in PRE_COPY, PRE_COPY_P2P and STOP_COPY. Less than `data.len()` bytes:
     /// nothing is left now (in STOP_COPY: that was all). EINVAL in any other state, EIO if the state
     /// cannot be saved, ETIMEDOUT if the device gives nothing in time: nothing was read then.
-    #[cfg_attr(not(test), expect(dead_code, reason = "as above"))]
     pub(crate) fn migration_read(&self, data: &mut [u8]) -> Result<usize, Errno> {
         self.parts.client_stream.read(&self.parts, data, LONGEST_WAIT)
     }
@@ -265,13 +354,11 @@ impl<D: Device> Endpoint<D> {
     /// Writes all of `data` to the state stream, in RESUMING. EINVAL in any other state, or if the
     /// stream is bad: the device goes to ERROR when the client ends RESUMING. ETIMEDOUT if the device
     /// does not take it in time: nothing was written then.
-    #[cfg_attr(not(test), expect(dead_code, reason = "as above"))]
     pub(crate) fn migration_write(&self, data: &[u8]) -> Result<(), Errno> {
         self.parts.client_stream.write(&self.parts, data, LONGEST_WAIT)
     }
 
     /// How much there is to be saved, about; in every state.
-    #[cfg_attr(not(test), expect(dead_code, reason = "as above"))]
     pub(crate) fn migration_size(&self) -> MigrationSize {
         self.parts.client_stream.size(&self.parts)
     }
@@ -285,6 +372,15 @@ impl<D: Device> Endpoint<D> {
             warn!(?request, %error, "no answer from the control side");
             Errno::TIMEDOUT
         })
+    }
+}
+
+/// What a refusal of the control side is for the client.
+pub(crate) fn refusal_errno(refusal: &Refusal) -> Errno {
+    match refusal.kind {
+        RefusalKind::NoWay => Errno::INVAL,
+        RefusalKind::Busy => Errno::BUSY,
+        _ => Errno::IO,
     }
 }
 

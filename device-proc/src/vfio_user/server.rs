@@ -1,27 +1,20 @@
 //! The thread that serves one client after another.
 
-use super::adapter::Adapter;
-use super::endpoint::{CONFIG_REGION, Endpoint, REGIONS};
+use super::connection::{Connection, Ended, rest_after_error};
+use super::doorbells::Doorbells;
+use super::endpoint::Endpoint;
+use super::kept::Kept;
+use super::link::LinkError;
 use crate::device::Device;
-use crate::interrupt::IrqIndex;
-use crate::pci::BarUse;
-use crate::serve::panics::contained;
+use crate::edge::Station;
 use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
+use rustix::net::{SocketFlags, accept_with};
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::net::UnixListener;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::thread::Builder;
 use std::time::Duration;
-use vfio_bindings::bindings::vfio::{
-    VFIO_REGION_INFO_FLAG_MMAP, VFIO_REGION_INFO_FLAG_READ, VFIO_REGION_INFO_FLAG_WRITE,
-    vfio_region_info, vfio_region_sparse_mmap_area,
-};
-use vfio_user::{IrqInfo, Server, ServerRegion, SparseArea};
-
-/// Flags of `GET_IRQ_INFO`.
-const IRQ_EVENTFD: u32 = 1;
-const IRQ_MASKABLE: u32 = 1 << 1;
-const IRQ_AUTOMASKED: u32 = 1 << 2;
 
 /// After an error in a row of them the thread rests, first this long, then twice as long.
 const FIRST_REST: Duration = Duration::from_millis(10);
@@ -29,80 +22,134 @@ const LONGEST_REST: Duration = Duration::from_secs(1);
 
 /// Serves clients of this listener on a thread of its own, until the process ends.
 pub(crate) fn start<D: Device>(listener: OwnedFd, endpoint: Endpoint<D>) -> io::Result<()> {
-    let waiting = UnixListener::from(listener.try_clone()?);
-    // It may be shared with whoever gave it: the crate waits in accept.
-    waiting.set_nonblocking(false)?;
-    let server = Server::from_owned_fd(listener, true, irqs(&endpoint), regions(&endpoint));
-    Builder::new().name("vfio-user".into()).spawn(move || run(&waiting, &server, &endpoint))?;
+    // It may be shared with whoever gave it; who is seen in poll may have gone in accept.
+    rustix::io::ioctl_fionbio(&listener, true)?;
+    let server = Server::new(endpoint)?;
+    Builder::new().name("vfio-user".into()).spawn(move || server.run(&listener))?;
     Ok(())
 }
 
-fn run<D: Device>(waiting: &UnixListener, server: &Server, endpoint: &Endpoint<D>) {
-    let mut rest = FIRST_REST;
-    loop {
-        // Seen here first: the crate does not say when a client comes.
-        match poll(&mut [PollFd::new(waiting, PollFlags::IN)], None) {
-            Ok(_) | Err(rustix::io::Errno::INTR) => {}
-            Err(error) => tracing::warn!(%error, "waiting for a client"),
-        }
-        endpoint.connected();
-        // It keeps nothing from one client to the next.
-        let served = contained(|| server.run(&mut Adapter(endpoint)));
-        endpoint.disconnected();
-        match served {
-            Ok(Ok(())) => rest = FIRST_REST,
-            Err(error) => tracing::warn!(%error, "serving a client ended"),
-            Ok(Err(error)) => {
-                tracing::warn!(%error, "serving a client ended");
-                // Where accepting fails, it fails again at once.
-                std::thread::park_timeout(rest);
-                rest = (rest * 2).min(LONGEST_REST);
+/// What is there from one client to the next.
+#[derive(Debug)]
+pub(super) struct Server<D> {
+    endpoint: Endpoint<D>,
+    station: Arc<Station>,
+    doorbells: Option<Arc<Doorbells>>,
+    kept: Kept,
+}
+
+impl<D: Device> Server<D> {
+    /// Makes the threads beside this one, and lets the control side know of this one.
+    pub(super) fn new(endpoint: Endpoint<D>) -> io::Result<Self> {
+        let station = Station::new()?;
+        let doorbells = Doorbells::start(endpoint.clone())?;
+        endpoint.parts().edge.set_socket(Arc::clone(&station));
+        Ok(Self { endpoint, station, doorbells, kept: Kept::default() })
+    }
+
+    fn run(mut self, listener: &OwnedFd) {
+        let mut rest = FIRST_REST;
+        loop {
+            self.wait_for_client(listener);
+            match accept_with(listener, SocketFlags::CLOEXEC) {
+                Ok(client) => {
+                    rest = FIRST_REST;
+                    self.serve(client);
+                }
+                Err(Errno::AGAIN | Errno::INTR | Errno::CONNABORTED) => {}
+                Err(error) => {
+                    tracing::warn!(%error, "accepting a client");
+                    // Where accepting fails, it fails again at once.
+                    std::thread::park_timeout(rest);
+                    rest = (rest * 2).min(LONGEST_REST);
+                }
             }
+        }
+    }
+
+    /// Waits in poll, and does meanwhile what is left of the last client.
+    fn wait_for_client(&mut self, listener: &OwnedFd) {
+        loop {
+            self.settle();
+            let alarm = self.station.alarm();
+            let mut polled =
+                [PollFd::new(&alarm, PollFlags::IN), PollFd::new(listener, PollFlags::IN)];
+            match poll(&mut polled, None) {
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(error) => {
+                    tracing::warn!(%error, "waiting for a client");
+                    rest_after_error();
+                }
+            }
+            let [alarm, client] = polled.map(|fd| !fd.revents().is_empty());
+            self.station.busy();
+            if alarm {
+                self.station.looked_up();
+            }
+            if client {
+                return;
+            }
+        }
+    }
+
+    /// Nobody sends anything: whoever waits for this thread need not.
+    fn settle(&mut self) {
+        if !self.kept.is_empty() {
+            // Somebody sent it, and it is still to be done.
+            self.station.keep();
+            self.finish_kept();
+        }
+        if self.kept.is_empty() {
+            self.station.idle();
+        }
+        if let Some(request) = self.station.request() {
+            self.station.done(request);
+        }
+    }
+
+    /// Carries out what was kept, if the device runs.
+    fn finish_kept(&mut self) {
+        if !self.kept.is_empty()
+            && let Some(permit) = self.endpoint.enter()
+        {
+            self.kept.carry_out(&self.endpoint, &permit);
+        }
+    }
+
+    /// Serves one client until it goes, or has to.
+    pub(super) fn serve(&mut self, client: OwnedFd) {
+        let client = Arc::new(client);
+        self.endpoint.connected();
+        if let Some(doorbells) = &self.doorbells {
+            doorbells.connected();
+        }
+        self.station.take_from_socket(&client);
+        let Self { endpoint, station, doorbells, kept } = self;
+        let ended = Connection::new(endpoint, station, doorbells.as_deref(), kept, client)
+            .and_then(|mut connection| connection.run());
+        match ended {
+            Ok(()) | Err(Ended::Link(LinkError::Gone)) => tracing::debug!("the client has gone"),
+            Err(error) => {
+                let error = crate::log::with_causes(&error);
+                tracing::warn!(error, "serving a client ended");
+            }
+        }
+        self.station.take_from_nobody();
+        self.settle();
+        if let Some(doorbells) = &self.doorbells {
+            doorbells.disconnected();
+        }
+        self.endpoint.disconnected();
+    }
+}
+
+impl<D> Drop for Server<D> {
+    fn drop(&mut self) {
+        if let Some(doorbells) = &self.doorbells {
+            doorbells.end();
         }
     }
 }
 
-fn irqs<D: Device>(endpoint: &Endpoint<D>) -> Vec<IrqInfo> {
-    let counts = endpoint.parts().layout.irqs;
-    let info = |(index, irq): (u32, IrqIndex)| {
-        let flags = match irq {
-            IrqIndex::Intx => IRQ_EVENTFD | IRQ_MASKABLE | IRQ_AUTOMASKED,
-            _ => IRQ_EVENTFD,
-        };
-        IrqInfo { index, flags, count: irq.count(counts) }
-    };
-    (0..).zip(IrqIndex::ALL).map(info).collect()
-}
-
-fn regions<D: Device>(endpoint: &Endpoint<D>) -> Vec<ServerRegion> {
-    let bars = &endpoint.parts().layout.bars;
-    let region = |index: u32| {
-        let size = endpoint.region_size(index);
-        let mut flags = 0;
-        if size > 0 {
-            flags |= VFIO_REGION_INFO_FLAG_READ | VFIO_REGION_INFO_FLAG_WRITE;
-        }
-        let bar = usize::try_from(index).ok().filter(|_| index < CONFIG_REGION);
-        let mmap_fd = bar
-            .filter(|&bar| bars.get(bar).is_some_and(|bar| bar.usage == BarUse::Memory))
-            // It stays open as long as the endpoint, which the server's thread owns.
-            .and_then(|bar| endpoint.parts().bar_memory[bar].as_ref().map(AsRawFd::as_raw_fd));
-        let mut sparse_areas = Vec::new();
-        if mmap_fd.is_some() {
-            flags |= VFIO_REGION_INFO_FLAG_MMAP;
-            // The fd is sent only with an area.
-            let area = vfio_region_sparse_mmap_area { offset: 0, size };
-            sparse_areas.push(SparseArea { area });
-        }
-        let region_info = vfio_region_info {
-            argsz: u32::try_from(size_of::<vfio_region_info>()).unwrap_or(u32::MAX),
-            flags,
-            index,
-            cap_offset: 0,
-            size,
-            offset: 0,
-        };
-        ServerRegion { region_info, sparse_areas, mmap_fd }
-    };
-    (0..REGIONS).map(region).collect()
-}
+#[cfg(test)]
+mod tests;

@@ -16,7 +16,7 @@ async fn go(
     left: Duration,
 ) -> (Result<(), ArcFailure>, Vec<&'static str>) {
     parts.device.calls.lock().unwrap().clear();
-    let outcome = change_activity(Arc::clone(parts), from, to, budget(left)).await;
+    let outcome = change_activity(Arc::clone(parts), from, to, false, budget(left)).await;
     let calls = parts.device.calls.lock().unwrap().clone();
     (outcome.result, calls)
 }
@@ -153,7 +153,7 @@ async fn an_arc_that_is_overtaken_is_given_up() {
     let overtaken: Arc<Overtaken> = Arc::default();
     let budget = Budget::new(Instant::now(), LONG, Arc::clone(&overtaken));
     let (outcome, ()) =
-        tokio::join!(change_activity(Arc::clone(&parts), Full, NoPeer, budget), async {
+        tokio::join!(change_activity(Arc::clone(&parts), Full, NoPeer, false, budget), async {
             overtaken.fire();
         });
     assert!(outcome.result.unwrap_err().restored);

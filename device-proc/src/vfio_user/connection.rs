@@ -1,0 +1,407 @@
+//! Serving one client: how the transport's thread waits, and what it does at the edge of a stop.
+//!
+//! # Waiting without cost
+//!
+//! A register access should cost the client no more than the bytes on their way: one receive, one
+//! send, nothing before or between. So as long as messages keep coming the thread waits in the
+//! receive itself (*hot*), with a time-out of [`HOT`]. When that runs out it waits in poll(2)
+//! (*idle*), which takes nothing out of the socket: then the control thread can see without waking
+//! anybody that nothing is under way (see the [edge](crate::edge)), and can wake this thread if it
+//! has to. From the first step of a stop on the thread is idle whenever it waits.
+//!
+//! # Requests of this end
+//!
+//! The device's threads may wait for the client's replies to what they have asked it, and what they
+//! have in flight may be what a command of the client waits for. So while the thread carries out a
+//! command that waits for others, it goes on reading: replies go to whom they are for, commands wait
+//! for their turn.
+//!
+//! # The edge
+//!
+//! Between two messages the thread looks whether the control side waits for it. If so it executes
+//! what has come until then: one snapshot of what it has read and what is in the socket. While a
+//! lease holds the socket it reads nothing. Posted writes that come while the device is stopped are
+//! [kept](super::kept); beyond their bound nothing is read either.
+
+use super::backlog::{Backlog, Waiting, refused_size};
+use super::doorbells::Doorbells;
+use super::endpoint::Endpoint;
+use super::kept::Kept;
+use super::link::{Came, Incoming, LinkError, Outgoing, Wait};
+use super::requests::Requests;
+use super::session::{Later, Next, Reply, Session, Work, limits};
+use crate::device::Device;
+use crate::edge::Station;
+use crate::memory::MessageLink;
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use rustix::io::Errno;
+use standstill_vfio_user::framing::FramingError;
+use standstill_vfio_user::wire::Kind;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::thread::Builder;
+use std::time::Duration;
+use thiserror::Error;
+
+/// How long the thread waits in the receive itself for the next message. The kernel's clock may
+/// make it a few milliseconds more.
+const HOT: Duration = Duration::from_millis(1);
+
+/// Why a client is served no longer.
+#[derive(Debug, Error)]
+pub(super) enum Ended {
+    #[error(transparent)]
+    Link(#[from] LinkError),
+    #[error(transparent)]
+    Framing(#[from] FramingError),
+    /// It was told so.
+    #[error("no version was agreed on")]
+    NoVersion,
+}
+
+/// How long the thread rests where it cannot wait.
+const REST: Duration = Duration::from_millis(100);
+
+/// poll(2) fails where the process may have fewer fds than are polled, and does so at once.
+pub(super) fn rest_after_error() {
+    std::thread::park_timeout(REST);
+}
+
+/// One client that is served.
+pub(super) struct Connection<'a, D> {
+    endpoint: &'a Endpoint<D>,
+    station: &'a Station,
+    kept: &'a mut Kept,
+    session: Session<'a, D>,
+    incoming: Incoming,
+    outgoing: Arc<Outgoing>,
+    /// What the device asks of the client, once the versions are agreed on.
+    requests: Option<(Arc<Requests>, MessageLink)>,
+    /// What was read while another command was carried out.
+    backlog: Backlog,
+    reply: Reply<'a>,
+    /// How many bytes of messages were taken.
+    taken: u64,
+}
+
+impl<'a, D: Device> Connection<'a, D> {
+    pub(super) fn new(
+        endpoint: &'a Endpoint<D>,
+        station: &'a Arc<Station>,
+        doorbells: Option<&'a Doorbells>,
+        kept: &'a mut Kept,
+        client: Arc<OwnedFd>,
+    ) -> Result<Self, Ended> {
+        Ok(Self {
+            endpoint,
+            station,
+            kept,
+            session: Session::new(endpoint, doorbells),
+            incoming: Incoming::new(Arc::clone(&client), limits(), HOT)?,
+            outgoing: Arc::new(Outgoing::new(client, Arc::clone(station))),
+            requests: None,
+            backlog: Backlog::default(),
+            reply: Reply::default(),
+            taken: 0,
+        })
+    }
+
+    /// Serves it until it goes, or has to.
+    pub(super) fn run(&mut self) -> Result<(), Ended> {
+        let mut hot = true;
+        loop {
+            self.attend()?;
+            if self.take_one()? {
+                continue;
+            }
+            if hot && !self.endpoint.parts().gate.peer().is_closed() {
+                if self.receive(Wait::Short)? == Came::Some {
+                    continue;
+                }
+                // The control side may have asked meanwhile.
+                hot = false;
+                continue;
+            }
+            // What is found in the socket is taken out when it is certain that it may be.
+            hot = self.wait_idle() && !self.is_held_back() && self.receive(Wait::No)? == Came::Some;
+        }
+    }
+
+    /// Waits in poll. True if something is in the socket.
+    fn wait_idle(&mut self) -> bool {
+        if self.kept.is_empty() {
+            self.station.idle();
+        } else {
+            self.station.keep();
+            if !self.endpoint.parts().accesses.is_closed() {
+                return false;
+            }
+        }
+        let readable = self.poll(true);
+        self.station.busy();
+        readable
+    }
+
+    /// Waits for the alarm, and for the socket too if that counts. True if something is in it.
+    fn poll(&self, with_socket: bool) -> bool {
+        let (alarm, socket) = (self.station.alarm(), self.incoming.socket());
+        let mut both = [PollFd::new(&alarm, PollFlags::IN), PollFd::new(&socket, PollFlags::IN)];
+        let polled = if with_socket { &mut both[..] } else { &mut both[..1] };
+        match poll(polled, None::<&Timespec>) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(error) => {
+                tracing::warn!(%error, "waiting for a client's message");
+                rest_after_error();
+                return with_socket;
+            }
+        }
+        let [alarm, socket] = both.map(|fd| !fd.revents().is_empty());
+        if alarm {
+            self.station.looked_up();
+        }
+        socket
+    }
+
+    /// Whether nothing may be read now.
+    fn is_held_back(&self) -> bool {
+        let parts = self.endpoint.parts();
+        parts.edge.is_held() || (self.kept.is_full() && parts.accesses.is_closed())
+    }
+
+    /// Does what the control side waits for, and waits while it says so.
+    #[inline]
+    fn attend(&mut self) -> Result<(), Ended> {
+        while self.station.request().is_some() || self.is_held_back() || !self.kept.is_empty() {
+            if !self.attend_slowly()? {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// False if there is nothing to be done now but to go on.
+    #[cold]
+    fn attend_slowly(&mut self) -> Result<bool, Ended> {
+        if !self.kept.is_empty()
+            && let Some(permit) = self.endpoint.enter()
+        {
+            self.kept.carry_out(self.endpoint, &permit);
+        }
+        if let Some(request) = self.station.request() {
+            self.drain()?;
+            self.station.done(request);
+            return Ok(true);
+        }
+        if !self.is_held_back() {
+            return Ok(false);
+        }
+        self.station.keep();
+        if self.is_held_back() && self.station.request().is_none() {
+            self.poll(false);
+        }
+        Ok(true)
+    }
+
+    /// Executes what has come until now.
+    fn drain(&mut self) -> Result<(), Ended> {
+        let there = self.incoming.snapshot().saturating_add(self.backlog.bytes());
+        let end = self.taken.saturating_add(there);
+        while self.taken < end {
+            // The rest of a message that is not whole yet comes after this.
+            if !self.take_one()? && self.receive(Wait::No)? == Came::Nothing {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    fn receive(&mut self, wait: Wait) -> Result<Came, Ended> {
+        match self.incoming.receive(wait) {
+            Err(LinkError::Gone) => {
+                self.incoming.framer.finish()?;
+                Err(LinkError::Gone.into())
+            }
+            received => Ok(received?),
+        }
+    }
+
+    /// Takes one whole message, if there is one, and answers it.
+    #[inline]
+    fn take_one(&mut self) -> Result<bool, Ended> {
+        if !self.backlog.is_empty() {
+            return self.take_from_backlog();
+        }
+        let next = match self.incoming.framer.next_message() {
+            Ok(None) => return Ok(false),
+            Ok(Some(message)) => {
+                self.taken += u64::from(message.header.size);
+                if let Some((requests, _)) = &self.requests
+                    && matches!(message.kind, Kind::Done | Kind::Refused(_))
+                {
+                    requests.answer(&message.header, message.kind, message.body);
+                    return Ok(true);
+                }
+                self.session.take(message, self.kept, &mut self.reply)
+            }
+            Err(error) => {
+                self.refuse(error)?;
+                return Ok(true);
+            }
+        };
+        self.go_on(next)?;
+        Ok(true)
+    }
+
+    #[cold]
+    fn take_from_backlog(&mut self) -> Result<bool, Ended> {
+        match self.backlog.pop() {
+            None => return Ok(false),
+            Some(Err(error)) => self.refuse(error)?,
+            Some(Ok(mut waiting)) => {
+                let message = waiting.message();
+                self.taken += u64::from(message.header.size);
+                let next = self.session.take(message, self.kept, &mut self.reply);
+                self.go_on(next)?;
+            }
+        }
+        Ok(true)
+    }
+
+    #[inline]
+    fn go_on(&mut self, next: Next) -> Result<(), Ended> {
+        match next {
+            Next::Reply => self.send()?,
+            Next::Agreed(limit) => {
+                self.send()?;
+                let requests = Arc::new(Requests::new(Arc::clone(&self.outgoing), limit));
+                let client = Arc::clone(&requests);
+                let link = self.endpoint.parts().memory.connect(client);
+                self.requests = Some((requests, link));
+            }
+            Next::Close => {
+                self.send()?;
+                return Err(Ended::NoVersion);
+            }
+            Next::Later(later) => self.do_later(&later)?,
+            // Nothing was asked.
+            Next::Answer => tracing::debug!("a reply that nobody waits for"),
+        }
+        Ok(())
+    }
+
+    /// Answers a message that is none.
+    #[cold]
+    fn refuse(&mut self, error: FramingError) -> Result<(), Ended> {
+        if let Some(header) = error.answer() {
+            let mut bytes = Vec::new();
+            header.encode(&mut bytes);
+            self.outgoing.send(&bytes, &[])?;
+        }
+        if !error.is_in_step() {
+            return Err(error.into());
+        }
+        tracing::debug!(%error, "a client's message");
+        self.taken += refused_size(&error);
+        Ok(())
+    }
+
+    #[inline]
+    fn send(&self) -> Result<(), Ended> {
+        if self.reply.bytes().is_empty() {
+            return Ok(());
+        }
+        Ok(self.outgoing.send(self.reply.bytes(), &self.reply.fds())?)
+    }
+
+    fn do_later(&mut self, later: &Later) -> Result<(), Ended> {
+        if later.work.asks() {
+            // It waits for the control side, which must not wait for it.
+            self.station.asking();
+        }
+        let done = if self.session.has_windows_without_file {
+            self.carry_out_and_listen(&later.work)
+        } else {
+            Ok(Session::carry_out(self.endpoint, &later.work))
+        };
+        self.station.busy();
+        let done = done?;
+        self.session.finish(later, done, &mut self.reply);
+        self.send()
+    }
+
+    /// Has a thread do it, and goes on reading meanwhile.
+    fn carry_out_and_listen(&mut self, work: &Work) -> Result<Result<Vec<u64>, Errno>, Ended> {
+        let endpoint = self.endpoint;
+        let Ok(end) = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK) else {
+            // Without fds nobody listens; whoever waits for a reply gives up in time.
+            return Ok(Session::carry_out(endpoint, work));
+        };
+        std::thread::scope(|scope| {
+            let worker = Builder::new().name("vfio-user work".into()).spawn_scoped(scope, || {
+                let done = Session::carry_out(endpoint, work);
+                // One write always fits.
+                let _ = rustix::io::write(&end, &1_u64.to_ne_bytes());
+                done
+            });
+            let Ok(worker) = worker else {
+                return Ok(Session::carry_out(endpoint, work));
+            };
+            let listened = self.listen_until(&end);
+            if let (Err(_), Some((requests, _))) = (&listened, &self.requests) {
+                requests.gone();
+            }
+            // A panic has ended the process.
+            let done = worker.join().unwrap_or(Err(Errno::IO));
+            listened.map(|()| done)
+        })
+    }
+
+    /// Reads until something has ended. Replies go to whom they are for, commands to the backlog.
+    fn listen_until(&mut self, end: &OwnedFd) -> Result<(), Ended> {
+        // What was read together with the command.
+        self.sort();
+        loop {
+            let socket = self.incoming.socket();
+            let mut both = [PollFd::new(end, PollFlags::IN), PollFd::new(&socket, PollFlags::IN)];
+            let polled = if self.backlog.is_full() { &mut both[..1] } else { &mut both[..] };
+            match poll(polled, None) {
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(error) => {
+                    tracing::warn!(%error, "listening to a client");
+                    rest_after_error();
+                }
+            }
+            let [ended, readable] = both.map(|fd| !fd.revents().is_empty());
+            if ended {
+                return Ok(());
+            }
+            if readable && self.receive(Wait::No)? == Came::Some {
+                self.sort();
+            }
+        }
+    }
+
+    fn sort(&mut self) {
+        while !self.backlog.is_full() {
+            match self.incoming.framer.next_message() {
+                Ok(None) => return,
+                Ok(Some(message)) => match (&self.requests, message.kind) {
+                    (Some((requests, _)), Kind::Done | Kind::Refused(_)) => {
+                        self.taken += u64::from(message.header.size);
+                        requests.answer(&message.header, message.kind, message.body);
+                    }
+                    _ => self.backlog.push(Ok(Waiting::new(message))),
+                },
+                Err(error) => self.backlog.push(Err(error)),
+            }
+        }
+    }
+}
+
+impl<D> Drop for Connection<'_, D> {
+    fn drop(&mut self) {
+        if let Some((requests, _)) = &self.requests {
+            requests.gone();
+        }
+    }
+}

@@ -1,0 +1,244 @@
+//! One client's connection: bytes in and whole messages out, replies in and bytes out.
+//!
+//! Costs one `recvmsg` for as many messages as have come, and one `send` for each reply. Nothing
+//! waits longer than it is told to.
+
+use crate::edge::Station;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, Shutdown, recvmsg, send, sendmsg, shutdown,
+};
+use standstill_vfio_user::framing::{Framer, FramingLimits};
+use std::io::{IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+use thiserror::Error;
+
+/// The most fds that can come with one message, and go with one.
+pub(super) const MAX_FDS: usize = 16;
+
+/// How long a client that reads nothing is waited for: it waits no longer for its replies itself.
+const SEND_PATIENCE: Duration = Duration::from_millis(4500);
+/// The same while a stop waits for the transport.
+const SEND_PATIENCE_OF_A_STOP: Duration = Duration::from_millis(100);
+
+/// A connection has ended, or is of no more use.
+#[derive(Debug, Error)]
+pub(super) enum LinkError {
+    /// The client has closed it.
+    #[error("the client has gone")]
+    Gone,
+    /// It was cut within a message, or with more fds than the system passes on.
+    #[error("fds of the client were lost: there is no room for so many in one message")]
+    FdsLost,
+    /// The client does not read.
+    #[error("the client has not read its replies for {0:?}")]
+    Stuck(Duration),
+    /// Whoever sends has no more time.
+    #[error("the client did not read in time")]
+    Late,
+    /// A system call failed.
+    #[error("{call}")]
+    System {
+        /// Which.
+        call: &'static str,
+        /// Why.
+        #[source]
+        source: Errno,
+    },
+}
+
+fn failed(call: &'static str) -> impl FnOnce(Errno) -> LinkError {
+    move |source| LinkError::System { call, source }
+}
+
+/// What came of looking for more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Came {
+    /// Something.
+    Some,
+    /// Nothing, in that time.
+    Nothing,
+}
+
+/// How long to look for more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Wait {
+    /// Not at all.
+    No,
+    /// As long as [`Incoming::new`] was told.
+    Short,
+}
+
+/// What comes from a client.
+#[derive(Debug)]
+pub(super) struct Incoming {
+    socket: Arc<OwnedFd>,
+    pub(super) framer: Framer,
+}
+
+impl Incoming {
+    /// `short` is the time of [`Wait::Short`].
+    pub(super) fn new(
+        socket: Arc<OwnedFd>,
+        limits: FramingLimits,
+        short: Duration,
+    ) -> Result<Self, LinkError> {
+        set_socket_timeout(&socket, Timeout::Recv, Some(short))
+            .map_err(failed("setting the timeout of a client's socket"))?;
+        Ok(Self { socket, framer: Framer::new(limits) })
+    }
+
+    /// Takes what has come out of the socket, into the framer.
+    pub(super) fn receive(&mut self, wait: Wait) -> Result<Came, LinkError> {
+        let mut room = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
+        let mut control = RecvAncillaryBuffer::new(&mut room);
+        let flags = match wait {
+            Wait::No => RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT,
+            Wait::Short => RecvFlags::CMSG_CLOEXEC,
+        };
+        let space = &mut [IoSliceMut::new(self.framer.space())];
+        let received = match recvmsg(&self.socket, space, &mut control, flags) {
+            Ok(received) => received,
+            Err(Errno::AGAIN | Errno::INTR) => return Ok(Came::Nothing),
+            Err(Errno::CONNRESET) => return Err(LinkError::Gone),
+            Err(error) => return Err(failed("receiving from a client")(error)),
+        };
+        let fds = control.drain().filter_map(|message| match message {
+            RecvAncillaryMessage::ScmRights(fds) => Some(fds),
+            _ => None,
+        });
+        let fds = fds.flatten();
+        if received.flags.contains(ReturnFlags::CTRUNC) {
+            fds.for_each(drop);
+            return Err(LinkError::FdsLost);
+        }
+        if received.bytes == 0 {
+            return Err(LinkError::Gone);
+        }
+        self.framer.received(received.bytes, fds);
+        Ok(Came::Some)
+    }
+
+    /// How many bytes have come that are not taken yet, by the framer or out of the socket.
+    pub(super) fn snapshot(&self) -> u64 {
+        let in_socket = rustix::io::ioctl_fionread(&self.socket).unwrap_or(0);
+        in_socket.saturating_add(self.framer.pending() as u64)
+    }
+
+    pub(super) fn socket(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+/// What goes to a client; several threads may send.
+#[derive(Debug)]
+pub(super) struct Outgoing {
+    socket: Arc<OwnedFd>,
+    /// Where a stop asks for the transport.
+    station: Arc<Station>,
+    /// Held for the length of one message.
+    turn: Mutex<()>,
+}
+
+impl Outgoing {
+    pub(super) fn new(socket: Arc<OwnedFd>, station: Arc<Station>) -> Self {
+        Self { socket, station, turn: Mutex::new(()) }
+    }
+
+    /// Sends a whole message. A client that does not read loses its connection.
+    #[inline]
+    pub(super) fn send(&self, message: &[u8], fds: &[BorrowedFd<'_>]) -> Result<(), LinkError> {
+        self.send_by(message, fds, None)
+    }
+
+    /// The same for somebody who has a deadline of their own.
+    pub(super) fn send_by(
+        &self,
+        message: &[u8],
+        fds: &[BorrowedFd<'_>],
+        deadline: Option<Instant>,
+    ) -> Result<(), LinkError> {
+        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut rest = message;
+        let mut fds = fds;
+        let mut began = None;
+        while !rest.is_empty() {
+            match self.try_send(rest, fds) {
+                Ok(sent) => {
+                    rest = rest.get(sent..).unwrap_or_default();
+                    fds = &[];
+                }
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => {
+                    let began = *began.get_or_insert_with(Instant::now);
+                    if let Err(error) = self.wait_for_room(began, deadline) {
+                        // Half a message leaves nothing to go on with.
+                        let is_whole = rest.len() == message.len();
+                        if !(is_whole && matches!(error, LinkError::Late)) {
+                            self.close();
+                        }
+                        return Err(error);
+                    }
+                }
+                Err(Errno::PIPE | Errno::CONNRESET) => return Err(LinkError::Gone),
+                Err(error) => {
+                    self.close();
+                    return Err(failed("sending to a client")(error));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn try_send(&self, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> Result<usize, Errno> {
+        let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+        if fds.is_empty() {
+            return send(&self.socket, bytes, flags);
+        }
+        let mut room = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
+        let mut control = SendAncillaryBuffer::new(&mut room);
+        if !control.push(SendAncillaryMessage::ScmRights(fds)) {
+            return Err(Errno::TOOBIG);
+        }
+        sendmsg(&self.socket, &[IoSlice::new(bytes)], &mut control, flags)
+    }
+
+    #[cold]
+    fn wait_for_room(&self, began: Instant, deadline: Option<Instant>) -> Result<(), LinkError> {
+        let patience = match self.station.request() {
+            Some(_) => SEND_PATIENCE_OF_A_STOP,
+            None => SEND_PATIENCE,
+        };
+        let now = Instant::now();
+        let mut rest = patience.saturating_sub(now - began);
+        if rest.is_zero() {
+            return Err(LinkError::Stuck(patience));
+        }
+        if let Some(deadline) = deadline {
+            rest = rest.min(deadline.saturating_duration_since(now));
+            if rest.is_zero() {
+                return Err(LinkError::Late);
+            }
+        }
+        // A stop can begin meanwhile.
+        let rest = Timespec::try_from(rest.min(SEND_PATIENCE_OF_A_STOP));
+        let rest = rest.map_err(|_| failed("the clock")(Errno::INVAL))?;
+        match poll(&mut [PollFd::new(&*self.socket, PollFlags::OUT)], Some(&rest)) {
+            Ok(_) | Err(Errno::INTR) => Ok(()),
+            Err(error) => Err(failed("waiting for a client")(error)),
+        }
+    }
+
+    /// Ends the connection: whoever waits in it sees that.
+    pub(super) fn close(&self) {
+        if let Err(error) = shutdown(&self.socket, Shutdown::Both) {
+            tracing::debug!(%error, "the end of a client's connection");
+        }
+    }
+}

@@ -1,0 +1,5 @@
+mod client;
+mod edge;
+mod logging;
+mod requests;
+mod wire;

@@ -1,0 +1,630 @@
+//! What is answered to each command, and to what is none.
+
+use super::client::{
+    Answer, Client, POSTED, REGION_READ, REGION_WRITE, VERSION, access, message, version,
+    write_body,
+};
+use crate::fields;
+use crate::vfio_user::rig::{COUNT, Deed, MEMORY, MEMORY_SIZE, READ_ONLY, REGISTERS, Rig};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use std::fs::File;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+
+const DMA_MAP: u16 = 2;
+const DMA_UNMAP: u16 = 3;
+const GET_INFO: u16 = 4;
+const GET_REGION_INFO: u16 = 5;
+const GET_REGION_IO_FDS: u16 = 6;
+const GET_IRQ_INFO: u16 = 7;
+const SET_IRQS: u16 = 8;
+const RESET: u16 = 13;
+const WRITE_MULTI: u16 = 15;
+const FEATURE: u16 = 16;
+
+const EINVAL: u32 = 22;
+const ENOENT: u32 = 2;
+const EEXIST: u32 = 17;
+const EOPNOTSUPP: u32 = 95;
+
+fn greeted() -> (Rig, Client) {
+    let rig = Rig::new();
+    let client = Client::greeted(rig.connect());
+    (rig, client)
+}
+
+fn words(bytes: &[u8]) -> Vec<u32> {
+    bytes.as_chunks().0.iter().map(|word| u32::from_ne_bytes(*word)).collect()
+}
+
+#[test]
+fn versions_are_agreed_on_within_the_limits_of_the_client() {
+    let qemu = concat!(
+        r#"{"capabilities":{"pgsizes":4096,"max_msg_fds":16,"max_dma_maps":65535,"#,
+        r#""max_data_xfer_size":1048576,"migration":{"max_bitmap_size":268435456,"#,
+        r#""pgsize":4096},"write_multiple":true}}"#
+    );
+    for json in [qemu, "{}", r#"{"capabilities":{}}"#, r#"{"unknown":1,"capabilities":{"x":[]}}"#] {
+        let rig = Rig::new();
+        let mut client = Client::raw(rig.connect());
+        let body = version(json);
+        let reply = client.call(VERSION, &body).unwrap();
+        assert!(reply.len() <= body.len().max(64), "{}", String::from_utf8_lossy(&reply));
+        assert_eq!(reply[..4], [0, 0, 2, 0]);
+        assert_eq!(reply.last(), Some(&0));
+        let data: serde_json::Value = serde_json::from_slice(&reply[4..reply.len() - 1]).unwrap();
+        let capabilities = &data["capabilities"];
+        assert!(capabilities["max_msg_fds"].as_u64().is_none_or(|fds| fds <= 16));
+        assert_eq!(capabilities["write_multiple"], serde_json::Value::Null);
+        assert_eq!(client.call(VERSION, &body), Err(EINVAL), "twice");
+        assert!(client.read(7, 0).is_ok());
+        drop(client);
+    }
+}
+
+#[test]
+fn a_version_without_json_is_legal() {
+    let rig = Rig::new();
+    let mut client = Client::raw(rig.connect());
+    assert_eq!(client.call(VERSION, &[0, 0, 1, 0]).unwrap()[..4], [0, 0, 1, 0]);
+    assert!(client.read(7, 0).is_ok());
+    drop(client);
+}
+
+#[test]
+fn a_version_that_cannot_be_is_refused_and_closes_the_connection() {
+    let rig = Rig::new();
+    let bodies = [
+        vec![],
+        vec![0, 0],
+        fields!(1_u16, 0_u16),
+        b"\0\0\0\0{}".to_vec(),
+        version("{"),
+        version(r#"{"capabilities":7}"#),
+        version(r#"{"capabilities":{"max_msg_fds":"many"}}"#),
+        version(r#"{"capabilities":{"max_msg_fds":-1}}"#),
+        version(r#"{"capabilities":{"max_msg_fds":1025}}"#),
+        version(r#"{"capabilities":{"pgsizes":2048}}"#),
+    ];
+    for body in bodies {
+        let mut client = Client::raw(rig.connect());
+        assert_eq!(client.call(VERSION, &body), Err(EINVAL), "{body:?}");
+        client.assert_closed();
+    }
+}
+
+#[test]
+fn nothing_comes_before_the_version() {
+    let rig = Rig::new();
+    let mut client = Client::raw(rig.connect());
+    for command in (0..20).filter(|command| *command != VERSION) {
+        assert_eq!(client.call(command, &[0; 32]), Err(EINVAL), "{command}");
+    }
+    client.post_write(REGISTERS, 0, 1);
+    client.call(VERSION, &version("{}")).unwrap();
+    assert_eq!(client.read(REGISTERS, COUNT), Ok(0));
+    drop(client);
+}
+
+#[test]
+fn unknown_commands_are_refused_and_the_next_one_is_found() {
+    let (_rig, mut client) = greeted();
+    for command in [0, 11, 12, 14, 19, 20, 0x7fff, 0xffff] {
+        for length in [0, 1, 16, 4096] {
+            assert_eq!(client.call(command, &vec![0xff; length]), Err(EINVAL), "{command}");
+        }
+        client.post(command, &[7; 100]);
+        assert!(client.read(7, 0).is_ok());
+    }
+    drop(client);
+}
+
+#[test]
+fn sizes_that_cannot_be_are_answered_and_close_the_connection() {
+    let rig = Rig::new();
+    for size in [0_u32, 1, 15, (1 << 20) + (64 << 10) + 1, 0x7fff_ffff, u32::MAX] {
+        let mut client = Client::greeted(rig.connect());
+        let header = fields!(9_u16, REGION_READ, size, 0_u32, 0_u32);
+        client.send(&header, &[]);
+        let answer = client.receive();
+        assert_eq!((answer.id, answer.result()), (9, Err(EINVAL)), "{size:#x}");
+        client.assert_closed();
+    }
+}
+
+#[test]
+fn types_that_do_not_exist_are_refused_and_replies_are_nothing() {
+    let (_rig, mut client) = greeted();
+    for kind in 2..16 {
+        client.send(&message(3, REGION_READ, kind, &access(7, 0, 4)), &[]);
+        assert_eq!(client.receive().result(), Err(EINVAL), "{kind}");
+    }
+    for flags in [1, 0x21, 0x11] {
+        client.send(&message(3, REGION_READ, flags, &access(7, 0, 4)), &[]);
+    }
+    assert!(client.read(7, 0).is_ok(), "with one answer");
+    drop(client);
+}
+
+#[test]
+fn a_truncated_message_ends_the_connection_when_the_client_goes() {
+    let rig = Rig::new();
+    for length in 1..32 {
+        let mut client = Client::greeted(rig.connect());
+        client.send(&message(1, REGION_READ, 0, &access(7, 0, 4))[..length], &[]);
+        drop(client);
+    }
+    let mut client = Client::greeted(rig.connect());
+    assert!(client.read(7, 0).is_ok());
+    drop(client);
+}
+
+#[test]
+fn how_messages_are_cut_makes_no_difference() {
+    let (rig, mut client) = greeted();
+    let mut bytes = Vec::new();
+    for value in 0..40_u32 {
+        let body = write_body(REGISTERS, 0, &value.to_le_bytes());
+        bytes.extend(message(1, REGION_WRITE, POSTED, &body));
+    }
+    bytes.extend(message(2, REGION_READ, 0, &access(REGISTERS, COUNT, 4)));
+    for cut in [1, 7, 16, 17, 36, 100, bytes.len()] {
+        bytes.chunks(cut).for_each(|piece| client.send(piece, &[]));
+        assert!(client.receive().result().is_ok());
+    }
+    assert_eq!(client.read(REGISTERS, COUNT), Ok(40 * 7));
+    let expected: Vec<_> =
+        (0..7).flat_map(|_| (0..40).map(|value| Deed::Wrote(0, value))).collect();
+    assert_eq!(rig.device().deeds(), expected);
+    drop(client);
+}
+
+#[test]
+fn who_wants_no_reply_gets_none_and_order_is_kept() {
+    let (rig, mut client) = greeted();
+    client.post(REGION_READ, &access(7, 0, 4));
+    client.post(REGION_READ, &access(7, 0, 0xffff_ffff));
+    client.post(GET_INFO, &[]);
+    client.post(99, &[]);
+    client.post_write(REGISTERS, READ_ONLY, 1);
+    client.post_write(REGISTERS, 0, 2);
+    client.post(RESET, &[]);
+    client.post_write(REGISTERS, 0, 3);
+    assert_eq!(client.read(REGISTERS, COUNT), Ok(2));
+    assert_eq!(rig.device().deeds(), [Deed::Wrote(0, 2), Deed::Reset, Deed::Wrote(0, 3)]);
+    drop(client);
+}
+
+#[test]
+fn the_device_describes_itself() {
+    let (_rig, mut client) = greeted();
+    let info = client.call(GET_INFO, &fields!(16_u32, 0_u32, 0_u32, 0_u32)).unwrap();
+    assert_eq!(words(&info), [16, 3, 9, 5]);
+    assert_eq!(client.call(GET_INFO, &fields!(15_u32, 0_u32, 0_u32, 0_u32)), Err(EINVAL));
+    assert_eq!(client.call(GET_INFO, &[0; 8]), Err(EINVAL));
+
+    for (index, count) in [(0, 1), (1, 0), (2, 4), (3, 1), (4, 1)] {
+        let query = |argsz: u32, index: u32| fields!(argsz, 0_u32, index, 0_u32);
+        let info = client.call(GET_IRQ_INFO, &query(16, index)).unwrap();
+        let flags = if index == 0 { 7 } else { 1 };
+        assert_eq!(words(&info), [16, flags, index, count]);
+        assert_eq!(client.call(GET_IRQ_INFO, &query(15, index)), Err(EINVAL));
+    }
+    let none = fields!(16_u32, 0_u32, 5_u32, 0_u32);
+    assert_eq!(client.call(GET_IRQ_INFO, &none), Err(EINVAL));
+    drop(client);
+}
+
+fn region_query(argsz: u32, index: u32) -> Vec<u8> {
+    fields!(argsz, 0_u32, index, 0_u32, 0_u64, 0_u64)
+}
+
+#[test]
+fn regions_are_asked_for_in_two_steps_and_the_fd_comes_with_the_second() {
+    let (_rig, mut client) = greeted();
+    for (index, size) in
+        [(0, 4096_u64), (1, 0), (3, 0), (4, 0), (5, 4096), (6, 0), (7, 256), (8, 0)]
+    {
+        let info = client.call(GET_REGION_INFO, &region_query(32, index)).unwrap();
+        let flags = if size == 0 { 0 } else { 3 };
+        assert_eq!(words(&info)[..4], [32, flags, index, 0]);
+        assert_eq!(info[16..24], size.to_ne_bytes());
+    }
+    let first = client.call(GET_REGION_INFO, &region_query(32, MEMORY)).unwrap();
+    assert_eq!(words(&first)[..4], [64, 7, MEMORY, 0], "no capabilities, but how large they are");
+    for argsz in [33, 63] {
+        assert_eq!(client.call(GET_REGION_INFO, &region_query(argsz, MEMORY)).unwrap(), first);
+    }
+    client.send(&message(1, GET_REGION_INFO, 0, &region_query(64, MEMORY)), &[]);
+    let (whole, fds) = client.receive_with_fds();
+    let whole = whole.result().unwrap();
+    assert_eq!(words(&whole)[..4], [64, 15, MEMORY, 32]);
+    assert_eq!(words(&whole[32..48]), [0x1_0001, 0, 1, 0]);
+    assert_eq!(whole[48..], fields!(0_u64, MEMORY_SIZE));
+    assert_eq!(fds.len(), 1);
+    File::from(fds.into_iter().next().unwrap()).write_all_at(&[1, 2, 3, 4], 8).unwrap();
+    assert_eq!(client.read(MEMORY, 8), Ok(0x0403_0201));
+
+    assert_eq!(client.call(GET_REGION_INFO, &region_query(31, 0)), Err(EINVAL));
+    assert_eq!(client.call(GET_REGION_INFO, &region_query(32, 9)), Err(EINVAL));
+    assert_eq!(client.call(GET_REGION_INFO, &region_query(32, u32::MAX)), Err(EINVAL));
+    assert_eq!(client.call(GET_REGION_INFO, &[0; 16]), Err(EINVAL));
+    drop(client);
+}
+
+#[test]
+fn doorbells_come_all_or_none() {
+    let (_rig, mut client) = greeted();
+    let query =
+        |argsz: u32, flags: u32, index: u32, count: u32| fields!(argsz, flags, index, count);
+    for argsz in [16, 100, 111] {
+        let reply = client.call(GET_REGION_IO_FDS, &query(argsz, 0, REGISTERS, 0)).unwrap();
+        assert_eq!(words(&reply), [112, 0, 0, 2]);
+    }
+    client.send(&message(1, GET_REGION_IO_FDS, 0, &query(112, 0, REGISTERS, 0)), &[]);
+    let (reply, fds) = client.receive_with_fds();
+    let reply = reply.result().unwrap();
+    assert_eq!((reply.len(), fds.len()), (112, 2));
+    let entries: Vec<_> = reply[16..].chunks(48).map(words).collect();
+    assert_eq!(entries[0][..8], [0x100, 0, 0, 0, 0, 0, 0, 0]);
+    assert_eq!(entries[1][..8], [0x108, 0, 4, 0, 1, 0, 1, 0], "of one value");
+    assert!(entries[1][8] == 7 || entries[1][10] == 7, "which is 7");
+    for index in [MEMORY, 7] {
+        let reply = client.call(GET_REGION_IO_FDS, &query(16, 0, index, 0)).unwrap();
+        assert_eq!(words(&reply), [16, 0, index, 0]);
+    }
+    for wrong in [
+        query(15, 0, 0, 0),
+        query((1 << 20) + 1, 0, 0, 0),
+        query(16, 1, 0, 0),
+        query(16, 0, 0, 1),
+        query(16, 0, 1, 0),
+        query(16, 0, 9, 0),
+        vec![0; 8],
+    ] {
+        assert_eq!(client.call(GET_REGION_IO_FDS, &wrong), Err(EINVAL), "{wrong:?}");
+    }
+    drop(client);
+    let rig = Rig::new();
+    let mut client = Client::raw(rig.connect());
+    client.call(VERSION, &version("{}")).unwrap();
+    let refused = client.call(GET_REGION_IO_FDS, &query(112, 0, REGISTERS, 0));
+    assert_eq!(refused, Err(28), "a client that takes one fd only");
+    drop(client);
+}
+
+#[test]
+fn accesses_outside_a_region_or_with_another_length_are_refused_before_anything_is_done() {
+    let (rig, mut client) = greeted();
+    for (region, offset, count) in [
+        (REGISTERS, 4096, 4),
+        (REGISTERS, 4094, 4),
+        (REGISTERS, u64::MAX, 4),
+        (REGISTERS, u64::MAX - 3, 4),
+        (REGISTERS, 0, 3),
+        (REGISTERS, 0, 16),
+        (1, 0, 4),
+        (MEMORY, 0, 0x4000_0000),
+        (MEMORY, 0, u32::MAX),
+        (MEMORY, 1, 1 << 16),
+        (6, 0, 4),
+        (7, 254, 4),
+        (8, 0, 4),
+        (9, 0, 4),
+        (u32::MAX, 0, 4),
+    ] {
+        let reply = client.call(REGION_READ, &access(region, offset, count));
+        assert_eq!(reply, Err(EINVAL), "{count} of {region} at {offset:#x}");
+        let length = usize::try_from(count).unwrap().min(1 << 16);
+        let mut body = access(region, offset, count);
+        body.resize(16 + length, 0);
+        assert_eq!(client.call(REGION_WRITE, &body), Err(EINVAL), "{region} at {offset:#x}");
+    }
+    for length in [0, 1, 3, 5, 4096] {
+        let mut body = access(REGISTERS, 0, 4);
+        body.resize(16 + length, 0);
+        assert_eq!(client.call(REGION_WRITE, &body), Err(EINVAL), "{length} bytes for 4");
+    }
+    assert_eq!(client.call(REGION_READ, &[0; 15]), Err(EINVAL));
+    assert_eq!(
+        client.call(REGION_READ, &access(MEMORY, 0, 1 << 16)).unwrap().len(),
+        (1 << 16) + 16
+    );
+    assert_eq!(client.call(REGION_READ, &access(REGISTERS, 0, 0)).unwrap().len(), 16, "nothing");
+    assert_eq!(client.call(REGION_WRITE, &access(REGISTERS, 0, 0)).unwrap().len(), 16);
+    assert_eq!(client.write(REGISTERS, READ_ONLY, 1), Err(EINVAL), "by the device");
+    assert_eq!(rig.device().deeds(), []);
+    drop(client);
+}
+
+#[test]
+fn no_transfer_is_longer_than_was_agreed() {
+    let rig = Rig::new();
+    let mut client = Client::raw(rig.connect());
+    let body = version(r#"{"capabilities":{"max_data_xfer_size":1024}}"#);
+    client.call(VERSION, &body).unwrap();
+    assert!(client.call(REGION_READ, &access(MEMORY, 0, 1024)).is_ok());
+    assert_eq!(client.call(REGION_READ, &access(MEMORY, 0, 1025)), Err(EINVAL));
+    assert!(client.call(REGION_WRITE, &write_body(MEMORY, 0, &[1; 1024])).is_ok());
+    assert_eq!(client.call(REGION_WRITE, &write_body(MEMORY, 0, &[1; 1025])), Err(EINVAL));
+    drop(client);
+}
+
+#[test]
+fn several_small_writes_are_done_in_order_up_to_the_first_that_is_refused() {
+    let (rig, mut client) = greeted();
+    let entry = |offset: u64, value: u32| fields!(offset, REGISTERS, 4_u32, value, 0_u32);
+    let body = |entries: &[(u64, u32)]| {
+        let mut body = fields!(entries.len() as u64);
+        entries.iter().for_each(|(offset, value)| body.extend(entry(*offset, *value)));
+        body
+    };
+    assert_eq!(client.call(WRITE_MULTI, &body(&[(0, 1), (8, 2)])), Ok(fields!(2_u64)));
+    let stops = body(&[(0, 3), (READ_ONLY, 4), (0, 5)]);
+    assert_eq!(client.call(WRITE_MULTI, &stops), Ok(fields!(1_u64)));
+    assert_eq!(client.call(WRITE_MULTI, &body(&[(READ_ONLY, 4)])), Err(EINVAL));
+    client.post(WRITE_MULTI, &body(&[(0, 6), (0, 7)]));
+    assert_eq!(client.call(WRITE_MULTI, &body(&[])), Ok(fields!(0_u64)));
+    let mut long = body(&[(0, 1)]);
+    long[20] = 9;
+    assert_eq!(client.call(WRITE_MULTI, &long), Err(EINVAL), "more than 8 bytes");
+    long.truncate(30);
+    assert_eq!(client.call(WRITE_MULTI, &long), Err(EINVAL), "not whole");
+    assert_eq!(client.call(WRITE_MULTI, &fields!(u64::MAX)), Err(EINVAL));
+    let wrote = [(0, 1), (8, 2), (0, 3), (0, 6), (0, 7)].map(|(at, value)| Deed::Wrote(at, value));
+    assert_eq!(rig.device().deeds(), wrote);
+
+    rig.stop(2, std::time::Duration::ZERO);
+    assert_eq!(client.call(WRITE_MULTI, &body(&[(0, 8)])), Err(EINVAL), "stopped");
+    client.post(WRITE_MULTI, &body(&[(0, 9), (0, 10)]));
+    client.read(7, 0).unwrap();
+    rig.start(3);
+    assert_eq!(client.read(REGISTERS, COUNT), Ok(7));
+    drop(client);
+}
+
+fn map_body(flags: u32, offset: u64, iova: u64, size: u64) -> Vec<u8> {
+    fields!(32_u32, flags, offset, iova, size)
+}
+
+fn unmap_body(argsz: u32, flags: u32, iova: u64, size: u64) -> Vec<u8> {
+    fields!(argsz, flags, iova, size)
+}
+
+fn ram(size: u64) -> OwnedFd {
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(size).unwrap();
+    file.into()
+}
+
+#[test]
+fn windows_are_mapped_and_unmapped_by_the_rules() {
+    let (rig, mut client) = greeted();
+    let ram = ram(1 << 20);
+    let (some, none) = ([ram.as_fd()], [] as [BorrowedFd<'_>; 0]);
+    let mut map = |fds: &[BorrowedFd<'_>], body: &[u8]| client.call_with(DMA_MAP, body, fds);
+    assert_eq!(map(&some, &map_body(3, 0, 0x1000, 0x2000)), Ok(vec![]));
+    assert_eq!(map(&some, &map_body(3, 0, 0x1000, 0x2000)), Ok(vec![]), "the same once more");
+    assert_eq!(map(&some, &map_body(1, 0, 0x1000, 0x2000)), Err(EEXIST), "other rights");
+    assert_eq!(map(&some, &map_body(3, 0, 0x2000, 0x2000)), Err(EEXIST), "overlaps");
+    assert_eq!(map(&none, &map_body(3, 0, 0x1000, 0x2000)), Err(EEXIST), "no file");
+    assert_eq!(map(&none, &map_body(1, 0, 0x8000, 0x1000)), Ok(vec![]));
+    for (fds, body, errno) in [
+        (&some[..], map_body(3, 0, 0x10_0000, 0), EINVAL),
+        (&some, map_body(3, 0, 0x10_0001, 0x1000), EINVAL),
+        (&some, map_body(3, 1, 0x10_0000, 0x1000), EINVAL),
+        (&some, map_body(3, 0, 0x10_0000, 0x1001), EINVAL),
+        (&some, map_body(3, 0, u64::MAX - 0xfff, 0x2000), EINVAL),
+        (&some, map_body(3, 1 << 20, 0x10_0000, 0x1000), EINVAL),
+        (&some, map_body(0x10, 0, 0x10_0000, 0x1000), EINVAL),
+        (&some, map_body(3 | 8, 0, 0x10_0000, 0x1000), EOPNOTSUPP),
+        (&none, map_body(3 | 4, 0, 0x10_0000, 0x1000), EINVAL),
+        (&none, map_body(3, 0x1000, 0x10_0000, 0x1000), EINVAL),
+        (&some, fields!(31_u32, 3_u32, 0_u64, 0x10_0000_u64, 0x1000_u64), EINVAL),
+        (&some, vec![0; 31], EINVAL),
+        (&[ram.as_fd(), ram.as_fd()], map_body(3, 0, 0x10_0000, 0x1000), EINVAL),
+    ] {
+        assert_eq!(map(fds, &body), Err(errno), "{} fds, {body:?}", fds.len());
+    }
+    assert_eq!(map(&some, &map_body(3 | 4, 0, 0x10_0000, 0x1000)), Ok(vec![]), "by mmap");
+    assert_eq!(rig.parts.memory.windows(), 3);
+
+    let mut unmap = |body: &[u8]| client.call(DMA_UNMAP, body);
+    for (body, errno) in [
+        (unmap_body(24, 0, 0x1000, 0x1000), ENOENT),
+        (unmap_body(24, 0, 0x2000, 0x1000), ENOENT),
+        (unmap_body(24, 0, 0x4000, 0x1000), ENOENT),
+        (unmap_body(24, 0, 0x1000, 0), EINVAL),
+        (unmap_body(23, 0, 0x1000, 0x2000), EINVAL),
+        (unmap_body(24, 2, 0x1000, 0x2000), EINVAL),
+        (unmap_body(24, 2, 0, 0x2000), EINVAL),
+        (unmap_body(24, 3, 0, 0), EINVAL),
+        (unmap_body(24, 4, 0x1000, 0x2000), EINVAL),
+        (vec![24, 0, 0, 0], EINVAL),
+    ] {
+        assert_eq!(unmap(&body), Err(errno), "{body:?}");
+    }
+    let body = unmap_body(24, 0, 0x1000, 0x2000);
+    assert_eq!(unmap(&body), Ok(body.clone()));
+    assert_eq!(unmap(&body), Err(ENOENT));
+    let all = unmap_body(24, 2, 0, 0);
+    assert_eq!(unmap(&all), Ok(all.clone()));
+    assert_eq!(unmap(&all), Ok(all.clone()), "nothing is everything");
+    assert_eq!(rig.parts.memory.windows(), 0);
+    drop(client);
+}
+
+#[test]
+fn an_unmapping_waits_for_dma_in_flight() {
+    use crate::memory::Span;
+    let (rig, mut client) = greeted();
+    client.call_with(DMA_MAP, &map_body(3, 0, 0, 0x1000), &[ram(4096).as_fd()]).unwrap();
+    let dma = rig.device().handles.dma.clone();
+    let access = dma.access(&[Span::write(0, 8)]).unwrap();
+    client.send(&message(1, DMA_UNMAP, 0, &unmap_body(24, 0, 0, 0x1000)), &[]);
+    let moment = Timespec { tv_sec: 0, tv_nsec: 20_000_000 };
+    let looked = poll(&mut [PollFd::new(&client.stream, PollFlags::IN)], Some(&moment));
+    assert_eq!(looked, Ok(0), "it is in use");
+    drop(access);
+    assert!(client.receive().result().is_ok());
+    drop(client);
+}
+
+fn eventfds<const N: usize>() -> [OwnedFd; N] {
+    std::array::from_fn(|_| eventfd(0, EventfdFlags::NONBLOCK).unwrap())
+}
+
+fn raised(eventfd: &OwnedFd) -> bool {
+    rustix::io::read(eventfd, &mut [0; 8]).is_ok()
+}
+
+#[test]
+fn interrupts_are_set_by_the_rules() {
+    let (_rig, mut client) = greeted();
+    let body = |flags: u32, index: u32, start: u32, count: u32, data: &[u8]| {
+        let argsz = 20 + u32::try_from(data.len()).unwrap();
+        let mut body = fields!(argsz, flags, index, start, count);
+        body.extend(data);
+        body
+    };
+    let fds: [OwnedFd; 4] = eventfds();
+    let some: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
+    let mut set = |body: &[u8], fds: &[BorrowedFd<'_>]| client.call_with(SET_IRQS, body, fds);
+    assert_eq!(set(&body(4 | 32, 2, 0, 4, &[]), &some), Ok(vec![]));
+    assert_eq!(set(&body(1 | 32, 2, 1, 2, &[]), &[]), Ok(vec![]));
+    assert_eq!([0, 1, 2, 3].map(|at| raised(&fds[at])), [false, true, true, false]);
+    assert_eq!(set(&body(2 | 32, 2, 0, 4, &[1, 0, 0, 255]), &[]), Ok(vec![]));
+    assert_eq!([0, 1, 2, 3].map(|at| raised(&fds[at])), [true, false, false, true]);
+    assert_eq!(set(&body(2 | 8, 2, 0, 2, &[0, 1]), &[]), Ok(vec![]), "masks the second");
+    assert_eq!(set(&body(1 | 32, 2, 0, 2, &[]), &[]), Ok(vec![]));
+    assert_eq!([0, 1].map(|at| raised(&fds[at])), [true, false]);
+    assert_eq!(set(&body(1 | 16, 2, 1, 1, &[]), &[]), Ok(vec![]));
+    assert!(raised(&fds[1]), "it is raised when it is unmasked");
+    assert_eq!(set(&body(4 | 32, 2, 0, 1, &[]), &[]), Ok(vec![]), "removes one");
+    assert_eq!(set(&body(1 | 32, 2, 0, 1, &[]), &[]), Ok(vec![]));
+    assert!(!raised(&fds[0]));
+    assert_eq!(set(&body(1 | 32, 2, 0, 0, &[]), &[]), Ok(vec![]), "disables all");
+
+    for (wrong, fds) in [
+        (body(1, 2, 0, 1, &[]), &some[..0]),
+        (body(32, 2, 0, 1, &[]), &some[..0]),
+        (body(1 | 2 | 32, 2, 0, 1, &[1]), &some[..0]),
+        (body(1 | 8 | 16, 2, 0, 1, &[]), &some[..0]),
+        (body(1 | 32 | 64, 2, 0, 1, &[]), &some[..0]),
+        (body(1 | 32, 5, 0, 1, &[]), &some[..0]),
+        (body(1 | 32, 2, 4, 1, &[]), &some[..0]),
+        (body(1 | 32, 2, 4, 0, &[]), &some[..0]),
+        (body(1 | 32, 2, 3, 2, &[]), &some[..0]),
+        (body(1 | 32, 2, 1, u32::MAX, &[]), &some[..0]),
+        (body(1 | 32, 2, u32::MAX, 2, &[]), &some[..0]),
+        (body(1 | 8, 3, 0, 1, &[]), &some[..0]),
+        (body(1 | 16, 4, 0, 1, &[]), &some[..0]),
+        (body(1 | 32, 3, 0, 2, &[]), &some[..0]),
+        (body(1 | 32, 2, 1, 0, &[]), &some[..0]),
+        (body(2 | 32, 2, 0, 0, &[]), &some[..0]),
+        (body(4 | 32, 2, 0, 0, &[]), &some[..0]),
+        (body(1 | 8, 2, 0, 0, &[]), &some[..0]),
+        (body(1 | 32, 2, 0, 1, &[]), &some[..1]),
+        (body(2 | 32, 2, 0, 1, &[1]), &some[..1]),
+        (body(4 | 32, 2, 0, 2, &[]), &some[..1]),
+        (body(4 | 32, 2, 0, 2, &[]), &some[..3]),
+        (body(2 | 32, 2, 0, 2, &[1]), &some[..0]),
+        (body(2 | 32, 2, 0, 2, &[1; 3]), &some[..0]),
+        (fields!(19_u32, 33_u32, 2_u32, 0_u32, 1_u32), &some[..0]),
+        (vec![0; 19], &some[..0]),
+    ] {
+        assert_eq!(set(&wrong, fds), Err(EINVAL), "{} fds, {wrong:?}", fds.len());
+    }
+    let file = ram(4096);
+    assert_eq!(set(&body(4 | 32, 2, 0, 1, &[]), &[file.as_fd()]), Err(EINVAL), "no eventfd");
+    drop(client);
+}
+
+fn open_fds() -> usize {
+    std::fs::read_dir("/proc/self/fd").unwrap().count()
+}
+
+#[test]
+fn fds_with_any_part_of_a_message_are_taken_and_too_many_refused() {
+    let (rig, mut client) = greeted();
+    let ram = ram(1 << 20);
+    let map = message(5, DMA_MAP, 0, &map_body(3, 0, 0, 0x1000));
+    client.send(&map[..20], &[]);
+    client.send(&map[20..], &[ram.as_fd()]);
+    assert!(client.receive().result().is_ok(), "with the second segment");
+    assert_eq!(rig.parts.memory.windows(), 1);
+
+    let fds = vec![ram.as_fd(); 16];
+    assert_eq!(client.call_with(REGION_READ, &access(7, 0, 4), &fds), Err(EINVAL), "none is due");
+    assert_eq!(client.call_with(GET_INFO, &[0; 16], &fds[..1]), Err(EINVAL));
+    client.post(RESET, &[]);
+    assert!(client.read(7, 0).is_ok());
+    drop(client);
+
+    let mut client = Client::greeted(rig.connect());
+    let before = open_fds();
+    client.send(&message(6, GET_INFO, 0, &[0; 16]), &[ram.as_fd(); 30]);
+    client.assert_closed();
+    let mut client = Client::greeted(rig.connect());
+    assert!(open_fds() <= before + 2, "none of them is left");
+    assert!(client.read(7, 0).is_ok());
+    drop(client);
+}
+
+#[test]
+fn a_client_may_go_and_another_come_and_finds_the_device_as_it_was() {
+    let rig = Rig::new();
+    let [eventfd] = eventfds();
+    let mut first = Client::greeted(rig.connect());
+    first.write(REGISTERS, 0, 1).unwrap();
+    first.call_with(DMA_MAP, &map_body(3, 0, 0, 0x1000), &[ram(4096).as_fd()]).unwrap();
+    let irqs = fields!(20_u32, 36_u32, 2_u32, 0_u32, 1_u32);
+    first.call_with(SET_IRQS, &irqs, &[eventfd.as_fd()]).unwrap();
+    drop(first);
+    let mut second = Client::greeted(rig.connect());
+    assert_eq!(second.read(REGISTERS, COUNT), Ok(1));
+    assert_eq!(rig.parts.memory.windows(), 0, "its windows have gone with it");
+    rig.device().handles.interrupts.raise(0);
+    assert!(!raised(&eventfd), "and its eventfds");
+    drop(second);
+}
+
+#[test]
+fn a_reset_reaches_the_device_and_is_refused_while_it_is_stopped() {
+    let (rig, mut client) = greeted();
+    assert_eq!(client.call(RESET, &[]), Ok(vec![]));
+    assert_eq!(client.call(RESET, &[1, 2, 3]), Ok(vec![]), "a body is ignored");
+    rig.stop(2, std::time::Duration::ZERO);
+    assert_eq!(client.call(RESET, &[]), Err(EINVAL));
+    rig.start(3);
+    assert_eq!(client.call(RESET, &[]), Ok(vec![]));
+    let resets = rig.device().deeds().iter().filter(|deed| **deed == Deed::Reset).count();
+    assert_eq!(resets, 3);
+    drop(client);
+}
+
+#[test]
+fn features_that_do_not_exist_are_refused() {
+    let (_rig, mut client) = greeted();
+    let get = |feature: u32| fields!(16_u32, feature | 1 << 16, 0_u64);
+    for feature in [0, 3, 4, 5, 10, 11, 12, 13, 14, 0xffff] {
+        assert_eq!(client.call(FEATURE, &get(feature)), Err(EINVAL), "{feature}");
+    }
+    assert_eq!(client.call(FEATURE, &[0; 7]), Err(EINVAL));
+    drop(client);
+}
+
+#[test]
+fn an_answer_is_one_reply_for_each_of_many_commands_in_flight() {
+    let (_rig, mut client) = greeted();
+    for id in 0..500_u16 {
+        let offset = u64::from(id) * 4;
+        client.send(&message(id, REGION_READ, 0, &access(REGISTERS, 0x200 + offset, 4)), &[]);
+    }
+    for id in 0..500_u16 {
+        let Answer { id: answered, body, .. } = client.receive();
+        assert_eq!(answered, id);
+        assert_eq!(words(&body[16..]), [0x200 + u32::from(id) * 4]);
+    }
+    drop(client);
+}
