@@ -67,7 +67,8 @@ pub enum DeviceStanding {
     Joining,
     /// It counts.
     Ready,
-    /// It is lost, and its fence is not proven yet.
+    /// It is lost, and its fence is not proven yet. Of a local device: it hangs, and the owner has taken
+    /// that as it is; it cannot be removed.
     Lost,
     /// It is lost, and nothing of its process is left.
     Fenced,

@@ -22,13 +22,13 @@ impl State {
                 device.state = state;
             }
         }
-        if active.purpose.is_internal() {
-            return self.finish_internal(active, &outcome);
-        }
         for local in &mut self.locals {
             if let Some(state) = active.transition.state(local.id) {
                 local.state = state;
             }
+        }
+        if active.purpose.is_internal() {
+            return self.finish_internal(active, &outcome);
         }
         for entry in &mut self.hooks {
             if let Some(hook) = active.transition.hooks().iter().find(|h| h.id == entry.hook.id) {
@@ -106,9 +106,22 @@ impl State {
             }
         }
         match purpose {
+            Purpose::Join(id) if self.local(id).is_some() => self.local_moved(id, outcome, &text),
             Purpose::Join(id) => self.newcomer_moved(id, operation, outcome, &text),
             Purpose::Leave(id) => self.leaver_moved(id),
             Purpose::Owner(_) => {}
+        }
+    }
+
+    /// A local device that was left out is where the machine is, and counts again; or it is not.
+    fn local_moved(&mut self, id: ParticipantId, outcome: &Outcome, text: &str) {
+        let Some(local) = self.local(id) else { return };
+        local.returned = false;
+        local.hung = *outcome != Outcome::Done;
+        let (device, state) = (&local.name, local.state);
+        match local.hung {
+            false => tracing::info!(device, %state, "a local device that was left out is back"),
+            true => tracing::warn!(device, text, "a local device stays left out"),
         }
     }
 

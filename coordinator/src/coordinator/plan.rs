@@ -1,7 +1,7 @@
 //! What goes into a transition: who takes part in it and how, and whether it can begin as things are.
 
 use super::Owner;
-use super::state::{Device, Standing, State};
+use super::state::{Device, Local, Standing, State};
 use crate::description::DeviceSpec;
 use crate::error::MachineError;
 use crate::report::nanos;
@@ -15,23 +15,12 @@ use std::time::Duration;
 impl State {
     /// What an operation would be for this machine as it is.
     pub(super) fn plan(&self, operation: Operation) -> Plan {
-        let default = (self.deadlines.first_phase, self.deadlines.second_phase);
         let devices = self.devices.iter().filter_map(|device| {
             let counts = matches!(device.standing, Standing::Ready | Standing::Lost(_));
             counts.then(|| self.member(device)).flatten()
         });
-        let locals = self.locals.iter().filter(|local| !local.hung).map(|local| Member {
-            id: local.id,
-            kind: MemberKind::Local,
-            state: local.state,
-            flags: local.flags,
-            peer_dma: local.peer_dma,
-            one_phase_allowed: false,
-            on_loss: OnLoss::Fail,
-            first_ns: nanos(default.0),
-            second_ns: nanos(default.1),
-            lease_ns: 0,
-        });
+        let locals = self.locals.iter().filter(|local| !local.hung);
+        let locals = locals.map(|local| self.local_member(local));
         Plan {
             operation,
             term: self.term,
@@ -71,6 +60,22 @@ impl State {
             second_ns: nanos(device.spec.second_phase.unwrap_or(self.deadlines.second_phase)),
             lease_ns: 0,
         })
+    }
+
+    /// What a local device is to a transition.
+    pub(super) fn local_member(&self, local: &Local) -> Member {
+        Member {
+            id: local.id,
+            kind: MemberKind::Local,
+            state: local.state,
+            flags: local.flags,
+            peer_dma: local.peer_dma,
+            one_phase_allowed: false,
+            on_loss: OnLoss::Fail,
+            first_ns: nanos(self.deadlines.first_phase),
+            second_ns: nanos(self.deadlines.second_phase),
+            lease_ns: 0,
+        }
     }
 
     /// How long a device has for the answer to a first phase.

@@ -198,7 +198,8 @@ impl Prepared {
             let (flags, peer_dma) = (local.migration(), local.peer_dma());
             let thread = participant::local_device(id, &name, local, answer(&myself))?;
             let state = MigrationState::Running;
-            locals.push(Local { id, name, flags, peer_dma, state, hung: false, thread });
+            let (hung, returned) = (false, false);
+            locals.push(Local { id, name, flags, peer_dma, state, hung, returned, thread });
         }
         let mut hooks = Vec::with_capacity(builder.hooks.len());
         for ((spec, hook), number) in builder.hooks.into_iter().zip(0..) {

@@ -254,8 +254,11 @@ pub(super) struct Local {
     pub(super) flags: MigrationFlags,
     pub(super) peer_dma: PeerDma,
     pub(super) state: MigrationState,
-    /// It hangs, and the owner has taken that as it is: it is left out until it answers.
+    /// It hangs, and the owner has taken that as it is: it is left out until it has answered and was
+    /// brought where the machine is.
     pub(super) hung: bool,
+    /// It is left out, and has answered to something from before.
+    pub(super) returned: bool,
     pub(super) thread: LocalThread<Command>,
 }
 
@@ -467,10 +470,10 @@ impl State {
             name: local.name.clone(),
             pid: None,
             incarnation: 0,
-            standing: DeviceStanding::Ready,
+            standing: if local.hung { DeviceStanding::Lost } else { DeviceStanding::Ready },
             kind: "local".to_owned(),
-            state: Some(local.state),
-            lost: None,
+            state: (!local.hung).then_some(local.state),
+            lost: local.hung.then(|| "it hangs, taken as it is by the owner".to_owned()),
             progress: 0,
             dropped_logs: DroppedLogs::default(),
         });

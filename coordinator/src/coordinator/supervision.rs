@@ -8,7 +8,7 @@ use super::incarnation::{self, Spawned};
 use super::join::{Failure, Join, Stage};
 use super::removal::{LeaveStage, Leaving};
 use super::slips::Slip;
-use super::state::{Device, Standing, State};
+use super::state::{Device, Purpose, Standing, State};
 use super::{Message, Reply, Request};
 use crate::clock;
 use crate::device::Message as DeviceActorMessage;
@@ -18,7 +18,7 @@ use crate::mailbox::Alarm;
 use crate::policy::LossPolicy;
 use crate::restarts::{Attempt, Restarts};
 use crate::watchdog::Pulse;
-use standstill_protocol::transition::{Loss, ParticipantId};
+use standstill_protocol::transition::{Loss, MachineState, Operation, ParticipantId};
 use std::io;
 use std::sync::Arc;
 
@@ -105,6 +105,10 @@ impl State {
                 self.request(request);
                 continue;
             }
+            if let Some(local) = self.locals.iter().find(|local| local.hung && local.returned) {
+                self.bring_back(local.id);
+                continue;
+            }
             let due = |device: &Device| self.duty(device).map(|duty| (device.id, duty));
             let Some((id, duty)) = self.devices.iter().find_map(due) else {
                 self.unsettled = false;
@@ -156,6 +160,18 @@ impl State {
                 _ => None,
             },
         }
+    }
+
+    /// A local device that was left out has answered. What it has said is about a transition that is
+    /// over; so it is asked anew, by itself, and counts when it is where the machine is.
+    fn bring_back(&mut self, id: ParticipantId) {
+        let Some(local) = self.local(id) else { return };
+        local.returned = false;
+        let operation = match self.machine {
+            MachineState::Running => Operation::Resume,
+            MachineState::Stopped | MachineState::Held => Operation::Pause,
+        };
+        self.begin_internal(id, operation, Purpose::Join(id));
     }
 
     pub(super) fn policy_of(&self, device: &Device) -> LossPolicy {

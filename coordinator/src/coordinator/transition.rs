@@ -39,9 +39,12 @@ impl State {
         operation: Operation,
         purpose: Purpose,
     ) {
-        let Some(member) = self.devices.get(id).and_then(|device| self.member(device)) else {
-            return;
+        let device = self.devices.get(id).and_then(|device| self.member(device));
+        let local = || {
+            let local = self.locals.iter().find(|local| local.id == id)?;
+            Some(self.local_member(local))
         };
+        let Some(member) = device.or_else(local) else { return };
         let plan = Plan {
             operation,
             term: self.term,
@@ -312,7 +315,10 @@ impl State {
                 };
                 if let Some(local) = self.local(id) {
                     local.state = state;
-                    local.hung = false;
+                    // What is left out counts no sooner than it is where the others are.
+                    let returned = local.hung;
+                    local.returned = returned;
+                    self.unsettled |= returned;
                 }
                 if let Some(active) = &mut self.active {
                     active.recorder.local(id, &command, state, why);

@@ -167,12 +167,15 @@ impl World {
                 let units = self.units.iter().enumerate().filter(|(_, unit)| counts(unit));
                 let originals = units.map(|(i, unit)| (i, unit.device.lifecycle.state()));
                 let originals = originals.collect();
+                let locals = self.actor.state.iter().flat_map(|state| &state.locals);
+                let left_out = locals.filter(|local| local.hung).map(|local| local.id).collect();
                 self.current = Some(Current {
                     operation,
                     first: epoch.0,
                     began: (self.script.now(), self.lag),
                     originals,
                     hooks_were_stopped: self.hooks.iter().map(|hook| hook.stopped).collect(),
+                    left_out,
                     lost: BTreeSet::new(),
                     hold_expired: false,
                 });
@@ -266,6 +269,9 @@ impl World {
         }
         if report.last_epoch.0 > current.first + 3 {
             return Some("it has more than four epochs".to_owned());
+        }
+        if report.participants.iter().any(|one| current.left_out.contains(&one.id)) {
+            return Some("one takes part that was left out".to_owned());
         }
         for participant in &report.participants {
             let unit = self.units.iter().find(|unit| unit.id == Some(participant.id))?;
@@ -371,7 +377,7 @@ impl World {
             let state = self.actor.state.as_ref();
             state.is_none_or(|state| state.locals.iter().any(|local| local.id == id && local.hung))
         };
-        // One that the owner has taken as it is, hanging, may come back while it is left out.
+        // One that the owner has taken as it is, hanging, may be brought back later.
         let takes_part = |id| report.participants.iter().any(|one| one.id == id);
         let locals = self.locals.iter().filter(|local| takes_part(local.id) && !hung(local.id));
         for local in locals {
@@ -493,6 +499,19 @@ impl World {
             let (queue, declarations) = (state.queue.len(), state.declarations.len());
             if queue > QUEUE || declarations > self.calls.len() + self.units.len() {
                 self.is_wrong(|| format!("{queue} requests and {declarations} declarations wait"));
+            }
+        }
+        if let Some(state) = &self.actor.state
+            && state.active.is_none()
+            && state.machine == MachineState::Running
+            && !self.superseded
+        {
+            let hangs = |id| state.locals.iter().any(|local| local.id == id && local.hung);
+            let elsewhere =
+                |local: &&LocalEnd| !hangs(local.id) && local.state.activity() != Activity::Full;
+            if let Some(local) = self.locals.iter().find(elsewhere) {
+                let (id, is) = (local.id, local.state);
+                self.is_wrong(|| format!("the machine runs, and local device {} is in {is}", id.0));
             }
         }
         let mut units = self.units.iter().enumerate();

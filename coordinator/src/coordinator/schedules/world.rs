@@ -46,6 +46,8 @@ pub(super) struct Current {
     /// Where everybody who counts was, by the number of the process.
     pub(super) originals: Vec<(usize, MigrationState)>,
     pub(super) hooks_were_stopped: Vec<bool>,
+    /// Local devices that hang, and that the owner has taken as they are.
+    pub(super) left_out: BTreeSet<ParticipantId>,
     /// Whom it has lost.
     pub(super) lost: BTreeSet<usize>,
     pub(super) hold_expired: bool,
@@ -179,7 +181,8 @@ impl World {
             state.names.participants.insert(id, name.clone());
             let (flags, peer_dma) = (MigrationFlags::ALL, PeerDma::Possible);
             let running = MigrationState::Running;
-            let local = Local { id, name, flags, peer_dma, state: running, hung: false, thread };
+            let (hung, returned) = (false, false);
+            let local = Local { id, name, flags, peer_dma, state: running, hung, returned, thread };
             state.locals.push(local);
             self.locals.push(LocalEnd { id, calls: Calls::new(calls), state: running });
         }

@@ -8,7 +8,7 @@ use crate::left_behind::Left;
 use crate::supervised::events_until;
 use rustix::fs::{FlockOperation, flock};
 use standstill_coordinator::error::MachineError;
-use standstill_coordinator::{HookSpec, MachineEvent, OnFailure, Outcome, Slot};
+use standstill_coordinator::{Deadlines, HookSpec, MachineEvent, OnFailure, Outcome, Slot};
 use standstill_protocol::message::Phase;
 use standstill_protocol::migration::MigrationState;
 use standstill_protocol::transition::{HeldReason, Loss, MachineState};
@@ -376,6 +376,50 @@ async fn a_machine_goes_on_without_what_its_owner_has_given_up() {
     assert_usable(&machine).await;
     gate.open();
     drop(lock);
+}
+
+/// Its late answer is about a transition that is over: it is asked anew, by itself, and counts when it
+/// is where the others are.
+#[tokio::test]
+async fn a_local_device_that_was_given_up_counts_again_where_the_machine_is() {
+    for runs in [true, false] {
+        let trace = Trace::new().unwrap();
+        let gate = Gate::closed().unwrap();
+        let key = gate.key();
+        let local = TracedLocal::new("local", &trace).unwrap().doing(move |phase| match phase {
+            Phase::PrepareStop => Ok(key.wait()?),
+            _ => Ok(()),
+        });
+        let short = Deadlines { first_phase: SHORT, ..deadlines() };
+        let device = honest("d0", &trace).deadlines(LONG, LONG);
+        let builder = builder().deadlines(short).device(device).local_device("local", local);
+        let machine = start(builder).await;
+        within(LONG, "pause", machine.pause()).await.unwrap_err();
+        machine.accept_hold().await.unwrap();
+        let is_local = |name: &str| name == "local";
+        let status = machine.status().await.unwrap();
+        let given_up = status.devices.iter().find(|device| is_local(&device.name)).unwrap();
+        assert!(given_up.lost.as_ref().unwrap().contains("taken as it is"), "{status:?}");
+        let report = within(LONG, "resume", machine.resume()).await.unwrap();
+        assert!(!report.participants.iter().any(|one| is_local(&one.name)), "{report}");
+        if !runs {
+            within(LONG, "pause", machine.pause()).await.unwrap().leave_stopped();
+        }
+
+        gate.open();
+        let last = if runs { Phase::Start } else { Phase::Stop };
+        let is_back = |_: &[_]| trace.reached(last).iter().any(|entry| is_local(&entry.who));
+        trace.wait_for("it is where the machine is", is_back).await;
+        if runs {
+            let stopped = within(LONG, "pause", machine.pause()).await.unwrap();
+            let report = stopped.report();
+            assert!(report.participants.iter().any(|one| is_local(&one.name)), "{report}");
+            stopped.leave_stopped();
+        }
+        let report = within(LONG, "resume", machine.resume()).await.unwrap();
+        assert!(report.participants.iter().any(|one| is_local(&one.name)), "{report}");
+        assert_all_in(&machine, &trace, &["d0", "local"], MigrationState::Running).await;
+    }
 }
 
 #[tokio::test]
