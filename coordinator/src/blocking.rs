@@ -132,6 +132,17 @@ impl Machine {
         Ok(self.guard(guard))
     }
 
+    /// As [`pause`](Self::pause), for a VM whose processors run on meanwhile: see
+    /// [the async `pause_leased`](asynchronous::Machine::pause_leased).
+    ///
+    /// # Errors
+    ///
+    /// As [`pause`](Self::pause).
+    pub fn pause_leased(&self, lease: Duration) -> Result<Stopped, MachineError> {
+        let guard = self.ask(move |machine| async move { machine.pause_leased(lease).await })?;
+        Ok(self.guard(guard))
+    }
+
     /// As [`pause`](Self::pause), but gives the pause up if it has not ended after that time: it is
     /// undone then, and the error has the report of that. So this takes no longer than `patience`
     /// and [`Deadlines::undo`](crate::Deadlines::undo).

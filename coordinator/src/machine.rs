@@ -102,6 +102,27 @@ impl Machine {
         self.stopped(self.transition(Operation::Pause).await?)
     }
 
+    /// As [`pause`](Self::pause), for a VM whose processors run on meanwhile: a lease protects it. A
+    /// device that stands still leaves its data socket unread, and a VMM waits for the answer to a
+    /// guest's access only so long (QEMU 5 s) before it takes the device for broken. A device process
+    /// that is told nothing more for `lease` after it has stopped goes to `RUNNING_P2P` by itself,
+    /// where it serves its client again and starts no peer-to-peer DMA, and tells so
+    /// ([`DeviceEvent::LeaseExpired`]). The start brings it to RUNNING with all others.
+    ///
+    /// From then on the machine is not stopped any more, though its guard and its status say so.
+    /// What is read of it then (its memory, the state of its devices) is not of one moment.
+    ///
+    /// [`DeviceEvent::LeaseExpired`]: standstill_protocol::message::DeviceEvent::LeaseExpired
+    ///
+    /// # Errors
+    ///
+    /// As [`pause`](Self::pause).
+    pub async fn pause_leased(&self, lease: Duration) -> Result<Stopped, MachineError> {
+        let owner = |reply| Owner { ticket: Ticket::new(), gap: None, lease, reply };
+        let report = self.ask(|reply| Request::Transition(Operation::Pause, owner(reply))).await?;
+        self.stopped(report?)
+    }
+
     /// As [`pause`](Self::pause), but gives the pause up if it has not ended after that time: it is
     /// undone then, and the error has the report of that. So this takes no longer than `patience`
     /// and [`Deadlines::undo`](crate::Deadlines::undo).
@@ -166,7 +187,8 @@ impl Machine {
         &self,
         operation: Operation,
     ) -> Result<Arc<TransitionReport>, MachineError> {
-        let owner = |reply| Owner { ticket: Ticket::new(), gap: None, reply };
+        let owner =
+            |reply| Owner { ticket: Ticket::new(), gap: None, lease: Duration::ZERO, reply };
         self.ask(|reply| Request::Transition(operation, owner(reply))).await?
     }
 
@@ -175,7 +197,8 @@ impl Machine {
         let (reply, ended) = oneshot::channel();
         let (quiet, is_quiet) = oneshot::channel();
         let ticket = Ticket::new();
-        let owner = Owner { ticket, gap: gap.map(|budget| Gap::new(budget, quiet)), reply };
+        let gap = gap.map(|budget| Gap::new(budget, quiet));
+        let owner = Owner { ticket, gap, lease: Duration::ZERO, reply };
         let request = Request::Transition(operation, owner);
         self.cast(coordinator::Message::Request(request))?;
         Ok(Steps::new(self.clone(), ticket, is_quiet, ended))

@@ -39,6 +39,8 @@ pub(crate) struct Owner {
     pub(crate) ticket: Ticket,
     /// If it drives the transition in two steps.
     pub(crate) gap: Option<Gap>,
+    /// For how long device processes stay stopped if they are told nothing more; zero for ever.
+    pub(crate) lease: Duration,
     pub(crate) reply: Reply<Arc<TransitionReport>>,
 }
 

@@ -109,6 +109,11 @@ impl State {
         }
         let mut plan = self.plan(operation);
         plan.hooks.extend(owner.gap.as_ref().map(|gap| gap.hook(operation)));
+        for member in &mut plan.members {
+            if member.kind == MemberKind::Process {
+                member.lease_ns = nanos(owner.lease);
+            }
+        }
         Transition::new(plan).map_err(|source| {
             let device = self.in_the_way(&source);
             MachineError::Plan { device, source }
