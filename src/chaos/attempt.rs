@@ -231,7 +231,9 @@ async fn try_all(args: &ChaosArgs) -> Result<Summary, ChaosError> {
 /// Tells at once what failed, with its plan; a smaller one comes later.
 fn tell(tried: &Tried) {
     for violation in &tried.violations {
-        let faults: Vec<_> = tried.plan.faults.iter().map(ToString::to_string).collect();
+        let hooks = tried.plan.hooks.iter().map(ToString::to_string);
+        let faults: Vec<_> =
+            tried.plan.faults.iter().map(ToString::to_string).chain(hooks).collect();
         let (policy, faults) = (tried.plan.policy, faults.join("; "));
         // Nobody is left to be told if standard error is closed.
         let _ = writeln!(io::stderr(), "standstill: {violation} ({policy}: {faults})");
@@ -261,6 +263,7 @@ fn plans(args: &ChaosArgs, seed: u64, judge: &Judge) -> Vec<Plan> {
     let mut plans = Vec::new();
     if args.sweep {
         plans = cases::sweep(&causes, SWEPT, expected, times);
+        plans.extend(cases::sweep_of_hooks(SWEPT, expected, times));
     }
     let rounds = args.rounds.unwrap_or(if args.sweep { 0 } else { ROUNDS });
     let mut seeded = Seeded::new(seed, args.devices, ROUNDS_OF_ONE, &causes, expected, times);

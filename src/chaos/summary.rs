@@ -22,6 +22,8 @@ the one of this kernel that has happened; of the other one the table says it.
 - *Stopped*: nobody was fenced; all are stopped.
 - *Degraded running*, *Degraded stopped*: the faulty device, and nobody else, was fenced; all others run,
   or are stopped.
+- *Held*: something is not proven; all are stopped, and nothing starts before it is proven, or the owner
+  decides.
 - *lost*: outside of any transition the faulty device was lost, and fenced.
 - *refused*: a declaration of RAM was not accepted; it may be declared again.
 - *late*: bytes were written while the machine stood still.
@@ -29,7 +31,8 @@ the one of this kernel that has happened; of the other one the table says it.
 What comes after a comma came next; whatever is not said was *Done*. Where two things are possible (\"or\"),
 nobody outside can decide which one comes first; the table says why. A cell with \"-\" cannot be. *receipt*,
 *before-ack* and *after-ack* are points in the device process: it has read the command, would answer, has
-answered while others have not; *command* and *answer*: the packet is on its way. With the policy
+answered while others have not; *command* and *answer*: the packet is on its way. A hook is *before*,
+*between* or *after* the phases of a stop, and in the mirrored place of a start. With the policy
 `restart` it is as with `rollback`, and the device comes back. The words of the faults are those of
 [fault injection](fault-injection.md).
 ";

@@ -403,8 +403,19 @@ impl Plan {
                 let (what, round, rounds) = (hook.to_string(), hook.round, self.rounds);
                 return Err(PlanError::Round { fault, what, round, rounds });
             }
+            if self.hooks.iter().take(fault - 1).any(|other| hook.is_of_the_call_of(other)) {
+                let why = "something else happens in that call already";
+                return Err(PlanError::Impossible { fault, what: hook.to_string(), why });
+            }
         }
         Ok(())
+    }
+}
+
+impl HookFault {
+    /// Whether both are for one and the same call.
+    pub(crate) fn is_of_the_call_of(&self, other: &Self) -> bool {
+        (self.round, self.place, self.call) == (other.round, other.place, other.call)
     }
 }
 

@@ -29,11 +29,18 @@ use std::time::Duration;
 /// comes when this is dropped.
 #[derive(Debug)]
 pub struct HookFaults {
+    place: Place,
     fired: Arc<Mutex<Vec<Fired>>>,
     _release: Sender<()>,
 }
 
 impl HookFaults {
+    /// Where the hook is in a stop.
+    #[must_use]
+    pub fn place(&self) -> Place {
+        self.place
+    }
+
     /// What has happened so far. The index is that in the list of all faults.
     #[must_use]
     pub fn fired(&self) -> Vec<Fired> {
@@ -70,7 +77,7 @@ impl FaultyHook {
             }
             let (release, released) = channel();
             let fired = Arc::default();
-            let faults = HookFaults { fired: Arc::clone(&fired), _release: release };
+            let faults = HookFaults { place, fired: Arc::clone(&fired), _release: release };
             let calls = Calls { faults: here, counts: [0, 0], fired, released };
             let hook = Self(TracedHook::new(name, trace)?.doing(calls.doing()));
             hooks.push((HookSpec::new(name, slot), hook, faults));

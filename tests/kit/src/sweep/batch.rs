@@ -57,7 +57,7 @@ impl Sweep {
     }
 
     /// Everything that can be done to device programs of any kind from outside, as
-    /// [`cases::sweep`] gives it: machines of three.
+    /// [`cases::sweep`] gives it, and faults of hooks beside them: machines of three.
     ///
     /// # Errors
     ///
@@ -82,6 +82,7 @@ impl Sweep {
         let mut sweep = Self::new([])?;
         let Judge { expected, times, .. } = &sweep.judge;
         sweep.plans = cases::sweep(causes, 3, expected, times);
+        sweep.plans.extend(cases::sweep_of_hooks(3, expected, times));
         Ok(sweep)
     }
 

@@ -3,7 +3,11 @@
 use super::Times;
 use super::expected::Expected;
 use super::nature::{self, Nature, nature};
-use crate::plan::{Cause, Injection, Moment, Outside, OutsideAction, Plan, Policy};
+use super::principal::Principal;
+use crate::plan::{
+    Cause, HookAction, HookFault, Injection, Moment, Outside, OutsideAction, Place, Plan, Policy,
+};
+use crate::trace::Call;
 use standstill_protocol::fault::{Action, Fault, Forgery, Packet, Point};
 use standstill_protocol::message::Phase;
 
@@ -88,6 +92,49 @@ pub fn outside(times: &Times) -> Vec<Cause> {
         .flat_map(|moment| actions.iter().map(move |&action| possible(moment, action)))
         .filter(|cause| cause.impossible().is_none())
         .collect()
+}
+
+/// Everything that a hook can do wrong, at each place, in its first call on a stop and on a start.
+#[must_use]
+pub fn hooks() -> Vec<HookFault> {
+    let actions = [HookAction::Fail, HookAction::StickMs(0), HookAction::StickMs(20)];
+    let mut all = Vec::new();
+    for place in [Place::Before, Place::Between, Place::After] {
+        for call in [Call::Stop, Call::Start] {
+            all.extend(actions.map(|action| HookFault { round: 1, place, call, action }));
+        }
+    }
+    all
+}
+
+/// Machines of which one hook does something wrong: every fault of a hook, under every policy; of
+/// `restart`, which differs only in what becomes of devices, every tenth.
+#[must_use]
+pub fn sweep_of_hooks(devices: u16, expected: &Expected, times: &Times) -> Vec<Plan> {
+    let of = |policy| {
+        hooks_under(policy, &hooks(), expected, times).into_iter().map(move |hook| {
+            let mut plan = Plan::new(devices).policy(policy);
+            plan.hooks.push(hook);
+            plan
+        })
+    };
+    let policies = [Policy::Rollback, Policy::StayStopped, Policy::ContinueWithout];
+    policies.into_iter().flat_map(of).chain(of(Policy::Restart).step_by(10)).collect()
+}
+
+/// Those that the table does not say cannot be.
+pub(super) fn hooks_under(
+    policy: Policy,
+    hooks: &[HookFault],
+    expected: &Expected,
+    times: &Times,
+) -> Vec<HookFault> {
+    let possible = |fault: &&HookFault| {
+        let fault = Principal::Hook(fault);
+        let courses = |place| expected.courses(policy, fault.word(times), place);
+        fault.place().and_then(courses).is_none_or(|courses| !courses.is_empty())
+    };
+    hooks.iter().filter(possible).copied().collect()
 }
 
 /// A plan of that one fault. A fault after an answer, of which it matters whether others have still to
@@ -180,6 +227,12 @@ mod tests {
                 let place = nature::place(cause).unwrap();
                 let case = format!("{word} at {place:?} under {policy}");
                 assert!(expected.courses(policy, word, place).is_some(), "{case}: {cause}");
+            }
+            for hook in hooks() {
+                let fault = Principal::Hook(&hook);
+                let (word, place) = (fault.word(&times), fault.place().unwrap());
+                let case = format!("{word} at {place:?} under {policy}");
+                assert!(expected.courses(policy, word, place).is_some(), "{case}: {hook}");
             }
         }
     }

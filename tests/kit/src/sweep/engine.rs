@@ -2,9 +2,10 @@
 
 use super::Times;
 use super::arms::{self, Arms, Moments};
+use super::hooks::Hooks;
 use super::nature::{self, Nature, nature};
 use super::observation::{Act, Ended, Event, Observation, Step, survivors};
-use super::oracle::principals;
+use super::principal::principals;
 use super::subject::{Bench, Look, Rig, RigError, Subject};
 use crate::Processes;
 use crate::plan::{Cause, Plan, PlanError, Policy};
@@ -100,10 +101,6 @@ pub async fn run(
     times: &Times,
 ) -> Result<Observation, RunError> {
     plan.check()?;
-    if let Some(hook) = plan.hooks.first() {
-        let why = "machines that are swept have no hooks; a test machine has (`hook_faults`)";
-        return Err(PlanError::Impossible { fault: 1, what: hook.to_string(), why }.into());
-    }
     let mut run = Run::start(subject, plan, times).await?;
     for round in 1..=plan.rounds + 1 {
         if !run.round(round).await? {
@@ -120,6 +117,7 @@ struct Run<'a> {
     machine: Machine,
     bench: Bench,
     arms: Arms,
+    hooks: Hooks,
     names: Vec<String>,
     /// The incarnation of each device that is known to the rig.
     incarnations: Vec<u64>,
@@ -169,6 +167,7 @@ impl<'a> Run<'a> {
             let spec = arms.wrap(number, spec)?;
             builder = builder.device(spec.deadlines(given(first), given(second)));
         }
+        let (builder, hooks) = Hooks::add(plan, times, builder)?;
         let machine = within("start the machine", builder.start()).await??;
         let what = "ask for the status";
         let status = within(what, machine.status()).await?.map_err(cannot(what))?;
@@ -183,6 +182,7 @@ impl<'a> Run<'a> {
             machine,
             bench: Bench::new(rig),
             arms,
+            hooks,
             names: status.devices.iter().map(|device| device.name.clone()).collect(),
             incarnations: status.devices.iter().map(|device| device.incarnation).collect(),
             gone: BTreeSet::new(),
@@ -228,7 +228,12 @@ impl<'a> Run<'a> {
             MachineState::Running => {}
             MachineState::Stopped => self.stand_and_resume(round, pause).await?,
         }
-        if self.machine().await? != MachineState::Running {
+        let state = self.machine().await?;
+        if state != MachineState::Running {
+            // Nothing starts one that is held, which the step says.
+            if state == MachineState::Held {
+                return Ok(false);
+            }
             self.seen.idle.push((round, "the machine does not run again".to_owned()));
             return Ok(false);
         }
@@ -338,8 +343,10 @@ impl<'a> Run<'a> {
         let survivors = survivors(&status, report, &self.names);
         let machine = status.machine;
         let fired = self.arms.newly_fired();
+        let hooks_fired = self.hooks.newly_fired();
         let fired_before = std::mem::take(&mut self.fired_before);
-        let step = Step { round, act, ended, machine, survivors, fired_before, fired, took };
+        let step =
+            Step { round, act, ended, machine, survivors, fired_before, fired, hooks_fired, took };
         // What was lost by it comes after it.
         self.seen.events.insert(at, Event::Step(step));
         Ok(())
@@ -492,6 +499,9 @@ impl<'a> Run<'a> {
 
     /// Ends the machine; nothing may be left of it.
     async fn end(mut self) -> Result<Observation, RunError> {
+        self.seen.hooks_fired = self.hooks.fired();
+        // One that hangs would not let the machine end.
+        self.hooks = Hooks::default();
         let what = "shut the machine down";
         within(what, self.machine.shutdown_within(SHUTDOWN)).await?.map_err(cannot(what))?;
         drop(self.machine);

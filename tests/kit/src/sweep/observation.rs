@@ -15,6 +15,8 @@ pub struct Observation {
     pub events: Vec<Event>,
     /// For each fault of the plan, whether it has fired.
     pub fired: Vec<bool>,
+    /// The faults of hooks that have fired, by their number in the plan from 0.
+    pub hooks_fired: BTreeSet<usize>,
     /// Writes that came too late, by the round.
     pub late: Vec<(u32, String)>,
     /// What did not work any more after a round.
@@ -54,6 +56,8 @@ pub struct Step {
     pub fired_before: BTreeSet<usize>,
     /// Those that have fired in it.
     pub fired: BTreeSet<usize>,
+    /// Faults of hooks that have fired in it, by their number from 0.
+    pub hooks_fired: BTreeSet<usize>,
     /// How long it took.
     pub took: Duration,
 }

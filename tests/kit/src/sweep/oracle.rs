@@ -18,7 +18,10 @@ use super::Times;
 use super::expected::{Course, Expected, Seen, trim};
 use super::nature::{self, AFTER_LAST_ACK, LAST_ANSWER, Nature, Place, nature};
 use super::observation::{Act, Ended, Event, Observation, Step};
-use crate::plan::{Cause, Injection, Plan, PlanError};
+use super::principal::{
+    HOOK_ON_START, HOOK_ON_STOP, HookNature, Principal, hook_nature, principals,
+};
+use crate::plan::{Cause, HookAction, HookFault, Injection, Plan, PlanError, Policy};
 use standstill_protocol::fault::{Action, Fault};
 use standstill_protocol::migration::MigrationState;
 use standstill_protocol::transition::MachineState;
@@ -73,6 +76,8 @@ pub enum Violation {
     },
     /// A fault has not happened: what was seen proves nothing.
     Unfired(Injection),
+    /// The same of a fault of a hook.
+    UnfiredHook(HookFault),
     /// Something moved while the machine stood still.
     Late {
         /// In which round.
@@ -127,13 +132,11 @@ impl Judge {
     /// [`PlanError::Impossible`] names the first of which the table says nothing, or that it cannot be
     /// under this policy.
     pub fn accepts(&self, plan: &Plan) -> Result<(), PlanError> {
-        if let Some(hook) = plan.hooks.first() {
-            let why = "machines that are swept have no hooks; a test machine has";
-            return Err(PlanError::Impossible { fault: 1, what: hook.to_string(), why });
-        }
         let principals = principals(plan);
-        for (number, fault) in (1..).zip(&plan.faults).filter(|(_, f)| principals.contains(f)) {
-            let why = match nature::place(&fault.cause) {
+        let devices = (1..).zip(plan.faults.iter().map(Principal::Device));
+        let all = devices.chain((1..).zip(plan.hooks.iter().map(Principal::Hook)));
+        for (number, fault) in all.filter(|(_, fault)| principals.contains(fault)) {
+            let why = match fault.place() {
                 None => "pausing and resuming a machine never gets there",
                 Some(_) => match self.courses(plan, fault) {
                     Err(_) => "the table of expected outcomes says nothing of it",
@@ -143,7 +146,10 @@ impl Judge {
                     Ok(_) => continue,
                 },
             };
-            let what = fault.cause.to_string();
+            let what = match fault {
+                Principal::Device(injection) => injection.cause.to_string(),
+                Principal::Hook(hook) => hook.to_string(),
+            };
             return Err(PlanError::Impossible { fault: number, what, why });
         }
         Ok(())
@@ -176,13 +182,19 @@ impl Judge {
     }
 
     /// What the table says of a fault: every course that is possible.
-    fn courses(&self, plan: &Plan, fault: &Injection) -> Result<(Place, Vec<Course>), Violation> {
+    fn courses(
+        &self,
+        plan: &Plan,
+        fault: Principal<'_>,
+    ) -> Result<(Place, Vec<Course>), Violation> {
         let missing = || Violation::NotInTheTable(format!("{fault} under {}", plan.policy));
-        let word = nature::word(&fault.cause, &self.times);
-        let place = nature::place(&fault.cause).ok_or_else(missing)?;
+        let word = fault.word(&self.times);
+        let place = fault.place().ok_or_else(missing)?;
         let at = |place| self.expected.courses(plan.policy, word, place).map(<[Course]>::to_vec);
         let mut courses = at(place).ok_or_else(missing)?;
-        if !nature::others_are_held(fault, &plan.faults) {
+        if let Principal::Device(fault) = fault
+            && !nature::others_are_held(fault, &plan.faults)
+        {
             let last = |row| at(Place { row, ..place });
             match place.row {
                 "after-ack" => courses.extend(last(AFTER_LAST_ACK).ok_or_else(missing)?),
@@ -197,14 +209,14 @@ impl Judge {
     fn one_fault(
         &self,
         plan: &Plan,
-        fault: &Injection,
+        fault: Principal<'_>,
         seen: &Observation,
         found: &mut Vec<Violation>,
     ) {
         match self.courses(plan, fault) {
             Ok((place, courses)) => {
-                let late = seen.late.iter().any(|(round, _)| *round == fault.round);
-                let course = Course { seen: from_its_act(fault.round, place, seen), late };
+                let late = seen.late.iter().any(|(round, _)| *round == fault.round());
+                let course = Course { seen: from_its_act(fault.round(), place, seen), late };
                 // What is late, or should be and is not, is told by itself.
                 if !courses.iter().any(|known| known.seen == course.seen) {
                     found.push(Violation::Outcome { expected: courses, found: course });
@@ -219,13 +231,13 @@ impl Judge {
     fn several(
         &self,
         plan: &Plan,
-        faults: &[&Injection],
+        faults: &[Principal<'_>],
         seen: &Observation,
         found: &mut Vec<Violation>,
     ) {
         let mut known = Vec::new();
         for fault in faults {
-            match self.courses(plan, fault) {
+            match self.courses(plan, *fault) {
                 Ok((_, courses)) => {
                     known.extend(courses.into_iter().flat_map(|course| course.seen));
                 }
@@ -241,14 +253,14 @@ impl Judge {
                 Seen::Done => self.may_be_done(plan, seen, step),
                 // Where all others are says the policy, whichever the fault.
                 Seen::DegradedRunning | Seen::DegradedStopped => {
-                    self.degraded(plan, step.act) == Some(word) && known.iter().any(fences)
+                    self.degraded(plan, step) == Some(word) && known.iter().any(fences)
                 }
                 // Whoever is lost meanwhile accepts no declaration.
                 Seen::Refused if step.act == Act::Declare && known.iter().any(fences) => true,
                 Seen::RolledBack | Seen::Stopped | Seen::Refused | Seen::Lost => {
                     known.contains(&word)
                 }
-                Seen::Held => false,
+                Seen::Held => self.may_be_held(plan, seen, step),
             };
             if !explained {
                 let Step { round, act, ended, .. } = step.clone();
@@ -258,14 +270,17 @@ impl Judge {
     }
 
     /// Where the survivors of a pause or resume are in which somebody was fenced: as after a death.
-    fn degraded(&self, plan: &Plan, act: Act) -> Option<Seen> {
-        let column = match act {
+    fn degraded(&self, plan: &Plan, step: &Step) -> Option<Seen> {
+        let column = match step.act {
             Act::Pause => "Stop",
             Act::Resume => "Start",
             Act::Declare => return None,
         };
         let place = Place { row: "receipt", column };
-        let courses = self.expected.courses(plan.policy, "exit", place)?;
+        // A hook that fails undoes also what would go on without a device.
+        let undone = plan.policy == Policy::ContinueWithout && self.excludes_done(plan, step);
+        let policy = if undone { Policy::Rollback } else { plan.policy };
+        let courses = self.expected.courses(policy, "exit", place)?;
         courses.first()?.seen.first().copied()
     }
 
@@ -285,7 +300,13 @@ impl Judge {
             }
             _ => Duration::ZERO,
         };
-        plan.faults.iter().map(wait).sum::<Duration>() + times.grace
+        let call = |fault: &HookFault| match (hook_nature(fault, times), fault.action) {
+            (HookNature::Hangs, _) => 4 * times.short,
+            (_, HookAction::StickMs(ms)) => 4 * Duration::from_millis(ms.into()),
+            (_, HookAction::Fail) => Duration::ZERO,
+        };
+        plan.faults.iter().map(wait).chain(plan.hooks.iter().map(call)).sum::<Duration>()
+            + times.grace
     }
 
     fn in_time(&self, plan: &Plan, step: &Step, found: &mut Vec<Violation>) {
@@ -324,14 +345,6 @@ fn liars(plan: &Plan, seen: &Observation) -> BTreeSet<u32> {
     fired.filter(|(injection, _)| lies(injection)).map(|(injection, _)| injection.round).collect()
 }
 
-/// The faults without those that only hold an answer back while another device has its fault.
-pub(super) fn principals(plan: &Plan) -> Vec<&Injection> {
-    let helps = |injection: &Injection| {
-        plan.faults.iter().any(|other| nature::holds_others_back(injection, other))
-    };
-    plan.faults.iter().filter(|injection| !helps(injection)).collect()
-}
-
 fn steps(seen: &Observation) -> impl Iterator<Item = &Step> {
     seen.events.iter().filter_map(|event| match event {
         Event::Step(step) => Some(step),
@@ -363,9 +376,9 @@ fn everything_is_done(seen: &Observation, found: &mut Vec<Violation>) {
 /// What was seen from the act of the fault on; all that was before must be Done.
 pub(super) fn from_its_act(round: u32, place: Place, observation: &Observation) -> Vec<Seen> {
     let act = match place.column {
-        "PrepareStart" | "Start" => Some(Act::Resume),
+        "PrepareStart" | "Start" | HOOK_ON_START => Some(Act::Resume),
         "memory" => Some(Act::Declare),
-        "PrepareStop" | "Stop" => Some(Act::Pause),
+        "PrepareStop" | "Stop" | HOOK_ON_STOP => Some(Act::Pause),
         _ => None,
     };
     let mut seen = Vec::new();
@@ -457,6 +470,7 @@ impl fmt::Display for Violation {
                 )
             }
             Self::Unfired(fault) => write!(f, "this fault has not happened: {fault}"),
+            Self::UnfiredHook(fault) => write!(f, "this fault has not happened: {fault}"),
             Self::Late { round, what } => write!(f, "round {round}: {what}"),
             Self::Blind { round } => {
                 write!(f, "round {round}: a device went on with its DMA, and nothing noticed")

@@ -2,8 +2,8 @@
 
 use super::Times;
 use super::expected::Expected;
-use super::nature;
-use crate::plan::{Cause, Injection, Plan, Policy};
+use super::{cases, nature};
+use crate::plan::{Cause, HookFault, Injection, Plan, Policy};
 use fastrand::Rng;
 use standstill_protocol::fault::Action;
 
@@ -13,17 +13,20 @@ pub struct Seeded {
     rng: Rng,
     devices: u16,
     rounds: u32,
-    pools: Vec<(Policy, Vec<Cause>)>,
+    pools: Vec<(Policy, Vec<Cause>, Vec<HookFault>)>,
 }
 
 const POLICIES: [Policy; 4] =
     [Policy::Rollback, Policy::StayStopped, Policy::ContinueWithout, Policy::Restart];
-/// The most faults of one plan.
+/// The most faults of devices in one plan.
 const MOST: u16 = 4;
+/// One plan of so many has faults of hooks too, and at most so many of them.
+const WITH_HOOKS: u16 = 4;
+const MOST_OF_HOOKS: u16 = 2;
 
 impl Seeded {
     /// Plans of machines of that many devices (2 at least) and at most that many rounds each, of these
-    /// faults. Liars are left out: what they do is wrong by any measure.
+    /// faults of devices, and of any of hooks. Liars are left out: what they do is wrong by any measure.
     #[must_use]
     pub fn new(
         seed: u64,
@@ -41,9 +44,11 @@ impl Seeded {
                     nature::place(cause).and_then(|place| expected.courses(policy, word, place));
                 courses.is_some_and(|courses| !courses.is_empty()) && !lies(cause)
             };
-            (policy, causes.iter().filter(possible).cloned().collect::<Vec<_>>())
+            let hooks = cases::hooks_under(policy, &cases::hooks(), expected, times);
+            (policy, causes.iter().filter(possible).cloned().collect::<Vec<_>>(), hooks)
         };
-        let pools = POLICIES.map(pool).into_iter().filter(|(_, pool)| !pool.is_empty()).collect();
+        let pools = POLICIES.map(pool).into_iter().filter(|(_, pool, _)| !pool.is_empty());
+        let pools = pools.collect();
         Self { rng: Rng::with_seed(seed), devices: devices.max(2), rounds: rounds.max(1), pools }
     }
 
@@ -51,7 +56,7 @@ impl Seeded {
     pub fn plan(&mut self) -> Plan {
         let Self { rng, devices, rounds, pools } = self;
         let rounds = rng.u32(1..=*rounds);
-        let Some((policy, pool)) = rng.choice(&*pools) else {
+        let Some((policy, pool, hooks)) = rng.choice(&*pools) else {
             return Plan::new(*devices).rounds(rounds);
         };
         let mut plan = Plan::new(*devices).rounds(rounds).policy(*policy);
@@ -65,13 +70,21 @@ impl Seeded {
             let (round, cause) = (rng.u32(1..=rounds), cause.clone());
             plan = plan.inject(Injection { device, round, cause });
         }
+        if rng.u16(0..WITH_HOOKS) == 0 {
+            for _ in 0..rng.u16(1..=MOST_OF_HOOKS) {
+                let Some(&hook) = rng.choice(hooks) else { break };
+                let hook = HookFault { round: rng.u32(1..=rounds), ..hook };
+                if !plan.hooks.iter().any(|other| hook.is_of_the_call_of(other)) {
+                    plan.hooks.push(hook);
+                }
+            }
+        }
         plan
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::cases;
     use super::*;
     use std::collections::BTreeSet;
 
@@ -105,5 +118,6 @@ mod tests {
         let policies: BTreeSet<_> = plans.iter().map(|plan| plan.policy).collect();
         assert_eq!(policies.len(), POLICIES.len());
         assert!(plans.iter().any(|plan| plan.rounds == 4));
+        assert!(plans.iter().filter(|plan| !plan.hooks.is_empty()).count() > 20);
     }
 }

@@ -44,18 +44,32 @@ fn smaller(plan: &Plan) -> Vec<Plan> {
         faults.remove(at);
         add(Plan { faults, ..plan.clone() });
     }
+    for at in 0..plan.hooks.len() {
+        let mut hooks = plan.hooks.clone();
+        hooks.remove(at);
+        add(Plan { hooks, ..plan.clone() });
+    }
     // No round after the last fault, and all faults in the first.
-    let last = plan.faults.iter().map(|fault| fault.round).max().unwrap_or(1);
+    let of_hooks = plan.hooks.iter().map(|hook| hook.round);
+    let last = plan.faults.iter().map(|fault| fault.round).chain(of_hooks).max().unwrap_or(1);
     add(Plan { rounds: last, ..plan.clone() });
-    let mut faults = plan.faults.clone();
+    let (mut faults, mut hooks) = (plan.faults.clone(), plan.hooks.clone());
     faults.iter_mut().for_each(|fault| fault.round = 1);
-    add(Plan { rounds: 1, faults, ..plan.clone() });
+    hooks.iter_mut().for_each(|hook| hook.round = 1);
+    add(Plan { rounds: 1, faults, hooks, ..plan.clone() });
     for at in 0..plan.faults.len() {
         let mut faults = plan.faults.clone();
         if let Some(fault) = faults.get_mut(at) {
             fault.round = fault.round.saturating_sub(1).max(1);
         }
         add(Plan { faults, ..plan.clone() });
+    }
+    for at in 0..plan.hooks.len() {
+        let mut hooks = plan.hooks.clone();
+        if let Some(hook) = hooks.get_mut(at) {
+            hook.round = hook.round.saturating_sub(1).max(1);
+        }
+        add(Plan { hooks, ..plan.clone() });
     }
     // Without a device that has no fault, as long as two are left.
     for device in (0..plan.devices).rev().filter(|_| plan.devices > 2) {

@@ -5,7 +5,8 @@ use super::batch::Tried;
 use super::expected::{Course, Expected, Seen, trim};
 use super::nature::{self, Place};
 use super::observation::Event;
-use super::oracle::{self, principals};
+use super::oracle;
+use super::principal::{HOOK_ON_START, HOOK_ON_STOP, Principal, principals};
 use crate::plan::Policy;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -46,9 +47,10 @@ struct Cell {
 }
 
 /// The columns of the tables of [`Tally::to_markdown`].
-const COLUMNS: [&[&str]; 2] = [
+const COLUMNS: [&[&str]; 3] = [
     &["PrepareStop", "Stop", "PrepareStart", "Start"],
     &["running", "stopped", "mmio", "dma", "dma-in-flight", "memory", "shutdown"],
+    &[HOOK_ON_STOP, HOOK_ON_START],
 ];
 
 impl Tally {
@@ -56,6 +58,7 @@ impl Tally {
     pub fn add(&mut self, tried: Tried, times: &Times) {
         self.plans += 1;
         self.faults_fired += tried.seen.fired.iter().filter(|fired| **fired).count() as u64;
+        self.faults_fired += tried.seen.hooks_fired.len() as u64;
         let mut rounds = BTreeSet::new();
         for event in &tried.seen.events {
             let word = match event {
@@ -68,21 +71,24 @@ impl Tally {
             *self.outcomes.entry(word).or_default() += 1;
         }
         self.rounds += rounds.len() as u64;
-        for (fault, fired) in tried.plan.faults.iter().zip(&tried.seen.fired) {
-            if let (Some(place), true) = (nature::place(&fault.cause), *fired) {
-                let seen = oracle::from_its_act(fault.round, place, &tried.seen);
+        let devices = tried.plan.faults.iter().zip(&tried.seen.fired).filter(|(_, fired)| **fired);
+        let devices = devices.map(|(fault, _)| Principal::Device(fault));
+        let hooks = tried.seen.hooks_fired.iter().filter_map(|&at| tried.plan.hooks.get(at));
+        for fault in devices.chain(hooks.map(Principal::Hook)) {
+            if let Some(place) = fault.place() {
+                let seen = oracle::from_its_act(fault.round(), place, &tried.seen);
                 let phase = self.phases.entry(place.column).or_default();
                 let ends = phase.entry(seen.first().copied().unwrap_or(Seen::Done)).or_default();
                 ends.count += 1;
-                ends.faults.insert(nature::word(&fault.cause, times));
+                ends.faults.insert(fault.word(times));
             }
         }
         if let [fault] = principals(&tried.plan)[..]
-            && let Some(place) = nature::place(&fault.cause)
+            && let Some(place) = fault.place()
             && !tried.seen.events.is_empty()
         {
-            let word = nature::word(&fault.cause, times);
-            let mut seen = oracle::from_its_act(fault.round, place, &tried.seen);
+            let word = fault.word(times);
+            let mut seen = oracle::from_its_act(fault.round(), place, &tried.seen);
             trim(&mut seen);
             let course = Course { seen, late: !tried.seen.late.is_empty() };
             let cell =

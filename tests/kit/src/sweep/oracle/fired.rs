@@ -1,11 +1,13 @@
 //! Has each fault happened? And if one has that leaves a step no way to be Done, was it not?
 
-use super::{Judge, Violation, in_words, principals};
-use crate::plan::{Cause, Injection, Outside, OutsideAction, Plan, Policy};
+use super::{Judge, Violation, in_words};
+use crate::plan::{Cause, HookFault, Injection, Outside, OutsideAction, Plan, Policy};
 use crate::sweep::Times;
 use crate::sweep::expected::Seen;
 use crate::sweep::nature::{self, Nature, Place, nature};
 use crate::sweep::observation::{Act, Ended, Event, Observation, Step};
+use crate::sweep::principal::{HookNature, Principal, hook_nature, principals};
+use crate::trace::Call;
 use standstill_protocol::fault::{Action, Fault, Forgery};
 use standstill_protocol::transition::MachineState;
 use std::collections::BTreeSet;
@@ -18,11 +20,18 @@ impl Judge {
         let has = |at: usize| seen.fired.get(at).copied().unwrap_or(false);
         let principals = principals(plan);
         let numbered = || plan.faults.iter().enumerate();
-        let any = numbered().any(|(at, fault)| principals.contains(&fault) && has(at));
+        let own = |fault| principals.contains(&Principal::Device(fault));
+        let any =
+            numbered().any(|(at, fault)| own(fault) && has(at)) || !seen.hooks_fired.is_empty();
         let excuses = any && principals.len() > 1;
         for (at, fault) in numbered().filter(|(at, _)| !has(*at)) {
             if !excuses || comes_to(plan, at, fault, seen, &self.times) {
                 found.push(Violation::Unfired(fault.clone()));
+            }
+        }
+        for (_, hook) in (0..).zip(&plan.hooks).filter(|(at, _)| !seen.hooks_fired.contains(at)) {
+            if !excuses || has_been_called(hook, seen) {
+                found.push(Violation::UnfiredHook(*hook));
             }
         }
     }
@@ -51,7 +60,9 @@ impl Judge {
             others().any(|other| other.device == fault.device && mends(&other.cause))
         };
         let excludes = |fault: &&Injection| {
-            let Ok((place, courses)) = self.courses(plan, fault) else { return false };
+            let Ok((place, courses)) = self.courses(plan, Principal::Device(fault)) else {
+                return false;
+            };
             let Some((index, at_once)) = word_of(place, step.act) else { return false };
             let its_own = if at_once { &within } else { &earlier };
             if !its_own.contains(fault) {
@@ -68,8 +79,64 @@ impl Judge {
     pub(super) fn may_be_done(&self, plan: &Plan, seen: &Observation, step: &Step) -> bool {
         let same = |event: &Event| matches!(event, Event::Step(other) if std::ptr::eq(other, step));
         let at = seen.events.iter().position(same).unwrap_or(0);
-        in_words(step) != Seen::Done || self.not_done(plan, seen, at, step).is_none()
+        in_words(step) != Seen::Done
+            || (!self.excludes_done(plan, step) && self.not_done(plan, seen, at, step).is_none())
     }
+
+    /// Whether a hook has failed or hung in that step, wherever in it.
+    pub(super) fn excludes_done(&self, plan: &Plan, step: &Step) -> bool {
+        let slow = |fault| hook_nature(fault, &self.times) == HookNature::Slow;
+        hooks(plan, step).any(|fault| !slow(fault))
+    }
+
+    /// Whether a step of several faults can end in Held: a hook has hung in it; or one has failed on the
+    /// way back from what another fault has led to.
+    pub(super) fn may_be_held(&self, plan: &Plan, seen: &Observation, step: &Step) -> bool {
+        let back = match (step.act, plan.policy) {
+            (Act::Pause, Policy::StayStopped) | (Act::Resume, _) => Call::Stop,
+            (Act::Pause, _) => Call::Start,
+            (Act::Declare, _) => return false,
+        };
+        let holds = |fault: &HookFault| match hook_nature(fault, &self.times) {
+            HookNature::Hangs => true,
+            HookNature::Fails => fault.call == back && has_another_reason(seen, step),
+            HookNature::Slow => false,
+        };
+        hooks(plan, step).any(holds)
+    }
+}
+
+/// The faults of hooks that have fired in that step.
+fn hooks<'p>(plan: &'p Plan, step: &Step) -> impl Iterator<Item = &'p HookFault> {
+    let fired = step.hooks_fired.clone();
+    fired.into_iter().filter_map(|number| plan.hooks.get(number))
+}
+
+/// Whether another fault has fired by the end of that step than one of a hook in it.
+fn has_another_reason(seen: &Observation, step: &Step) -> bool {
+    if step.hooks_fired.len() > 1 {
+        return true;
+    }
+    for event in &seen.events {
+        let Event::Step(earlier) = event else { continue };
+        if !earlier.fired_before.is_empty() || !earlier.fired.is_empty() {
+            return true;
+        }
+        if std::ptr::eq(earlier, step) {
+            break;
+        }
+    }
+    false
+}
+
+/// Whether a hook was called as often as it takes: once at least in all that is Done.
+fn has_been_called(fault: &HookFault, seen: &Observation) -> bool {
+    let act = match fault.call {
+        Call::Stop => Act::Pause,
+        Call::Start => Act::Resume,
+    };
+    let done = |event: &&Event| matches!(event, Event::Step(step) if step.act == act && step.ended == Ended::Done);
+    seen.events.iter().filter(done).count() as u64 >= u64::from(fault.round)
 }
 
 /// Which word of a fault's course is about a step, and whether of one that has happened in it, or

@@ -1,8 +1,9 @@
 //! Every check holds for an honest run, and each can fail by itself.
 
 use super::*;
-use crate::plan::{Moment, Outside, OutsideAction, Policy};
+use crate::plan::{HookAction, Moment, Outside, OutsideAction, Place as HookPlace, Policy};
 use crate::sweep::observation::Survivor;
+use crate::trace::Call;
 use standstill_protocol::fault::Point;
 use standstill_protocol::message::Phase;
 
@@ -21,9 +22,20 @@ fn step(round: u32, act: Act, ended: Ended, machine: MachineState) -> Event {
     };
     let survivor = |device| Survivor { device, status: Some(state), answered: Some(state) };
     let survivors = (0..3).filter(|device| !gone.contains(device)).map(survivor).collect();
-    let (fired_before, fired) = (BTreeSet::new(), BTreeSet::new());
+    let none = BTreeSet::new;
+    let (fired_before, fired, hooks_fired) = (none(), none(), none());
     let took = Duration::from_millis(5);
-    Event::Step(Step { round, act, ended, machine, survivors, fired_before, fired, took })
+    Event::Step(Step {
+        round,
+        act,
+        ended,
+        machine,
+        survivors,
+        fired_before,
+        fired,
+        hooks_fired,
+        took,
+    })
 }
 
 fn done(round: u32) -> [Event; 2] {
@@ -277,12 +289,6 @@ fn what_the_table_says_nothing_of_is_refused() {
     assert!(text.contains("packet after the next") && text.contains("says nothing"), "{text}");
     let coordinator = Plan::new(3).outside(1, Moment::Running, OutsideAction::KillCoordinator);
     assert!(refused(&coordinator).contains("SIGKILL for the coordinator"));
-    let hook = Plan::new(3).hook(
-        crate::plan::Place::Before,
-        crate::Call::Stop,
-        crate::plan::HookAction::Fail,
-    );
-    assert!(refused(&hook).contains("no hooks"));
     judge().accepts(&death().0).unwrap();
     judge().accepts(&lie().0).unwrap();
 }
@@ -402,4 +408,88 @@ fn a_call_that_is_slow_is_found_and_a_silent_device_gives_it_more_time() {
         *plan = Plan::new(3).outside(1, Moment::Command(Phase::Stop), OutsideAction::Drop);
     };
     assert_eq!(found(outside), []);
+}
+
+/// A pause that ends like this in a machine with that fault of a hook, and with others, which has fired.
+fn with_hook(plan: &Plan, ended: Ended, machine: MachineState) -> Vec<Violation> {
+    let mut pause = step(1, Act::Pause, ended, machine);
+    let Event::Step(first) = &mut pause else { panic!("not a step") };
+    first.hooks_fired = (0..plan.hooks.len()).collect();
+    first.fired = (0..plan.faults.len()).collect();
+    let mut events = vec![pause];
+    if machine == MachineState::Running {
+        events.extend(done(2));
+    }
+    let (hooks_fired, fired) = ((0..plan.hooks.len()).collect(), vec![true; plan.faults.len()]);
+    judge().violations(plan, &Observation { events, hooks_fired, fired, ..Observation::default() })
+}
+
+#[test]
+fn a_hook_that_fails_undoes_and_one_that_hangs_holds() {
+    use MachineState::{Held, Running};
+    let plan = |action| Plan::new(3).hook(HookPlace::Between, Call::Stop, action);
+    let (fails, hangs) = (HookAction::Fail, HookAction::StickMs(0));
+    assert_eq!(with_hook(&plan(fails), Ended::RolledBack, Running), []);
+    assert_eq!(with_hook(&plan(hangs), Ended::Held, Held), []);
+    for (action, ended, machine) in [
+        (fails, Ended::Held, Held),
+        (hangs, Ended::RolledBack, Running),
+        (fails, Ended::Done, Held),
+    ] {
+        let violations = with_hook(&plan(action), ended, machine);
+        assert!(matches!(violations[..], [Violation::Outcome { .. }]), "{violations:?}");
+    }
+}
+
+#[test]
+fn a_hook_that_fails_on_the_way_back_holds_and_only_there() {
+    use MachineState::{Held, Running};
+    let fails = HookAction::Fail;
+    let refuses = fault(Point::Receipt(Phase::Stop), Action::Refuse(16));
+    let on = |call| refuses.clone().hook(HookPlace::Before, call, fails);
+    assert_eq!(with_hook(&on(Call::Start), Ended::Held, Held), []);
+    assert_eq!(with_hook(&on(Call::Stop), Ended::RolledBack, Running), []);
+    // It is none of the calls of an undo that goes back.
+    let violations = with_hook(&on(Call::Stop), Ended::Held, Held);
+    assert!(matches!(violations[..], [Violation::Unexplained { .. }]), "{violations:?}");
+    // With nothing that fails before it there is no way back.
+    let twice = Plan::new(3).hook(HookPlace::Before, Call::Start, fails);
+    let slow = twice.hook(HookPlace::After, Call::Stop, HookAction::StickMs(1));
+    let violations = with_hook(&slow, Ended::Done, Running);
+    assert!(
+        violations.iter().any(|v| matches!(v, Violation::Unexplained { .. })),
+        "{violations:?}"
+    );
+}
+
+#[test]
+fn without_whom_a_machine_goes_on_it_goes_back_if_a_hook_fails_too() {
+    let dies = fault(Point::Receipt(Phase::PrepareStop), Action::Abort);
+    let plan = dies.policy(Policy::ContinueWithout);
+    let both = plan.hook(HookPlace::Between, Call::Stop, HookAction::Fail);
+    let degraded = || Ended::Degraded { fenced: BTreeSet::from([1]) };
+    assert_eq!(with_hook(&both, degraded(), MachineState::Running), []);
+    let violations = with_hook(&both, degraded(), MachineState::Stopped);
+    assert!(matches!(violations[..], [Violation::Unexplained { .. }]), "{violations:?}");
+}
+
+#[test]
+fn a_call_of_a_hook_does_one_thing() {
+    let slow = Plan::new(3).hook(HookPlace::After, Call::Stop, HookAction::StickMs(1));
+    assert!(slow.clone().hook(HookPlace::After, Call::Start, HookAction::Fail).check().is_ok());
+    let error = slow.hook(HookPlace::After, Call::Stop, HookAction::Fail).check().unwrap_err();
+    assert!(error.to_string().contains("happens in that call already"), "{error}");
+}
+
+#[test]
+fn a_hook_that_was_not_called_is_told_if_it_must_have_been() {
+    let plan = Plan::new(3).hook(HookPlace::Before, Call::Start, HookAction::StickMs(1));
+    let events = [done(1), done(2)].concat();
+    let seen = Observation { events, ..Observation::default() };
+    let violations = judge().violations(&plan, &seen);
+    assert!(matches!(violations[..], [Violation::UnfiredHook(_)]), "{violations:?}");
+    // Another fault is no excuse if there were resumes.
+    let two = plan.outside(1, Moment::Running, OutsideAction::StopMs(1));
+    let violations = judge().violations(&two, &Observation { fired: vec![true], ..seen });
+    assert!(matches!(violations[..], [Violation::UnfiredHook(_)]), "{violations:?}");
 }
