@@ -118,6 +118,8 @@ impl<D: Device> Server<D> {
 
     /// Serves one client until it goes, or has to.
     pub(super) fn serve(&mut self, client: OwnedFd) {
+        // Whoever calls this may have been idle: from here on something is taken out of a socket.
+        self.station.busy();
         let client = Arc::new(client);
         self.endpoint.connected();
         if let Some(doorbells) = &self.doorbells {
