@@ -32,7 +32,7 @@ mod format;
 mod load;
 mod save;
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;
 
 pub(crate) use error::StreamError;
 pub(crate) use load::load;

@@ -1,5 +1,6 @@
 use super::*;
 use crate::actor::scripted::{Scripted, info, put_together};
+use crate::actor::stream::tests::Kept;
 use crate::device::{Bar, Pass};
 use std::os::fd::OwnedFd;
 
@@ -50,21 +51,7 @@ fn first_pass(parts: &Arc<Parts<Scripted>>) -> Vec<u8> {
 
 /// What is written out of band.
 fn out_of_band(parts: &Parts<Scripted>, passes: usize) -> Vec<u8> {
-    struct Kept(Vec<u8>);
-    impl Write for Kept {
-        fn write(&mut self, data: &[u8]) -> io::Result<usize> {
-            self.0.write(data)
-        }
-        fn flush(&mut self) -> io::Result<()> {
-            Ok(())
-        }
-    }
-    impl Sink for Kept {
-        fn still_wanted(&self) -> io::Result<()> {
-            Ok(())
-        }
-    }
-    let mut to = Kept(Vec::new());
+    let mut to = Kept::default();
     let mut saver = Saver::new(parts);
     (0..passes).for_each(|_| saver.pre_copy(parts, &mut to).unwrap());
     saver.finish(parts, &mut to).unwrap();

@@ -12,7 +12,7 @@ mod golden;
 
 /// A stream that nobody gives up.
 #[derive(Debug, Default)]
-struct Kept(Vec<u8>);
+pub(in crate::actor) struct Kept(pub(in crate::actor) Vec<u8>);
 
 impl Write for Kept {
     fn write(&mut self, data: &[u8]) -> io::Result<usize> {
