@@ -36,7 +36,7 @@
 //!
 //! **From many threads.** A [`Client`] can be cloned and used from any number of threads at once:
 //! their requests are under way together, and each gets its own answer, in whatever order they come.
-//! A call alone costs one `sendmsg` and one `recvmsg` and involves no other thread.
+//! A call alone costs one `send` and one `recvmsg` and involves no other thread.
 //!
 //! **Deadlines.** Each message that is answered has the client's timeout
 //! ([`Builder::timeout`], [`Client::with_timeout`]). Where none comes, the call fails, and a late

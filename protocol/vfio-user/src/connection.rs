@@ -1,7 +1,7 @@
 //! A Unix stream socket that carries messages and file descriptors, with deadlines.
 //!
 //! A [`Receiver`] and a [`Sender`] are the two halves; both may be used at the same time. A message
-//! is sent with one `sendmsg`. Received is as much at once as there is, and taken apart by a
+//! is sent with one system call. Received is as much at once as there is, and taken apart by a
 //! [`Framer`], so that a short message takes one `recvmsg`, and many that wait take one as well.
 //! Buffers are used again: with short messages without fds nothing is allocated.
 //!
@@ -41,7 +41,7 @@ use rustix::io::Errno;
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
-    SendAncillaryMessage, SendFlags, Shutdown, recvmsg, sendmsg, shutdown,
+    SendAncillaryMessage, SendFlags, Shutdown, recvmsg, send, sendmsg, shutdown,
 };
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -50,9 +50,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use thiserror::Error;
 
-/// How long a receive that blocks may do so without looking at its deadline. Whoever has more time
-/// than that is received for with one system call; a message that comes later takes two more.
+/// How long a receive with a deadline may block without looking at it. Whoever has more time than
+/// that is received for with one system call; a message that comes later takes two more.
 const BLOCK: Duration = Duration::from_millis(100);
+
+/// Data up to this are sent with the header in one piece, in bytes.
+const COPIED: usize = 256;
 
 /// The kernel's limit, for the size of a buffer.
 const MOST_FDS: usize = 253;
@@ -68,8 +71,10 @@ pub fn connect(
     limits: FramingLimits,
 ) -> io::Result<(Receiver, Sender)> {
     let socket = Arc::new(socket.into());
-    set_socket_timeout(&socket, Timeout::Recv, Some(BLOCK))?;
-    let receiver = Receiver { socket: Arc::clone(&socket), framer: Framer::new(limits) };
+    // It may have one; and without being a socket it takes none.
+    set_socket_timeout(&socket, Timeout::Recv, None)?;
+    let framer = Framer::new(limits);
+    let receiver = Receiver { socket: Arc::clone(&socket), framer, wakes: false };
     Ok((receiver, Sender { socket, buffer: Vec::new(), broken: false }))
 }
 
@@ -136,6 +141,9 @@ impl SendError {
 pub struct Receiver {
     socket: Arc<OwnedFd>,
     framer: Framer,
+    /// The socket ends a receive that blocks for [`BLOCK`]. It costs a timer, so it is not set
+    /// before there is a deadline.
+    wakes: bool,
 }
 
 impl Receiver {
@@ -185,15 +193,15 @@ impl Receiver {
 
     /// Reads what has come, and waits for something to come if nothing has.
     fn read_by(&mut self, deadline: Option<Instant>) -> Result<(), ReceiveError> {
-        let left = |now| deadline.map(|deadline| deadline.saturating_duration_since(now));
-        let flags = match deadline {
-            // The clock is not looked at before the first receive of a call that has time.
-            None => RecvFlags::empty(),
-            Some(_) => match left(Instant::now()) {
-                Some(left) if left < BLOCK => RecvFlags::DONTWAIT,
-                _ => RecvFlags::empty(),
-            },
-        };
+        let left = |deadline: Instant| deadline.saturating_duration_since(Instant::now());
+        let block = deadline.is_none_or(|deadline| left(deadline) >= BLOCK);
+        if block && self.wakes != deadline.is_some() {
+            let timeout = deadline.map(|_| BLOCK);
+            set_socket_timeout(&self.socket, Timeout::Recv, timeout)
+                .map_err(|error| ReceiveError::Io(error.into()))?;
+            self.wakes = deadline.is_some();
+        }
+        let flags = if block { RecvFlags::empty() } else { RecvFlags::DONTWAIT };
         match self.read(flags) {
             Err(ReceiveError::Deadline) => {}
             done => return done,
@@ -201,7 +209,7 @@ impl Receiver {
         // Nothing for a while, or the socket does not block.
         wait(&self.socket, PollFlags::IN, deadline).map_err(ReceiveError::Io)?;
         match self.read(RecvFlags::DONTWAIT) {
-            Err(ReceiveError::Deadline) if left(Instant::now()) != Some(Duration::ZERO) => Ok(()),
+            Err(ReceiveError::Deadline) if deadline.is_none_or(|at| !left(at).is_zero()) => Ok(()),
             done => done,
         }
     }
@@ -214,14 +222,13 @@ impl Receiver {
         let mut control = RecvAncillaryBuffer::new(space.get_mut(..room).unwrap_or_default());
         let mut iov = [IoSliceMut::new(self.framer.space())];
         let flags = flags | RecvFlags::CMSG_CLOEXEC;
-        let came = loop {
-            match recvmsg(&self.socket, &mut iov, &mut control, flags) {
-                Ok(came) => break came,
-                Err(Errno::INTR) => {}
-                Err(Errno::AGAIN) => return Err(ReceiveError::Deadline),
-                Err(Errno::CONNRESET) => return Err(self.ended()),
-                Err(error) => return Err(ReceiveError::Io(error.into())),
-            }
+        let came = match recvmsg(&self.socket, &mut iov, &mut control, flags) {
+            Ok(came) => came,
+            // The deadline is looked at before the next one.
+            Err(Errno::INTR) => return Ok(()),
+            Err(Errno::AGAIN) => return Err(ReceiveError::Deadline),
+            Err(Errno::CONNRESET) => return Err(self.ended()),
+            Err(error) => return Err(ReceiveError::Io(error.into())),
         };
         let fds = control.drain().filter_map(|message| match message {
             RecvAncillaryMessage::ScmRights(fds) => Some(fds),
@@ -262,7 +269,7 @@ pub struct Sender {
 
 impl Sender {
     /// Sends a message: the header, with its size corrected; what `body` appends; and `data`, which
-    /// is not copied. The `fds` go with the first byte.
+    /// is not copied if it is long. The `fds` go with the first byte.
     ///
     /// # Errors
     ///
@@ -279,7 +286,12 @@ impl Sender {
             return Err(SendError::Partial);
         }
         self.buffer.clear();
-        header.encode_message(&mut self.buffer, data.len(), body);
+        // A few bytes are copied faster than the kernel takes a second piece.
+        let (copied, data) = if data.len() <= COPIED { (data, &[][..]) } else { (&[][..], data) };
+        header.encode_message(&mut self.buffer, data.len(), |out| {
+            body(out);
+            out.extend_from_slice(copied);
+        });
         let whole = self.buffer.len().saturating_add(data.len());
         let mut sent = 0;
         while sent < whole {
@@ -317,7 +329,11 @@ impl Sender {
         let head = self.buffer.get(sent..).unwrap_or_default();
         let tail = data.get(sent.saturating_sub(self.buffer.len())..).unwrap_or_default();
         let both = [IoSlice::new(head), IoSlice::new(tail)];
+        let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
         let iov = match (head.is_empty(), tail.is_empty()) {
+            // One piece and no fds: the kernel has less to take apart.
+            (_, true) if fds.is_empty() => return send(&self.socket, head, flags),
+            (true, false) if fds.is_empty() => return send(&self.socket, tail, flags),
             (_, true) => &both[..1],
             (true, false) => &both[1..],
             (false, false) => &both[..],
@@ -327,7 +343,7 @@ impl Sender {
         if !fds.is_empty() && !control.push(SendAncillaryMessage::ScmRights(fds)) {
             return Err(Errno::TOOMANYREFS);
         }
-        sendmsg(&self.socket, iov, &mut control, SendFlags::NOSIGNAL | SendFlags::DONTWAIT)
+        sendmsg(&self.socket, iov, &mut control, flags)
     }
 
     /// Ends both directions, for all that use this socket: whoever waits is woken.

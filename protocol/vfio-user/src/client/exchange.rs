@@ -5,7 +5,7 @@
 //! The thread that calls. It sends its request itself and then, if nobody else does, *leads*: it
 //! reads messages for all until its own answer has come. Answers to others it keeps for them and
 //! wakes them; commands of the server it queues for the service thread. When it is done, it wakes
-//! one of those that still wait to lead. So a call alone on its connection is one `sendmsg` and one
+//! one of those that still wait to lead. So a call alone on its connection is one `send` and one
 //! `recvmsg`, and no other thread has a part in it.
 //!
 //! While nobody calls, the *service* thread reads: the server may send commands at any time. But if
