@@ -29,10 +29,15 @@ pub(crate) mod server;
 mod backlog;
 mod connection;
 mod doorbells;
+#[cfg(fuzzing)]
+#[expect(clippy::unwrap_used, clippy::panic, reason = "a panic is how a fuzz target fails")]
+pub mod fuzzing;
 mod kept;
 mod link;
 mod requests;
-#[cfg(test)]
+#[cfg(any(test, fuzzing))]
+#[expect(clippy::unwrap_used, clippy::panic, reason = "a panic is how a test fails")]
+#[cfg_attr(fuzzing, expect(dead_code, reason = "a fuzz target needs a part of it"))]
 mod rig;
 mod session;
 

@@ -29,16 +29,16 @@ use standstill_vfio_user::wire::{
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
-/// What this end can take and do, in numbers.
-fn capabilities() -> Capabilities {
+/// What this end can take and do, in numbers, for a client of that minor version.
+fn capabilities(minor: u16) -> Capabilities {
     let fits = |size: usize| u64::try_from(size).ok();
     Capabilities {
         max_msg_fds: fits(MAX_FDS),
         max_data_xfer_size: fits(LONGEST_ACCESS),
         max_dma_maps: fits(MAX_WINDOWS),
         pgsizes: Some(PAGE),
-        // Served, but not offered: QEMU then queues every write.
-        write_multiple: None,
+        // QEMU, which says 0.0, would queue every write.
+        write_multiple: Some(minor > 0),
         twin_socket: None,
         migration: Some(MigrationCapability {
             pgsize: Some(PAGE),
@@ -290,7 +290,7 @@ impl<'a, D: Device> Session<'a, D> {
             return Err(Errno::INVAL.into());
         }
         let version = Version::decode(body)?;
-        let answer = version.answer(&capabilities())?;
+        let answer = version.answer(&capabilities(version.minor))?;
         let ours = u32::try_from(LONGEST_ACCESS).unwrap_or(u32::MAX);
         let max_data_xfer_size = version.capabilities.max_data_xfer_size().min(ours);
         self.agreed = Some(Agreed {

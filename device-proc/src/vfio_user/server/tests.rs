@@ -1,5 +1,7 @@
 mod client;
 mod edge;
 mod logging;
+mod migration;
+mod ours;
 mod requests;
 mod wire;

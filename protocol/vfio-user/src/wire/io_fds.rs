@@ -197,7 +197,8 @@ impl IoFds {
 impl IoFd {
     fn encode(&self, out: &mut Vec<u8>) {
         let (number, flags, memory, value, last) = match self.kind {
-            IoFdKind::IoEventFd { flags, datamatch } => (0, flags, 0, datamatch, 0),
+            // libvfio-user has it at the end of its longer entries, for all kinds.
+            IoFdKind::IoEventFd { flags, datamatch } => (0, flags, 0, datamatch, datamatch),
             IoFdKind::IoRegionFd { flags, user_data } => (1, flags, 0, user_data, 0),
             IoFdKind::Shadow { flags, memory_fd_index, memory_offset, datamatch } => {
                 (2, flags, memory_fd_index, memory_offset, datamatch)
@@ -222,7 +223,10 @@ impl IoFd {
         let (fd_index, number) = (reader.u32()?, reader.u32()?);
         let (flags, memory_fd_index, value) = (reader.u32()?, reader.u32()?, reader.u64()?);
         let kind = match number {
-            0 => IoFdKind::IoEventFd { flags, datamatch: value },
+            0 => {
+                let last = reader.u64().unwrap_or(0);
+                IoFdKind::IoEventFd { flags, datamatch: if last == 0 { value } else { last } }
+            }
             1 => IoFdKind::IoRegionFd { flags, user_data: value },
             2 => {
                 let datamatch = reader.u64().unwrap_or(0);

@@ -47,10 +47,11 @@ fn versions_are_agreed_on_within_the_limits_of_the_client() {
     for json in [qemu, "{}", r#"{"capabilities":{}}"#, r#"{"unknown":1,"capabilities":{"x":[]}}"#] {
         let rig = Rig::new();
         let mut client = Client::raw(rig.connect());
-        let body = version(json);
+        let mut body = version(json);
+        body[2] = 0;
         let reply = client.call(VERSION, &body).unwrap();
         assert!(reply.len() <= body.len().max(64), "{}", String::from_utf8_lossy(&reply));
-        assert_eq!(reply[..4], [0, 0, 2, 0]);
+        assert_eq!(reply[..4], [0, 0, 0, 0]);
         assert_eq!(reply.last(), Some(&0));
         let data: serde_json::Value = serde_json::from_slice(&reply[4..reply.len() - 1]).unwrap();
         let capabilities = &data["capabilities"];
@@ -58,6 +59,20 @@ fn versions_are_agreed_on_within_the_limits_of_the_client() {
         assert_eq!(capabilities["write_multiple"], serde_json::Value::Null);
         assert_eq!(client.call(VERSION, &body), Err(EINVAL), "twice");
         assert!(client.read(7, 0).is_ok());
+        drop(client);
+    }
+}
+
+#[test]
+fn several_writes_in_one_message_are_offered_to_whoever_asks_but_qemu() {
+    let rig = Rig::new();
+    for (minor, offered) in [(0, false), (1, true), (2, true)] {
+        let mut client = Client::raw(rig.connect());
+        let mut body = version(r#"{"capabilities":{"write_multiple":true}}"#);
+        body[2] = minor;
+        let reply = client.call(VERSION, &body).unwrap();
+        let is_offered = String::from_utf8_lossy(&reply).contains(r#""write_multiple":true"#);
+        assert_eq!(is_offered, offered, "0.{minor}");
         drop(client);
     }
 }
