@@ -41,6 +41,7 @@ mod scripted;
 mod stream;
 mod stream_fd;
 mod takeover;
+mod turn;
 mod windows;
 
 pub use outbox::OutboxError;

@@ -5,7 +5,7 @@ use super::budget::Budget;
 use super::job::{Job, moment_of_answer, moment_of_arrival};
 use super::parts::Parts;
 use super::stream::{self, Saver, Sink as _, StreamError};
-use super::stream_fd::StreamFd;
+use super::stream_fd::{Direction, StreamFd};
 use super::{Message, State};
 use crate::device::Device;
 use crate::log;
@@ -20,13 +20,6 @@ use std::time::{Duration, Instant};
 
 /// How long what the client or a lease wants may take: a VMM gives up 5 s after its request.
 const CLIENT_BUDGET: Duration = Duration::from_secs(4);
-
-/// Which way a state stream goes.
-#[derive(Clone, Copy)]
-enum Direction {
-    Save,
-    Load,
-}
 
 impl<D: Device> State<D> {
     /// Carries out one effect. What was done at once gives its event back.
@@ -205,7 +198,7 @@ impl<D: Device> State<D> {
         let Some(fd) = self.job.as_mut().and_then(|job| job.fd.take()) else {
             return Some(Event::StreamFailed(stream_refusal("no fd came with the command")));
         };
-        let fd = match StreamFd::new(fd, budget) {
+        let fd = match StreamFd::new(fd, direction, budget) {
             Ok(fd) => fd,
             Err(error) => {
                 let text = format!("the fd of the state stream: {error}");

@@ -1,5 +1,5 @@
 //! The control side of a device process on one thread, for the fuzz target `device`: whatever a
-//! coordinator sends is read when the target says so.
+//! coordinator sends is read when the target says so. And [state] streams, for `state_stream`.
 
 #![forbid(unsafe_code)]
 
@@ -21,6 +21,8 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
+
+pub use super::stream::fuzzing as state;
 
 /// The hooks of a device, in the order of [`Fate`]s.
 const HOOKS: [&str; 4] = ["prepare_stop", "stop", "prepare_start", "start"];

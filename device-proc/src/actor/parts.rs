@@ -1,6 +1,7 @@
 //! What the control side and the data side of a device process have in common.
 
-use super::session::{ClientStream, Turn};
+use super::session::ClientStream;
+use super::turn::Turn;
 use crate::device::{Bar, BarBacking, Device, DeviceInfo, Doorbell, StateVersion};
 use crate::edge::Edge;
 use crate::gate::{Gate, InFlight};

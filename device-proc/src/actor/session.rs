@@ -10,11 +10,12 @@
 //! **Nothing left now.** While the device runs a stream is written in passes. A read that comes to
 //! the end of a pass is short; the next one begins another pass. Looking for what has changed takes
 //! time, and the transport has other things to do: a read in PRE_COPY waits for [`PASS_PATIENCE`]
-//! at most, and is short if nothing was found by then. In STOP_COPY a short read is the stream's end.
+//! at most, and is short if nothing was found by then. In STOP_COPY a short read is the stream's end: a
+//! read that waits longer than [`STARVING`] while nothing but unchanged memory is found is given padding.
 //!
 //! **A hook that hangs** keeps the session's thread, and nothing else: reads and writes end with
 //! ETIMEDOUT and take nothing, a commit fails, and the threads of later sessions wait for it
-//! ([`Turn`]) and end with their session.
+//! ([`Turn`](super::turn::Turn)) and end with their session.
 
 use super::parts::Parts;
 use super::stream::{Progress, Saver, Sink, StreamError, load};
@@ -36,8 +37,8 @@ const ROOM: usize = 2 << 20;
 /// How long a read waits while a running device is looked through.
 const PASS_PATIENCE: Duration = Duration::from_millis(200);
 
-/// How often whoever waits for its turn looks whether it still wants it.
-const TURN_TICK: Duration = Duration::from_millis(20);
+/// How long a read in STOP_COPY waits before padding is written for it.
+const STARVING: Duration = Duration::from_secs(1);
 
 /// How much there is to be saved, about, in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -48,40 +49,6 @@ pub(crate) struct MigrationSize {
     pub(crate) initial: u64,
     /// What had changed since, as far as is known.
     pub(crate) dirty: u64,
-}
-
-/// Lets one at a time call the hooks of one kind.
-#[derive(Debug, Default)]
-pub(crate) struct Turn {
-    taken: Mutex<bool>,
-    freed: Condvar,
-}
-
-/// Somebody's turn; over when this is dropped.
-#[derive(Debug)]
-pub(crate) struct Taken<'a>(&'a Turn);
-
-impl Turn {
-    /// Waits for its turn; `None` once it is not wanted any more.
-    pub(crate) fn take(&self, is_wanted: impl Fn() -> bool) -> Option<Taken<'_>> {
-        let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
-        while *taken {
-            if !is_wanted() {
-                return None;
-            }
-            let waited = self.freed.wait_timeout(taken, TURN_TICK);
-            taken = waited.unwrap_or_else(PoisonError::into_inner).0;
-        }
-        *taken = true;
-        Some(Taken(self))
-    }
-}
-
-impl Drop for Taken<'_> {
-    fn drop(&mut self) {
-        *self.0.taken.lock().unwrap_or_else(PoisonError::into_inner) = false;
-        self.0.freed.notify_one();
-    }
 }
 
 /// The client's state stream, while one is open.
@@ -129,6 +96,8 @@ struct SessionState {
     /// Nobody wants the stream any more.
     closed: bool,
     bytes: VecDeque<u8>,
+    /// Saving: since when a read waits.
+    reading_since: Option<Instant>,
     /// Saving: how many passes have ended.
     passes: u64,
     /// Saving: the pass has ended.
@@ -265,6 +234,7 @@ impl Session {
             started: false,
             closed: false,
             bytes: VecDeque::new(),
+            reading_since: None,
             passes: 0,
             idle: false,
             is_short: false,
@@ -355,6 +325,18 @@ impl Session {
     }
 
     fn read(&self, data: &mut [u8], begin: Instant, patience: Duration) -> Result<usize, Errno> {
+        self.lock().reading_since = Some(begin);
+        let read = self.read_some(data, begin, patience);
+        self.lock().reading_since = None;
+        read
+    }
+
+    fn read_some(
+        &self,
+        data: &mut [u8],
+        begin: Instant,
+        patience: Duration,
+    ) -> Result<usize, Errno> {
         let mut state = self.lock();
         if state.is_short && state.idle && state.stage == Stage::PreCopy {
             // The client was told that there was nothing left: it asks for more.
@@ -511,6 +493,12 @@ impl Sink for Bytes<'_> {
 
     fn ends_pass(&self) -> bool {
         self.0.lock().stage != Stage::PreCopy
+    }
+
+    fn is_starving(&self) -> bool {
+        let state = self.0.lock();
+        let since = state.reading_since.filter(|_| state.stage == Stage::StopCopy);
+        !state.closed && since.is_some_and(|since| since.elapsed() >= STARVING)
     }
 }
 

@@ -25,14 +25,20 @@ use crate::pci::BarUse;
 use format::Identity;
 use std::os::fd::OwnedFd;
 
+#[cfg(any(test, fuzzing))]
+#[expect(clippy::unwrap_used, reason = "a panic is how a test fails")]
+#[cfg_attr(fuzzing, expect(dead_code, reason = "a fuzz target needs a part of it"))]
+pub(super) mod apart;
 mod error;
 #[cfg(feature = "fault-injection")]
 mod faults;
 mod format;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod load;
 mod save;
 #[cfg(test)]
-pub(super) mod tests;
+mod tests;
 
 pub(crate) use error::StreamError;
 pub(crate) use load::load;

@@ -233,10 +233,10 @@ fn a_pass_that_fails_voids_the_stream_and_the_next_save_begins_another() {
 }
 
 /// The memory of a device, which is written behind its back.
-struct Memory(File);
+pub(crate) struct Memory(File);
 
 impl Memory {
-    fn new(size: u64) -> Self {
+    pub(crate) fn new(size: u64) -> Self {
         let file = rustix::fs::memfd_create("memory", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
         let file = File::from(file);
         file.set_len(size).unwrap();
@@ -244,7 +244,7 @@ impl Memory {
     }
 
     /// What tells a device that it has this one.
-    fn word(&self) -> String {
+    pub(crate) fn word(&self) -> String {
         format!("memory:/proc/{}/fd/{}", std::process::id(), self.0.as_raw_fd())
     }
 
@@ -290,7 +290,8 @@ fn a_gibibyte_of_memory_goes_through_a_pipe() {
 
 #[test]
 fn saving_into_a_pipe_that_nobody_reads_ends_with_the_budget() {
-    let device = Device::welcomed("");
+    // More than a pipe takes.
+    let device = Device::welcomed(&Memory::new(4 << 20).word());
     device.go(1, Phase::PrepareStop, S::RunningP2p);
     device.go(1, Phase::Stop, S::StopCopy);
     let (_reader, writer) = std::io::pipe().unwrap();

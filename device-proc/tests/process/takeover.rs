@@ -3,6 +3,7 @@
 use crate::child::{Device, PATIENCE, command, until, wait, welcome};
 use crate::client::Client;
 use crate::probe::{LET_GO, NUMBER};
+use crate::state::Memory;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, getuid, kill_process, prlimit};
 use standstill_device_proc::serve::EXIT_ORPHANED;
@@ -337,7 +338,9 @@ fn a_kept_device_without_a_coordinator_still_ends_when_it_is_told_to() {
 
 #[test]
 fn a_save_that_nobody_reads_does_not_hold_a_take_over_up() {
-    let mut device = Device::kept("", None);
+    // More than a pipe takes.
+    let memory = Memory::new(4 << 20);
+    let mut device = Device::kept(&memory.word(), None);
     device.go(1, Phase::PrepareStop, S::RunningP2p);
     device.go(1, Phase::Stop, S::StopCopy);
     let (_reader, writer) = std::io::pipe().unwrap();

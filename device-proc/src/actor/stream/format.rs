@@ -36,6 +36,7 @@ impl Tag {
     pub(super) const DEVICE: Self = Self(5);
     pub(super) const RUNNING_FIRST: Self = Self(6);
     pub(super) const RUNNING_LATER: Self = Self(7);
+    pub(super) const PADDING: Self = Self(8);
     pub(super) const END: Self = Self(0xffff);
 
     pub(super) const fn memory(bar: u8) -> Self {
@@ -52,6 +53,7 @@ impl std::fmt::Display for Tag {
             Self::INTERRUPTS => "interrupts that wait",
             Self::DEVICE => "device's state",
             Self::RUNNING_FIRST | Self::RUNNING_LATER => "device's state while it ran",
+            Self::PADDING => "padding",
             Self::END => "end",
             Self(tag @ 0x10..=0x15) => return write!(f, "memory of BAR {}", tag - 0x10),
             Self(tag) => return write!(f, "record {tag:#x}"),

@@ -1,6 +1,6 @@
 //! Writing a state stream, in one go or in passes.
 
-use super::format::{Chain, DIGEST, HEADER, Header, MORE, PIECE, Tag, digest, preamble};
+use super::format::{Chain, DIGEST, HEADER, Header, MORE, OPTIONAL, PIECE, Tag, digest, preamble};
 use super::{StreamError, identity, memory_bars, memory_size};
 use crate::actor::parts::Parts;
 use crate::device::{Device, DeviceError, Pass};
@@ -16,6 +16,11 @@ pub(crate) trait Sink: Write {
 
     /// True if a pass over the memory of a running device is to end early.
     fn ends_pass(&self) -> bool {
+        false
+    }
+
+    /// True if whoever reads the stream would take it to have ended if nothing came soon.
+    fn is_starving(&self) -> bool {
         false
     }
 }
@@ -202,6 +207,11 @@ impl Saver {
             let sum = self.seal(Tag::memory(bar), 0, at);
             let before = self.sent[index].get_mut(piece).map(|sent| std::mem::replace(sent, sum));
             if before == Some(sum) {
+                // Where little has changed in a large memory, long nothing is written.
+                while !is_pass && to.is_starving() {
+                    self.gather(&[0; PIECE]);
+                    self.put(Tag::PADDING, OPTIONAL, 0, to).map_err(StreamError::Write)?;
+                }
                 continue;
             }
             if before.is_some_and(|sum| sum != 0) {

@@ -1,5 +1,6 @@
 use super::super::parts::Parts;
-use super::format::{Chain, DIGEST, HEADER, Header, MORE, OPTIONAL, PIECE, PREAMBLE, Tag, digest};
+use super::apart::{Apart, Kept};
+use super::format::{DIGEST, HEADER, Header, MORE, OPTIONAL, PIECE, PREAMBLE, Tag};
 use super::*;
 use crate::actor::scripted::{Scripted, info, parts, put_together};
 use crate::device::{Bar, DeviceInfo, Pass};
@@ -9,26 +10,6 @@ use std::io::{self, Write};
 use std::sync::{Arc, Mutex};
 
 mod golden;
-
-/// A stream that nobody gives up.
-#[derive(Debug, Default)]
-pub(in crate::actor) struct Kept(pub(in crate::actor) Vec<u8>);
-
-impl Write for Kept {
-    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
-        self.0.write(data)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-impl Sink for Kept {
-    fn still_wanted(&self) -> io::Result<()> {
-        Ok(())
-    }
-}
 
 /// Three whole pieces and one of a page.
 const MEMORY: u64 = 256 << 10;
@@ -73,61 +54,6 @@ fn saved() -> Vec<u8> {
 
 fn refusal(bytes: &[u8]) -> StreamError {
     load(&*parts(&[]), bytes).unwrap_err()
-}
-
-/// A stream taken apart, to be changed and sealed again.
-#[derive(Clone, Debug)]
-struct Apart {
-    preamble: [u8; PREAMBLE],
-    records: Vec<(Header, Vec<u8>)>,
-}
-
-impl Apart {
-    fn of(stream: &[u8]) -> Self {
-        let (preamble, mut rest) = stream.split_first_chunk().unwrap();
-        let mut records = Vec::new();
-        while let Some((header, more)) = rest.split_first_chunk::<HEADER>() {
-            let header = Header::from_bytes(*header);
-            let length = usize::try_from(header.length).unwrap();
-            records.push((header, more[..length].to_vec()));
-            rest = &more[length + DIGEST..];
-        }
-        assert_eq!(records.pop().unwrap().0.tag, Tag::END);
-        Self { preamble: *preamble, records }
-    }
-
-    fn tags(&self) -> Vec<Tag> {
-        self.records.iter().map(|(header, _)| header.tag).collect()
-    }
-
-    fn find(&mut self, tag: Tag) -> usize {
-        self.records.iter().position(|(header, _)| header.tag == tag).unwrap()
-    }
-
-    fn insert(&mut self, at: usize, tag: u16, flags: u16, contents: &[u8]) {
-        let header = Header { tag: Tag(tag), flags, length: 0, at: 0 };
-        self.records.insert(at, (header, contents.to_vec()));
-    }
-
-    /// With digests and an end that fit.
-    fn sealed(&self) -> Vec<u8> {
-        let mut stream = self.preamble.to_vec();
-        let mut chain = Chain::new(&self.preamble);
-        let mut put = |header: Header, contents: &[u8]| {
-            let length = u32::try_from(contents.len()).unwrap();
-            let begin = stream.len();
-            stream.extend(Header { length, ..header }.to_bytes());
-            stream.extend(contents);
-            let sum = digest(&stream[begin..]);
-            stream.extend(sum.to_le_bytes());
-            sum
-        };
-        for (header, contents) in &self.records {
-            chain.add(put(*header, contents));
-        }
-        put(Header { tag: Tag::END, flags: 0, length: 0, at: 0 }, &chain.to_bytes());
-        stream
-    }
 }
 
 #[test]
@@ -204,6 +130,38 @@ fn only_what_has_changed_is_sent_again() {
     load(&target, stream.0.as_slice()).unwrap();
     assert_eq!(peek(&target), peek(&source));
     assert_eq!(*target.device.contents.lock().unwrap(), b"state");
+}
+
+#[test]
+fn who_waits_while_nothing_has_changed_is_given_padding() {
+    /// Wants to have this many bytes.
+    struct Hungry(Kept, usize);
+    impl Write for Hungry {
+        fn write(&mut self, data: &[u8]) -> io::Result<usize> {
+            self.0.write(data)
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+    impl Sink for Hungry {
+        fn still_wanted(&self) -> io::Result<()> {
+            Ok(())
+        }
+        fn is_starving(&self) -> bool {
+            self.0.0.len() < self.1
+        }
+    }
+    let source = with_memory(b"state", |_| {});
+    let mut saver = Saver::new(&source);
+    let mut stream = Hungry(Kept::default(), 0);
+    saver.pre_copy(&source, &mut stream).unwrap();
+    let first = stream.0.0.len();
+    stream.1 = first + 1_000_000;
+    saver.finish(&source, &mut stream).unwrap();
+    assert!(stream.0.0.len() > first + 1_000_000);
+    let target = with_memory(b"     ", |_| {});
+    load(&target, stream.0.0.as_slice()).unwrap();
 }
 
 fn passes(parts: &Parts<Scripted>, passes: &[(Pass, &[u8])]) {
