@@ -3,6 +3,9 @@
 //!
 //! `cargo run --manifest-path fuzz/Cargo.toml --release --example seeds`, from anywhere.
 
+#[path = "seeds/vfio_user.rs"]
+mod vfio_user;
+
 use standstill_fuzz::track::{Fds, Script, Steps};
 use standstill_protocol::codec::{HEADER, MAX_PACKET, Message, encode};
 use standstill_protocol::message::*;
@@ -22,7 +25,10 @@ fn main() -> io::Result<()> {
     write("coordinator", coordinator())?;
     write("device", device())?;
     write("machine_file", machine_file())?;
-    write("operator_socket", operator_socket())
+    write("operator_socket", operator_socket())?;
+    write("vfio_user_client", vfio_user::client())?;
+    write("vfio_user_server", vfio_user::server())?;
+    write("state_stream", state_stream())
 }
 
 type Seeds = Vec<(String, Vec<u8>)>;
@@ -328,4 +334,24 @@ fn operator_socket() -> Seeds {
     seeds.push(("end of a stream".into(), seed([4, 50, 0, 0], follow)));
     seeds.push(("no request".into(), seed([0, 7, 0, 0], "[]\n\n{\"id\":4}\n{\"id\":-1}\n")));
     seeds
+}
+
+/// Each kind of change, and some together; see `fuzz_targets/state_stream.rs`.
+fn state_stream() -> Seeds {
+    let honest = |name: &str, changes: &[&[u8]]| {
+        (name.to_owned(), [&[1], changes.concat().as_slice()].concat())
+    };
+    vec![
+        ("rubbish".to_owned(), b"\0STANDSTL\x02\0\0\0\0\0\0\0rubbish".to_vec()),
+        honest("honest", &[]),
+        honest("newer minor", &[&[0, 10, 1], &[6, 1, 0x80, 1, 0, 0, 0, 3, 1, 2, 3]]),
+        honest("newer major", &[&[0, 8, 3]]),
+        honest("without memory", &[&[1, 2]]),
+        honest("memory again", &[&[6, 5, 0x12, 0, 0, 0, 1, 255]]),
+        honest("device twice", &[&[2, 9]]),
+        honest("another identity", &[&[5, 0, 4, 1, 0, 2, 0]]),
+        honest("goes on", &[&[3, 9, 5, 2, 0, 0, 0], &[6, 10, 5, 0, 5, 0, 0, 1, 9]]),
+        honest("early end", &[&[6, 3, 0xff, 0, 0, 0, 0, 0]]),
+        honest("vectors", &[&[5, 8, 11, 1, 1, 0, 0, 0, 0, 0, 0, 0, 1, 0]]),
+    ]
 }

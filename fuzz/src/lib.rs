@@ -6,3 +6,4 @@ pub mod memory;
 pub mod session;
 pub mod socket;
 pub mod track;
+pub mod vfio_user;
