@@ -44,8 +44,16 @@ fn invariants_5_6_and_8_whatever_fails_comes_to_what_is_written_and_nothing_is_l
     assert!(plans > 900, "{result:#}");
     assert!(result["faults_fired"].as_u64().unwrap() >= plans, "{result:#}");
     assert_eq!((&result["fds_left"], &result["threads_left"]), (&0.into(), &0.into()));
-    for outcome in ["Done", "RolledBack", "Stopped", "Degraded running", "Degraded stopped", "lost"]
-    {
+    for outcome in [
+        "Done",
+        "RolledBack",
+        "Stopped",
+        "Degraded running",
+        "Degraded stopped",
+        "lost",
+        "given up",
+        "not started",
+    ] {
         assert!(result["outcomes"][outcome].as_u64().unwrap_or(0) > 0, "{outcome}: {result:#}");
     }
 
@@ -136,6 +144,39 @@ fn what_no_outcome_is_known_of_is_refused_and_named() {
     let errors = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(2), "{errors}");
     assert!(errors.contains("packet after the next with Stop on its way"), "{errors}");
+}
+
+/// A device that ends instead of greeting, and another one that would end later.
+const NO_GREETING: &str = r#"
+devices = 2
+
+[[fault]]
+device = 1
+inside = { point = "hello", action = { exit = 1 } }
+
+[[fault]]
+device = 0
+inside = { point = { receipt = "Stop" }, action = "abort" }
+"#;
+
+#[test]
+fn a_machine_of_which_a_device_does_not_greet_does_not_start_and_nothing_is_left_of_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let plan = folder.path().join("greeting.toml");
+    std::fs::write(&plan, NO_GREETING).unwrap();
+    let (result, code) = json(&["--plan", plan.to_str().unwrap()]);
+    assert_eq!(code, Some(0), "{result:#}");
+    assert_eq!(result["outcomes"], serde_json::json!({ "not started": 1 }), "{result:#}");
+    assert_eq!(result["faults_fired"], 1, "{result:#}");
+
+    // Nobody can say what comes of two things at once.
+    let twice = NO_GREETING.replace("device = 0", "device = 1");
+    let twice = twice.replace(r#"{ receipt = "Stop" }"#, r#""hello""#);
+    std::fs::write(&plan, twice).unwrap();
+    let output = chaos(&["--plan", plan.to_str().unwrap()]);
+    let errors = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(2), "{errors}");
+    assert!(errors.contains("something else happens at that Hello already"), "{errors}");
 }
 
 /// Is killed if a test does not come to its end.

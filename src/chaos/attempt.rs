@@ -262,7 +262,9 @@ fn plans(args: &ChaosArgs, seed: u64, judge: &Judge) -> Vec<Plan> {
     let causes = [cases::inside(times), cases::outside(times)].concat();
     let mut plans = Vec::new();
     if args.sweep {
-        plans = cases::sweep(&causes, SWEPT, expected, times);
+        // Those that wait longest come first.
+        plans = cases::sweep_of_restarts(&causes, SWEPT, times);
+        plans.extend(cases::sweep(&causes, SWEPT, expected, times));
         plans.extend(cases::sweep_of_hooks(SWEPT, expected, times));
     }
     let rounds = args.rounds.unwrap_or(if args.sweep { 0 } else { ROUNDS });

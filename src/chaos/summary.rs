@@ -24,6 +24,8 @@ the one of this kernel that has happened; of the other one the table says it.
   or are stopped.
 - *Held*: something is not proven; all are stopped, and nothing starts before it is proven, or the owner
   decides.
+- *given up*: all attempts to start it again that its policy has have failed.
+- *not started*: the machine has not started, and nothing is left of it.
 - *lost*: outside of any transition the faulty device was lost, and fenced.
 - *refused*: a declaration of RAM was not accepted; it may be declared again.
 - *late*: bytes were written while the machine stood still.
@@ -33,7 +35,8 @@ nobody outside can decide which one comes first; the table says why. A cell with
 *before-ack* and *after-ack* are points in the device process: it has read the command, would answer, has
 answered while others have not; *command* and *answer*: the packet is on its way. A hook is *before*,
 *between* or *after* the phases of a stop, and in the mirrored place of a start. With the policy
-`restart` it is as with `rollback`, and the device comes back. The words of the faults are those of
+`restart` it is as with `rollback`, and the device comes back; its *hello again* is the one after that
+loss, in one process or *each time*. The words of the faults are those of
 [fault injection](fault-injection.md).
 ";
 

@@ -27,8 +27,10 @@
 mod arms;
 mod batch;
 pub mod cases;
+mod deadlines;
 pub mod engine;
 pub mod expected;
+mod greetings;
 mod hooks;
 pub mod nature;
 pub mod observation;

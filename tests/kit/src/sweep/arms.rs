@@ -2,13 +2,15 @@
 
 use super::Times;
 use super::engine::RunError;
+use super::greetings::Greetings;
 use super::nature::{self, Nature, nature};
+use crate::Processes;
 use crate::outside::Relay;
 use crate::plan::{Cause, Moment, OutsideAction, Plan};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use standstill_coordinator::report::TransitionReport;
 use standstill_coordinator::{DeviceSpec, Machine, Status};
-use standstill_protocol::fault::{Action, Point};
+use standstill_protocol::fault::{Action, Fault, Point};
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
@@ -28,6 +30,7 @@ pub(super) struct Arms {
     faults: Vec<Armed>,
     /// By device.
     relays: BTreeMap<usize, Relay>,
+    greetings: Greetings,
     #[cfg(feature = "fault-injection")]
     journals: Vec<(standstill_coordinator::fault::Journal, Vec<usize>)>,
 }
@@ -52,7 +55,7 @@ struct Armed {
 }
 
 impl Arms {
-    pub(super) fn new(plan: &Plan, times: &Times) -> Self {
+    pub(super) fn new(plan: &Plan, times: &Times) -> Result<Self, RunError> {
         let armed = |injection: &crate::plan::Injection| Armed {
             device: injection.device.into(),
             round: injection.round,
@@ -70,17 +73,46 @@ impl Arms {
                 others.map(|other| other.device.into()).collect()
             },
         };
-        Self {
-            faults: plan.faults.iter().map(armed).collect(),
+        let faults: Vec<_> = plan.faults.iter().map(armed).collect();
+        let greets = faults.iter().any(|fault| fault.hello().is_some());
+        Ok(Self {
+            faults,
             relays: BTreeMap::new(),
+            greetings: if greets { Greetings::new()? } else { Greetings::default() },
             #[cfg(feature = "fault-injection")]
             journals: Vec::new(),
-        }
+        })
     }
 
-    /// Puts a relay before a device to whose packets something is to be done.
+    /// Puts a relay before a device to whose packets something is to be done, and arms it for its Hello.
     pub(super) fn wrap(&mut self, device: u16, spec: DeviceSpec) -> Result<DeviceSpec, RunError> {
         let number = usize::from(device);
+        let spec = self.relayed(number, spec)?;
+        let spec = self.greetings.wrap(number, spec)?;
+        self.arm_hellos(1, |fault| fault.device == number)?;
+        Ok(spec)
+    }
+
+    /// Arms what comes at a Hello from that round on, for these faults.
+    fn arm_hellos(&mut self, round: u32, these: impl Fn(&Armed) -> bool) -> Result<(), RunError> {
+        for (at, fault) in self.faults.iter_mut().enumerate() {
+            if let Some(hello) = fault.hello()
+                && (fault.round, fault.armed, fault.over) == (round, false, false)
+                && these(fault)
+            {
+                self.greetings.arm(fault.device, at, hello)?;
+                fault.armed = true;
+            }
+        }
+        Ok(())
+    }
+
+    /// The processes that were started, of a machine with faults at a Hello.
+    pub(super) fn started(&self, devices: usize) -> Processes {
+        self.greetings.processes(devices)
+    }
+
+    fn relayed(&mut self, number: usize, spec: DeviceSpec) -> Result<DeviceSpec, RunError> {
         if !self.faults.iter().any(|fault| fault.device == number && fault.moment().is_some()) {
             return Ok(spec);
         }
@@ -106,6 +138,7 @@ impl Arms {
             }
             (fault.order, fault.armed) = (Some(order), true);
         }
+        self.arm_hellos(round, |_| true)?;
         self.arm_devices(machine, names, round).await
     }
 
@@ -126,7 +159,8 @@ impl Arms {
             let mut faults = Vec::new();
             for (at, fault) in self.faults.iter().enumerate() {
                 let Cause::Inside(inside) = &fault.cause else { continue };
-                if (fault.device, fault.round, fault.over) == (number, round, false) {
+                let now = (fault.device, fault.round, fault.over) == (number, round, false);
+                if now && fault.hello().is_none() {
                     told.push(at);
                     faults.push(*inside);
                 }
@@ -180,6 +214,11 @@ impl Arms {
                 {
                     fault.fired = true;
                 }
+            }
+        }
+        for (at, fault) in self.faults.iter_mut().enumerate() {
+            if fault.hello().is_some() && fault.armed {
+                fault.fired |= self.greetings.fired(fault.device, at);
             }
         }
         for (device, relay) in &self.relays {
@@ -366,6 +405,14 @@ impl Arms {
 }
 
 impl Armed {
+    /// The fault, if it comes at a Hello.
+    fn hello(&self) -> Option<Fault> {
+        match &self.cause {
+            Cause::Inside(fault) if fault.point == Point::Hello => Some(*fault),
+            Cause::Inside(_) | Cause::Outside(_) => None,
+        }
+    }
+
     /// The moment of a packet at which something is done to it.
     fn moment(&self) -> Option<(Moment, OutsideAction)> {
         match &self.cause {

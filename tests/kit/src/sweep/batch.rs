@@ -81,7 +81,9 @@ impl Sweep {
     fn of(causes: &[crate::plan::Cause]) -> Result<Self, TableError> {
         let mut sweep = Self::new([])?;
         let Judge { expected, times, .. } = &sweep.judge;
-        sweep.plans = cases::sweep(causes, 3, expected, times);
+        // Those that wait longest come first.
+        sweep.plans = cases::sweep_of_restarts(causes, 3, times);
+        sweep.plans.extend(cases::sweep(causes, 3, expected, times));
         sweep.plans.extend(cases::sweep_of_hooks(3, expected, times));
         Ok(sweep)
     }
@@ -189,6 +191,10 @@ pub async fn shrunk(
     let end = Instant::now() + limit;
     let kinds: Vec<_> = failed.violations.iter().map(std::mem::discriminant).collect();
     let fails = async |plan: &Plan| {
+        // A smaller one is to be of use to somebody.
+        if judge.accepts(plan).is_err() {
+            return false;
+        }
         let attempt = attempt(Arc::clone(&subject), plan.clone(), judge);
         // Nobody knows what would have come of one that is not tried to its end.
         let Ok(tried) = tokio::time::timeout_at(end, attempt).await else { return false };

@@ -27,7 +27,8 @@ pub fn inside(times: &Times) -> Vec<Cause> {
     let points = PHASES
         .into_iter()
         .flat_map(|phase| [Point::Receipt(phase), Point::BeforeAck(phase), Point::AfterAck(phase)])
-        .chain([Point::Mmio, Point::Dma, Point::DmaInFlight, Point::Memory, Point::Shutdown]);
+        .chain([Point::Mmio, Point::Dma, Point::DmaInFlight, Point::Memory, Point::Shutdown])
+        .chain([Point::Hello]);
     let short = u32::try_from(times.short.as_millis()).unwrap_or(u32::MAX);
     let forgeries = [
         Forgery::LowerTerm,
@@ -63,6 +64,8 @@ pub fn inside(times: &Times) -> Vec<Cause> {
     points
         .flat_map(|point| actions.iter().map(move |&action| Fault::new(point, action)))
         .filter(Fault::is_possible)
+        // Who greets twice is found out before the machine has started, or after it.
+        .filter(|fault| (fault.point, fault.action) != (Point::Hello, Action::TwoAcks))
         .map(Cause::Inside)
         .collect()
 }
@@ -92,6 +95,40 @@ pub fn outside(times: &Times) -> Vec<Cause> {
         .flat_map(|moment| actions.iter().map(move |&action| possible(moment, action)))
         .filter(|cause| cause.impossible().is_none())
         .collect()
+}
+
+/// A fault of a device in the first round.
+fn first(device: u16, cause: &Cause) -> Injection {
+    Injection { device, round: 1, cause: cause.clone() }
+}
+
+/// Those at a Hello.
+pub(super) fn hellos(causes: &[Cause]) -> Vec<Fault> {
+    let hello = |cause: &Cause| match cause {
+        Cause::Inside(fault) if fault.point == Point::Hello => Some(*fault),
+        Cause::Inside(_) | Cause::Outside(_) => None,
+    };
+    causes.iter().filter_map(hello).collect()
+}
+
+/// Machines of which a device is lost and greets again: with each of those faults that come at a Hello, in
+/// its first process that was started again; and in every one, if that does not take until a deadline
+/// each time.
+#[must_use]
+pub fn sweep_of_restarts(causes: &[Cause], devices: u16, times: &Times) -> Vec<Plan> {
+    let mut plans = Vec::new();
+    for (at, fault) in (0..).zip(hellos(causes)) {
+        let ends = nature(&Cause::Inside(fault), times) == Nature::Ends;
+        let each = ends.then_some(fault.nth(0));
+        for fault in std::iter::once(fault).chain(each) {
+            let (device, round) = (at % devices.max(1), 2);
+            let plan = Plan::new(devices).rounds(round).policy(Policy::Restart);
+            let kill = Outside { moment: Moment::Running, action: OutsideAction::Kill };
+            let plan = plan.inject(Injection { device, round, cause: Cause::Outside(kill) });
+            plans.push(plan.inject(Injection { device, round, cause: Cause::Inside(fault) }));
+        }
+    }
+    plans
 }
 
 /// Everything that a hook can do wrong, at each place, in its first call on a stop and on a start.
@@ -141,8 +178,7 @@ pub(super) fn hooks_under(
 /// answer, is made to come before they have: another answer is held back until the device is lost.
 #[must_use]
 pub fn plan(cause: &Cause, device: u16, devices: u16, policy: Policy, times: &Times) -> Plan {
-    let injection = Injection { device, round: 1, cause: cause.clone() };
-    let plan = Plan::new(devices).policy(policy).inject(injection);
+    let plan = Plan::new(devices).policy(policy).inject(first(device, cause));
     let phase = match cause {
         Cause::Inside(Fault { point: Point::AfterAck(phase), .. })
         | Cause::Outside(Outside { moment: Moment::Answer(phase), action: OutsideAction::Kill }) => {
@@ -182,7 +218,7 @@ pub fn plans(
 ) -> Vec<Plan> {
     let possible = |cause: &&Cause| {
         let word = nature::word(cause, times);
-        let place = nature::place(cause);
+        let place = nature::place(&first(0, cause));
         // What the table says nothing of is run, and told.
         place.and_then(|place| expected.courses(policy, word, place)).is_none_or(|c| !c.is_empty())
     };
@@ -224,7 +260,7 @@ mod tests {
         {
             for cause in inside(&times).iter().chain(&outside(&times)) {
                 let word = nature::word(cause, &times);
-                let place = nature::place(cause).unwrap();
+                let place = nature::place(&first(0, cause)).unwrap();
                 let case = format!("{word} at {place:?} under {policy}");
                 assert!(expected.courses(policy, word, place).is_some(), "{case}: {cause}");
             }

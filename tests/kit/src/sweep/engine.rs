@@ -2,19 +2,17 @@
 
 use super::Times;
 use super::arms::{self, Arms, Moments};
+use super::deadlines::{deadlines, short_deadlines};
 use super::hooks::Hooks;
-use super::nature::{self, Nature, nature};
 use super::observation::{Act, Ended, Event, Observation, Step, survivors};
-use super::principal::principals;
 use super::subject::{Bench, Look, Rig, RigError, Subject};
 use crate::Processes;
-use crate::plan::{Cause, Plan, PlanError, Policy};
+use crate::plan::{Plan, PlanError, Policy};
 use standstill_coordinator::report::TransitionReport;
 use standstill_coordinator::{
-    Deadlines, DeviceStanding, DeviceStatus, LossPolicy, Machine, MachineBuilder, MachineError,
-    OnFailure, RestartPolicy, StartError, Status,
+    DeviceStanding, DeviceStatus, Events, LossPolicy, Machine, MachineBuilder, MachineError,
+    MachineEvent, OnFailure, RestartPolicy, StartError, Status,
 };
-use standstill_protocol::fault::{Action, Point};
 use standstill_protocol::transition::MachineState;
 use std::collections::BTreeSet;
 use std::io;
@@ -101,13 +99,22 @@ pub async fn run(
     times: &Times,
 ) -> Result<Observation, RunError> {
     plan.check()?;
-    let mut run = Run::start(subject, plan, times).await?;
+    let mut run = match Run::start(subject, plan, times).await? {
+        Begun::Runs(run) => run,
+        Begun::Failed(seen) => return Ok(seen),
+    };
     for round in 1..=plan.rounds + 1 {
         if !run.round(round).await? {
             break;
         }
     }
     run.end().await
+}
+
+/// What the start of a machine has come to.
+enum Begun<'a> {
+    Runs(Box<Run<'a>>),
+    Failed(Observation),
 }
 
 /// A machine at work.
@@ -118,12 +125,15 @@ struct Run<'a> {
     bench: Bench,
     arms: Arms,
     hooks: Hooks,
+    events: Events,
     names: Vec<String>,
     /// The incarnation of each device that is known to the rig.
     incarnations: Vec<u64>,
     /// Lost, and neither removed nor back.
     gone: BTreeSet<usize>,
     removed: BTreeSet<usize>,
+    /// Names of those that are not started again any more.
+    given_up: BTreeSet<String>,
     /// What the rig has yet to be told.
     to_remove: BTreeSet<usize>,
     to_restore: BTreeSet<usize>,
@@ -139,7 +149,7 @@ impl<'a> Run<'a> {
         subject: Arc<dyn Subject>,
         plan: &'a Plan,
         times: &'a Times,
-    ) -> Result<Self, RunError> {
+    ) -> Result<Begun<'a>, RunError> {
         let failed = |what| move |source| RunError::Rig { what, source };
         let devices = plan.devices;
         let made = tokio::task::spawn_blocking(move || subject.rig(devices)).await;
@@ -148,7 +158,7 @@ impl<'a> Run<'a> {
             made.map_err(|error| failed(what)(error.into()))?.map_err(failed(what))?;
         let specs = rig.devices().map_err(failed("describe the devices"))?;
         let ram = rig.ram().map_err(failed("have guest RAM"))?;
-        let mut arms = Arms::new(plan, times);
+        let mut arms = Arms::new(plan, times)?;
         let mut builder = MachineBuilder::new("faults")
             .deadlines(deadlines(plan, times))
             .heartbeat(times.heartbeat)
@@ -161,6 +171,7 @@ impl<'a> Run<'a> {
                 Policy::ContinueWithout => LossPolicy::ContinueWithout,
                 Policy::Restart => LossPolicy::Restart(RestartPolicy::default()),
             });
+        let described: Vec<_> = specs.iter().map(|spec| spec.name().to_owned()).collect();
         for (number, spec) in (0..).zip(specs) {
             let (first, second) = short_deadlines(plan, number, times);
             let given = |short| if short { times.short } else { times.long };
@@ -168,7 +179,11 @@ impl<'a> Run<'a> {
             builder = builder.device(spec.deadlines(given(first), given(second)));
         }
         let (builder, hooks) = Hooks::add(plan, times, builder)?;
-        let machine = within("start the machine", builder.start()).await??;
+        let events = builder.events();
+        let machine = match within("start the machine", builder.start()).await? {
+            Ok(machine) => machine,
+            Err(error) => return not_started(error, &described, &mut arms, times).await,
+        };
         let what = "ask for the status";
         let status = within(what, machine.status()).await?.map_err(cannot(what))?;
         if let Some(ram) = &ram {
@@ -183,10 +198,12 @@ impl<'a> Run<'a> {
             bench: Bench::new(rig),
             arms,
             hooks,
+            events,
             names: status.devices.iter().map(|device| device.name.clone()).collect(),
             incarnations: status.devices.iter().map(|device| device.incarnation).collect(),
             gone: BTreeSet::new(),
             removed: BTreeSet::new(),
+            given_up: BTreeSet::new(),
             to_remove: BTreeSet::new(),
             to_restore: BTreeSet::new(),
             processes: vec![Processes::of(&status)],
@@ -196,7 +213,7 @@ impl<'a> Run<'a> {
         run.behind_relays(None)?;
         run.bench.with("connect to the devices", |rig| rig.connect()).await?;
         run.traffic(0).await?;
-        Ok(run)
+        Ok(Begun::Runs(Box::new(run)))
     }
 
     /// One round; false if there can be no other.
@@ -413,26 +430,44 @@ impl<'a> Run<'a> {
     async fn recover(&mut self, round: u32) -> Result<(), RunError> {
         while !self.gone.is_empty() {
             for device in std::mem::take(&mut self.gone) {
-                self.recover_from(device).await?;
+                self.recover_from(round, device).await?;
             }
             self.settle(round, None).await?;
         }
         Ok(())
     }
 
-    async fn recover_from(&mut self, device: usize) -> Result<(), RunError> {
+    async fn remove(&mut self, device: usize, name: &str) -> Result<(), RunError> {
+        let what = "remove a lost device";
+        let removed = within(what, self.machine.remove_device(name)).await?;
+        removed.map_err(cannot(what))?;
+        self.arms.is_gone(device);
+        self.removed.insert(device);
+        self.to_remove.insert(device);
+        Ok(())
+    }
+
+    /// Whether all attempts to start a device again have failed.
+    fn is_given_up(&mut self, name: &str) -> bool {
+        while let Some(event) = self.events.try_recv() {
+            if let MachineEvent::DeviceRestartsExhausted { device, .. } = event {
+                self.given_up.insert(device);
+            }
+        }
+        self.given_up.contains(name)
+    }
+
+    async fn recover_from(&mut self, round: u32, device: usize) -> Result<(), RunError> {
         let Some(name) = self.names.get(device).cloned() else { return Ok(()) };
         if self.plan.policy != Policy::Restart {
-            let what = "remove a lost device";
-            let removed = within(what, self.machine.remove_device(&name)).await?;
-            removed.map_err(cannot(what))?;
-            self.arms.is_gone(device);
-            self.removed.insert(device);
-            self.to_remove.insert(device);
-            return Ok(());
+            return self.remove(device, &name).await;
         }
         let end = Instant::now() + self.times.long;
         let incarnation = loop {
+            if self.is_given_up(&name) {
+                self.seen.events.push(Event::GivenUp { round, device });
+                return self.remove(device, &name).await;
+            }
             let status = self.status().await?;
             match of_name(&status, Some(&name)) {
                 Some(now) if now.standing == DeviceStanding::Ready => {
@@ -519,6 +554,28 @@ impl<'a> Run<'a> {
     }
 }
 
+/// A machine that was not to start has not: it is seen that nothing of it is left.
+async fn not_started<'a>(
+    error: StartError,
+    names: &[String],
+    arms: &mut Arms,
+    times: &Times,
+) -> Result<Begun<'a>, RunError> {
+    let StartError::Greeting { device: name, .. } = &error else { return Err(error.into()) };
+    let Some(device) = names.iter().position(|known| known == name) else {
+        return Err(error.into());
+    };
+    let processes = arms.started(names.len());
+    let end = Instant::now() + times.end;
+    while !processes.left().is_empty() && Instant::now() < end {
+        tokio::time::sleep(INTERVAL).await;
+    }
+    let left = processes.left().into_iter().map(str::to_owned).collect();
+    let events = vec![Event::NotStarted { device, why: crate::chain(&error) }];
+    let fired = arms.fired();
+    Ok(Begun::Failed(Observation { events, fired, left, ..Observation::default() }))
+}
+
 /// Lets answers go that are held back until others are lost, as those are; ends only if that fails.
 async fn held_back(
     machine: &Machine,
@@ -566,55 +623,4 @@ async fn within<T>(what: impl Into<String>, call: impl Future<Output = T>) -> Re
 
 fn late(what: String, limit: Duration) -> RunError {
     RunError::Late { what, limit }
-}
-
-/// Deadlines that nobody misses who is not made to.
-fn deadlines(plan: &Plan, times: &Times) -> Deadlines {
-    // With several faults, one who is silent may have to confirm that windows onto another are revoked.
-    let several = principals(plan).len() > 1;
-    let silent_at_memory = plan.faults.iter().any(|injection| {
-        nature(&injection.cause, times) == Nature::Silent
-            && (several
-                || matches!(&injection.cause, Cause::Inside(fault) if fault.point == Point::Memory))
-    });
-    Deadlines {
-        hello: times.long,
-        first_phase: times.long,
-        second_phase: times.long,
-        undo: 4 * times.long,
-        fence: times.long,
-        memory: if silent_at_memory { times.memory } else { times.long },
-        // A device that hangs outside of any transition is looked for in tests of its own.
-        stall: Duration::ZERO,
-        silence: Duration::ZERO,
-    }
-}
-
-/// Whether a device has a short deadline in the first and in the second phase: where it will be silent,
-/// and nowhere else, so that a busy machine gives no loss that was not planned.
-fn short_deadlines(plan: &Plan, device: u16, times: &Times) -> (bool, bool) {
-    let mut short = (false, false);
-    let silent = |cause: &Cause| nature(cause, times) == Nature::Silent;
-    for fault in plan.faults.iter().filter(|f| f.device == device && silent(&f.cause)) {
-        let Some(place) = nature::place(&fault.cause) else { continue };
-        if principals(plan).len() > 1 {
-            // It may be silent in the undo that another fault leads to.
-            return (true, true);
-        }
-        // After an answer, it is the next command that gets none.
-        let stops = match &fault.cause {
-            Cause::Inside(inside) => matches!(inside.action, Action::Stop),
-            Cause::Outside(outside) => !outside.action.needs_a_packet(),
-        };
-        let next = place.row == "after-ack" || (place.row == "answer" && stops);
-        let (first, second) = match (place.column, next) {
-            ("PrepareStop" | "PrepareStart", false) | ("Stop" | "Start", true) => (true, false),
-            ("Stop" | "Start", false) | ("PrepareStop" | "PrepareStart", true) => (false, true),
-            ("memory", _) => (true, false),
-            ("shutdown", _) => (false, false),
-            _ => (true, true),
-        };
-        short = (short.0 || first, short.1 || second);
-    }
-    short
 }

@@ -40,6 +40,10 @@ pub enum Seen {
     Refused,
     /// `lost`: outside of any transition the victim was lost, and is fenced.
     Lost,
+    /// `given up`: all attempts to start the victim again that its policy has have failed.
+    GivenUp,
+    /// `not started`: the machine has not started.
+    NotStarted,
 }
 
 /// One way in which a fault can end.
@@ -197,6 +201,8 @@ fn course(text: &str) -> Result<Course, String> {
             "Held" => Seen::Held,
             "refused" => Seen::Refused,
             "lost" => Seen::Lost,
+            "given up" => Seen::GivenUp,
+            "not started" => Seen::NotStarted,
             "late" => {
                 course.late = true;
                 continue;
@@ -227,6 +233,8 @@ impl fmt::Display for Seen {
             Self::Held => "Held",
             Self::Refused => "refused",
             Self::Lost => "lost",
+            Self::GivenUp => "given up",
+            Self::NotStarted => "not started",
         })
     }
 }

@@ -28,10 +28,12 @@ const FD_FLOOD: &str = "fd-flood";
 const FD_FLOOD_REFUSED: &str = "fd-flood-refused";
 
 /// Whether fds reach a coordinator that has not asked for them: a kernel of 6.16 or later lets a socket
-/// refuse them, and whoever sends them gets an error.
-fn fds_get_through() -> bool {
+/// refuse them, and whoever sends them gets an error. Not before a Hello, with which fds may come.
+fn fds_get_through(point: Point) -> bool {
     static KNOWN: OnceLock<bool> = OnceLock::new();
-    *KNOWN.get_or_init(|| CoordinatorEnd::pair().and_then(|(end, _)| end.refuse_fds()).is_err())
+    point == Point::Hello
+        || *KNOWN
+            .get_or_init(|| CoordinatorEnd::pair().and_then(|(end, _)| end.refuse_fds()).is_err())
 }
 
 /// The word of the same fault on a kernel that takes it otherwise.
@@ -57,7 +59,7 @@ pub fn nature(cause: &Cause, times: &Times) -> Nature {
             | Action::Send(_)
             | Action::Forge(Forgery::State)
             | Action::Disconnect => Nature::Ends,
-            Action::FdFlood(_) if fds_get_through() => Nature::Ends,
+            Action::FdFlood(_) if fds_get_through(fault.point) => Nature::Ends,
             Action::MessageFlood(count) if count > FLOOD => Nature::Ends,
             Action::Spin | Action::DelayMs(_) if fault.point == Point::Dma => Nature::Lives,
             Action::Stop | Action::Spin | Action::NoAck | Action::Forge(_) => Nature::Silent,
@@ -117,7 +119,7 @@ pub fn word(cause: &Cause, times: &Times) -> &'static str {
             Action::Send(Packet::Empty) => "send-empty",
             Action::Send(Packet::Truncated) => "send-truncated",
             Action::Send(Packet::Oversized) => "send-oversized",
-            Action::FdFlood(_) if fds_get_through() => FD_FLOOD,
+            Action::FdFlood(_) if fds_get_through(fault.point) => FD_FLOOD,
             Action::FdFlood(_) => FD_FLOOD_REFUSED,
             Action::MessageFlood(count) if count > FLOOD => "message-flood",
             Action::MessageFlood(_) => "messages",
@@ -155,6 +157,13 @@ pub struct Place {
     pub column: &'static str,
 }
 
+/// The column of faults at the Hello with which a device greets when its machine starts.
+pub(super) const HELLO: &str = "hello";
+/// The column of those at its Hello after it was lost, in the first process that greets again.
+pub(super) const HELLO_AGAIN: &str = "hello again";
+/// The column of those in every process that does.
+pub(super) const HELLO_EACH_TIME: &str = "hello each time";
+
 /// The row place of faults after an ack that was the last one of its phase.
 pub(super) const AFTER_LAST_ACK: &str = "after-last-ack";
 /// The row place of what is done with an answer under way that is the last one of its phase.
@@ -162,10 +171,10 @@ pub(super) const LAST_ANSWER: &str = "last-answer";
 
 /// Where a fault stands; `None` if pausing and resuming a machine never gets there.
 #[must_use]
-pub fn place(cause: &Cause) -> Option<Place> {
+pub fn place(injection: &Injection) -> Option<Place> {
     let of = |row, phase| Some(Place { row, column: phase_word(phase)? });
     let apart = |column| Some(Place { row: "-", column });
-    match cause {
+    match &injection.cause {
         Cause::Inside(fault) => match fault.point {
             Point::Receipt(phase) => of("receipt", phase),
             Point::BeforeAck(phase) => of("before-ack", phase),
@@ -175,7 +184,12 @@ pub fn place(cause: &Cause) -> Option<Place> {
             Point::Mmio => apart("mmio"),
             Point::Dma => apart("dma"),
             Point::DmaInFlight => apart("dma-in-flight"),
-            Point::Hello | Point::Query | Point::Saving | Point::Loading => None,
+            Point::Hello => apart(match fault.nth {
+                _ if injection.round == 1 => HELLO,
+                0 => HELLO_EACH_TIME,
+                _ => HELLO_AGAIN,
+            }),
+            Point::Query | Point::Saving | Point::Loading => None,
         },
         Cause::Outside(outside) => match outside.moment {
             Moment::Running => apart("running"),
@@ -196,6 +210,16 @@ fn phase_word(phase: Phase) -> Option<&'static str> {
         Phase::Start => Some("Start"),
         Phase::Save | Phase::Load | Phase::Reset => None,
     }
+}
+
+/// Whether `death` is there so that its device greets again, with the fault that it has then.
+pub(super) fn leads_to_hello(death: &Injection, fault: &Injection) -> bool {
+    let kill = Outside { moment: Moment::Running, action: OutsideAction::Kill };
+    let hello = matches!(&fault.cause, Cause::Inside(fault) if fault.point == Point::Hello);
+    hello
+        && fault.round > 1
+        && death.cause == Cause::Outside(kill)
+        && (death.device, death.round) == (fault.device, fault.round)
 }
 
 /// Whether somebody else's answer is held back in the phase after whose ack this fault comes: it is

@@ -37,6 +37,20 @@ pub enum Event {
         /// Who.
         device: usize,
     },
+    /// A device was to be started again, and all attempts have failed.
+    GivenUp {
+        /// In which round, from 1.
+        round: u32,
+        /// Who.
+        device: usize,
+    },
+    /// The machine has not started.
+    NotStarted {
+        /// The device that has not greeted as it should.
+        device: usize,
+        /// What the error says.
+        why: String,
+    },
 }
 
 /// One thing that the machine was asked.

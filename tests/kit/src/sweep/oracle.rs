@@ -10,6 +10,7 @@
 //! - every call kept the deadlines in force, and a small grace;
 //! - no process is left.
 
+mod accepts;
 mod fired;
 #[cfg(test)]
 mod tests;
@@ -21,8 +22,8 @@ use super::observation::{Act, Ended, Event, Observation, Step};
 use super::principal::{
     HOOK_ON_START, HOOK_ON_STOP, HookNature, Principal, hook_nature, principals,
 };
-use crate::plan::{Cause, HookAction, HookFault, Injection, Plan, PlanError, Policy};
-use standstill_protocol::fault::{Action, Fault};
+use crate::plan::{Cause, HookAction, HookFault, Injection, Plan, Policy};
+use standstill_protocol::fault::{Action, Fault, Point};
 use standstill_protocol::migration::MigrationState;
 use standstill_protocol::transition::MachineState;
 use std::collections::BTreeSet;
@@ -125,36 +126,6 @@ pub struct Judge {
 }
 
 impl Judge {
-    /// Whether something can be said of every fault of a plan.
-    ///
-    /// # Errors
-    ///
-    /// [`PlanError::Impossible`] names the first of which the table says nothing, or that it cannot be
-    /// under this policy.
-    pub fn accepts(&self, plan: &Plan) -> Result<(), PlanError> {
-        let principals = principals(plan);
-        let devices = (1..).zip(plan.faults.iter().map(Principal::Device));
-        let all = devices.chain((1..).zip(plan.hooks.iter().map(Principal::Hook)));
-        for (number, fault) in all.filter(|(_, fault)| principals.contains(fault)) {
-            let why = match fault.place() {
-                None => "pausing and resuming a machine never gets there",
-                Some(_) => match self.courses(plan, fault) {
-                    Err(_) => "the table of expected outcomes says nothing of it",
-                    Ok((_, courses)) if courses.is_empty() => {
-                        "the table of expected outcomes says that there is no such thing"
-                    }
-                    Ok(_) => continue,
-                },
-            };
-            let what = match fault {
-                Principal::Device(injection) => injection.cause.to_string(),
-                Principal::Hook(hook) => hook.to_string(),
-            };
-            return Err(PlanError::Impossible { fault: number, what, why });
-        }
-        Ok(())
-    }
-
     /// Checks everything about one run.
     #[must_use]
     pub fn violations(&self, plan: &Plan, seen: &Observation) -> Vec<Violation> {
@@ -244,6 +215,7 @@ impl Judge {
                 Err(violation) => found.push(violation),
             }
         }
+        self.not_started(plan, faults, seen, found);
         let fences = |word: &Seen| {
             matches!(word, Seen::DegradedRunning | Seen::DegradedStopped | Seen::Lost)
         };
@@ -261,12 +233,40 @@ impl Judge {
                     known.contains(&word)
                 }
                 Seen::Held => self.may_be_held(plan, seen, step),
+                // No step ends so.
+                Seen::GivenUp | Seen::NotStarted => false,
             };
             if !explained {
                 let Step { round, act, ended, .. } = step.clone();
                 found.push(Violation::Unexplained { round, act, ended });
             }
         }
+    }
+
+    /// A machine of several faults starts, unless one has happened by which it does not.
+    fn not_started(
+        &self,
+        plan: &Plan,
+        faults: &[Principal<'_>],
+        seen: &Observation,
+        found: &mut Vec<Violation>,
+    ) {
+        let prevents = |at: usize, fault: &Injection| {
+            let fault = Principal::Device(fault);
+            let courses = self.courses(plan, fault).map(|(_, courses)| courses).ok()?;
+            let all = courses.iter().all(|course| course.seen == [Seen::NotStarted]);
+            let fired = seen.fired.get(at).copied().unwrap_or(false);
+            (all && fired && !courses.is_empty() && faults.contains(&fault)).then_some(courses)
+        };
+        let mut numbered = plan.faults.iter().enumerate();
+        let prevented = numbered.find_map(|(at, fault)| prevents(at, fault));
+        let course = |word: &[Seen]| Course { seen: word.to_vec(), late: false };
+        let (expected, word) = match (prevented, has_not_started(seen)) {
+            (Some(courses), false) => (courses, course(&[])),
+            (None, true) => (vec![course(&[])], course(&[Seen::NotStarted])),
+            (Some(_), true) | (None, false) => return,
+        };
+        found.push(Violation::Outcome { expected, found: word });
     }
 
     /// Where the survivors of a pause or resume are in which somebody was fenced: as after a death.
@@ -348,8 +348,12 @@ fn liars(plan: &Plan, seen: &Observation) -> BTreeSet<u32> {
 fn steps(seen: &Observation) -> impl Iterator<Item = &Step> {
     seen.events.iter().filter_map(|event| match event {
         Event::Step(step) => Some(step),
-        Event::Lost { .. } => None,
+        Event::Lost { .. } | Event::GivenUp { .. } | Event::NotStarted { .. } => None,
     })
+}
+
+fn has_not_started(seen: &Observation) -> bool {
+    seen.events.iter().any(|event| matches!(event, Event::NotStarted { .. }))
 }
 
 /// A step in the words of the table.
@@ -393,6 +397,11 @@ pub(super) fn from_its_act(round: u32, place: Place, observation: &Observation) 
                 begun |= *at >= round;
                 (*at, Seen::Lost)
             }
+            Event::GivenUp { round: at, .. } => (*at, Seen::GivenUp),
+            Event::NotStarted { .. } => {
+                begun = true;
+                (round, Seen::NotStarted)
+            }
         };
         let declares = matches!(event, Event::Step(step) if step.act == Act::Declare)
             && act != Some(Act::Declare);
@@ -430,6 +439,17 @@ fn innocents(plan: &Plan, seen: &Observation, found: &mut Vec<Violation>) {
     for event in &seen.events {
         let (round, gone) = match event {
             Event::Lost { round, device } => (*round, BTreeSet::from([*device])),
+            Event::NotStarted { device, .. } => (1, BTreeSet::from([*device])),
+            // Only who fails each time has no attempt left.
+            Event::GivenUp { round, device } => {
+                let fails = |injection: &Injection| {
+                    usize::from(injection.device) == *device
+                        && matches!(&injection.cause, Cause::Inside(fault)
+                            if fault.point == Point::Hello && fault.nth == 0)
+                };
+                let guilty = plan.faults.iter().any(fails);
+                (*round, if guilty { BTreeSet::new() } else { BTreeSet::from([*device]) })
+            }
             Event::Step(Step { round, ended: Ended::Degraded { fenced }, .. }) => {
                 (*round, fenced.clone())
             }

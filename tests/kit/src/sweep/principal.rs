@@ -42,7 +42,7 @@ impl Principal<'_> {
     /// Where it stands in the table; `None` if pausing and resuming a machine never gets there.
     pub(super) fn place(self) -> Option<Place> {
         match self {
-            Self::Device(injection) => nature::place(&injection.cause),
+            Self::Device(injection) => nature::place(injection),
             Self::Hook(fault) => {
                 let row = match fault.place {
                     crate::plan::Place::Before => "before",
@@ -82,10 +82,14 @@ pub(super) fn hook_nature(fault: &HookFault, times: &Times) -> HookNature {
     }
 }
 
-/// The faults without those that only hold an answer back while another device has its fault.
+/// The faults without those that only help another one to come where it is to: that hold an answer back
+/// meanwhile, or end a process so that the next one greets.
 pub(super) fn principals(plan: &Plan) -> Vec<Principal<'_>> {
     let helps = |injection: &Injection| {
-        plan.faults.iter().any(|other| nature::holds_others_back(injection, other))
+        let helps = |other| {
+            nature::holds_others_back(injection, other) || nature::leads_to_hello(injection, other)
+        };
+        plan.faults.iter().any(helps)
     };
     let devices = plan.faults.iter().filter(|injection| !helps(injection)).map(Principal::Device);
     devices.chain(plan.hooks.iter().map(Principal::Hook)).collect()

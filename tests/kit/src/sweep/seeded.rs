@@ -1,11 +1,12 @@
 //! Plans drawn from a seed: the same seed gives the same plans.
 
 use super::Times;
+use super::cases;
 use super::expected::Expected;
-use super::{cases, nature};
+use super::nature::{self, Nature, nature};
 use crate::plan::{Cause, HookFault, Injection, Plan, Policy};
 use fastrand::Rng;
-use standstill_protocol::fault::Action;
+use standstill_protocol::fault::{Action, Fault, Point};
 
 /// Draws plans with several faults, on several devices, in several rounds.
 #[derive(Clone, Debug)]
@@ -14,6 +15,7 @@ pub struct Seeded {
     devices: u16,
     rounds: u32,
     pools: Vec<(Policy, Vec<Cause>, Vec<HookFault>)>,
+    hellos: Vec<Fault>,
 }
 
 const POLICIES: [Policy; 4] =
@@ -27,6 +29,7 @@ const MOST_OF_HOOKS: u16 = 2;
 impl Seeded {
     /// Plans of machines of that many devices (2 at least) and at most that many rounds each, of these
     /// faults of devices, and of any of hooks. Liars are left out: what they do is wrong by any measure.
+    /// Those at a Hello come when a device greets again.
     #[must_use]
     pub fn new(
         seed: u64,
@@ -36,25 +39,37 @@ impl Seeded {
         expected: &Expected,
         times: &Times,
     ) -> Self {
-        let lies = |cause: &Cause| matches!(cause, Cause::Inside(f) if f.action == Action::KeepDma);
+        let left_out = |cause: &Cause| {
+            matches!(cause, Cause::Inside(f)
+                if f.action == Action::KeepDma || f.point == Point::Hello)
+        };
         let pool = |policy| {
             let possible = |cause: &&Cause| {
                 let word = nature::word(cause, times);
-                let courses =
-                    nature::place(cause).and_then(|place| expected.courses(policy, word, place));
-                courses.is_some_and(|courses| !courses.is_empty()) && !lies(cause)
+                let place =
+                    nature::place(&Injection { device: 0, round: 1, cause: (*cause).clone() });
+                let courses = place.and_then(|place| expected.courses(policy, word, place));
+                courses.is_some_and(|courses| !courses.is_empty()) && !left_out(cause)
             };
             let hooks = cases::hooks_under(policy, &cases::hooks(), expected, times);
             (policy, causes.iter().filter(possible).cloned().collect::<Vec<_>>(), hooks)
         };
         let pools = POLICIES.map(pool).into_iter().filter(|(_, pool, _)| !pool.is_empty());
         let pools = pools.collect();
-        Self { rng: Rng::with_seed(seed), devices: devices.max(2), rounds: rounds.max(1), pools }
+        let quick = |fault: &Fault| nature(&Cause::Inside(*fault), times) != Nature::Silent;
+        let hellos = cases::hellos(causes).into_iter().filter(quick).collect();
+        Self {
+            rng: Rng::with_seed(seed),
+            devices: devices.max(2),
+            rounds: rounds.max(1),
+            pools,
+            hellos,
+        }
     }
 
     /// The next plan. At least one device of it has no fault, so that something is left of the machine.
     pub fn plan(&mut self) -> Plan {
-        let Self { rng, devices, rounds, pools } = self;
+        let Self { rng, devices, rounds, pools, hellos } = self;
         let rounds = rng.u32(1..=*rounds);
         let Some((policy, pool, hooks)) = rng.choice(&*pools) else {
             return Plan::new(*devices).rounds(rounds);
@@ -68,6 +83,13 @@ impl Seeded {
                 break;
             };
             let (round, cause) = (rng.u32(1..=rounds), cause.clone());
+            plan = plan.inject(Injection { device, round, cause });
+        }
+        if *policy == Policy::Restart
+            && rounds > 1
+            && let (Some(&device), Some(&fault)) = (rng.choice(&victims), rng.choice(&*hellos))
+        {
+            let (round, cause) = (rng.u32(2..=rounds), Cause::Inside(fault));
             plan = plan.inject(Injection { device, round, cause });
         }
         if rng.u16(0..WITH_HOOKS) == 0 {

@@ -3,7 +3,7 @@
 use super::Times;
 use super::batch::Tried;
 use super::expected::{Course, Expected, Seen, trim};
-use super::nature::{self, Place};
+use super::nature::{self, HELLO, HELLO_AGAIN, HELLO_EACH_TIME, Place};
 use super::observation::Event;
 use super::oracle;
 use super::principal::{HOOK_ON_START, HOOK_ON_STOP, Principal, principals};
@@ -47,11 +47,15 @@ struct Cell {
 }
 
 /// The columns of the tables of [`Tally::to_markdown`].
-const COLUMNS: [&[&str]; 3] = [
+const COLUMNS: [&[&str]; 4] = [
     &["PrepareStop", "Stop", "PrepareStart", "Start"],
     &["running", "stopped", "mmio", "dma", "dma-in-flight", "memory", "shutdown"],
+    &[HELLO],
     &[HOOK_ON_STOP, HOOK_ON_START],
 ];
+
+/// What there is under the policy `restart` only.
+const AGAIN: [&[&str]; 1] = [&[HELLO_AGAIN, HELLO_EACH_TIME]];
 
 impl Tally {
     /// Counts one more.
@@ -67,6 +71,8 @@ impl Tally {
                     oracle::in_words(step)
                 }
                 Event::Lost { .. } => Seen::Lost,
+                Event::GivenUp { .. } => Seen::GivenUp,
+                Event::NotStarted { .. } => Seen::NotStarted,
             };
             *self.outcomes.entry(word).or_default() += 1;
         }
@@ -145,15 +151,16 @@ impl Tally {
 
     /// What came of each fault, as tables: by policy, with faults of which the same came in one line.
     /// Where several things are possible, all of them are said, if what came is one of them; and where
-    /// the kernel decides, what is to come under the other one. `restart` is left out: it is `rollback`
-    /// and what comes after.
+    /// the kernel decides, what is to come under the other one. Of `restart` only that is told which
+    /// other policies have not: it is `rollback` and what comes after.
     #[must_use]
     pub fn to_markdown(&self, expected: &Expected) -> String {
         let mut text = String::new();
         let policies: BTreeSet<_> = self.cells.keys().map(|cell| cell.policy).collect();
-        for policy in policies.into_iter().filter(|policy| *policy != Policy::Restart) {
+        for policy in policies {
             text.push_str(&format!("\n## {policy}\n"));
-            for columns in COLUMNS {
+            let all: &[&[&str]] = if policy == Policy::Restart { &AGAIN } else { &COLUMNS };
+            for columns in all {
                 self.table(policy, columns, expected, &mut text);
             }
         }
@@ -162,10 +169,11 @@ impl Tally {
 
     fn table(&self, policy: Policy, columns: &[&str], expected: &Expected, text: &mut String) {
         let own = |cell: &&Cell| cell.policy == policy && columns.contains(&cell.column);
-        let words = |word| std::iter::once(word).chain(nature::on_another_kernel(word));
         let rows = self.cells.keys().filter(own).flat_map(|cell| {
-            let row = cell.row;
-            words(cell.word).map(move |word| (row, word))
+            let place = Place { row: cell.row, column: cell.column };
+            let known = |word: &&str| expected.courses(policy, word, place).is_some();
+            let other = nature::on_another_kernel(cell.word).filter(known);
+            std::iter::once(cell.word).chain(other).map(|word| (cell.row, word))
         });
         let rows: BTreeSet<_> = rows.collect();
         // Faults of which the same came at the same place are one line.

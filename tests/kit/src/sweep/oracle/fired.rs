@@ -1,6 +1,6 @@
 //! Has each fault happened? And if one has that leaves a step no way to be Done, was it not?
 
-use super::{Judge, Violation, in_words};
+use super::{Judge, Violation, has_not_started, in_words};
 use crate::plan::{Cause, HookFault, Injection, Outside, OutsideAction, Plan, Policy};
 use crate::sweep::Times;
 use crate::sweep::expected::Seen;
@@ -169,7 +169,11 @@ fn mends(cause: &Cause) -> bool {
 /// Whether a machine has come as often to where that fault was to happen as it takes, with the device
 /// alive and well.
 fn comes_to(plan: &Plan, at: usize, fault: &Injection, seen: &Observation, times: &Times) -> bool {
-    let Some(place) = nature::place(&fault.cause) else { return false };
+    let Some(place) = nature::place(fault) else { return false };
+    if place.column == nature::HELLO {
+        // Everybody has greeted before the machine has started.
+        return !has_not_started(seen);
+    }
     let device = usize::from(fault.device);
     let needed = match &fault.cause {
         Cause::Inside(inside) => inside.nth.max(1),
@@ -199,6 +203,8 @@ fn comes_to(plan: &Plan, at: usize, fault: &Injection, seen: &Observation, times
                 (step.round, lost)
             }
             Event::Lost { round, device: lost } => (*round, *lost == device),
+            Event::GivenUp { .. } => continue,
+            Event::NotStarted { .. } => return false,
         };
         if lost && (plan.policy != Policy::Restart || round >= fault.round) {
             return reached >= needed;
@@ -244,7 +250,7 @@ fn comes_later(fault: &Injection, place: Place) -> bool {
         };
         Some((column, row))
     };
-    match (nature::place(&fault.cause).and_then(rank), rank(place)) {
+    match (nature::place(fault).and_then(rank), rank(place)) {
         (Some(own), Some(other)) => own > other,
         _ => false,
     }
@@ -253,7 +259,7 @@ fn comes_later(fault: &Injection, place: Place) -> bool {
 fn ends_held(seen: &Observation) -> bool {
     let last = seen.events.iter().rev().find_map(|event| match event {
         Event::Step(step) => Some(step.machine),
-        Event::Lost { .. } => None,
+        Event::Lost { .. } | Event::GivenUp { .. } | Event::NotStarted { .. } => None,
     });
     last == Some(MachineState::Held)
 }

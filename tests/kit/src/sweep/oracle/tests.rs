@@ -4,7 +4,6 @@ use super::*;
 use crate::plan::{HookAction, Moment, Outside, OutsideAction, Place as HookPlace, Policy};
 use crate::sweep::observation::Survivor;
 use crate::trace::Call;
-use standstill_protocol::fault::Point;
 use standstill_protocol::message::Phase;
 
 fn judge() -> Judge {
@@ -76,7 +75,7 @@ fn found(spoil: impl FnOnce(&mut Plan, &mut Observation)) -> Vec<Violation> {
 fn first(seen: &mut Observation) -> &mut Step {
     match &mut seen.events[0] {
         Event::Step(step) => step,
-        Event::Lost { .. } => panic!("not a step"),
+        _ => panic!("not a step"),
     }
 }
 
@@ -128,7 +127,7 @@ fn a_machine_without_faults_must_be_done() {
 
 #[test]
 fn a_fault_that_the_table_does_not_know_is_told() {
-    let violations = found(|plan, _| *plan = fault(Point::Hello, Action::Abort));
+    let violations = found(|plan, _| *plan = fault(Point::Query, Action::Abort));
     assert!(matches!(violations[..], [Violation::NotInTheTable(_)]), "{violations:?}");
 }
 
@@ -280,7 +279,7 @@ fn with_several_faults_none_is_done_in_which_one_was_silent_or_refused() {
 #[test]
 fn what_the_table_says_nothing_of_is_refused() {
     let refused = |plan: &Plan| judge().accepts(plan).unwrap_err().to_string();
-    for point in [Point::Hello, Point::Query, Point::Saving, Point::Loading] {
+    for point in [Point::Query, Point::Saving, Point::Loading] {
         let text = refused(&fault(point, Action::Abort));
         assert!(text.contains("never gets there"), "{text}");
     }
@@ -291,6 +290,56 @@ fn what_the_table_says_nothing_of_is_refused() {
     assert!(refused(&coordinator).contains("SIGKILL for the coordinator"));
     judge().accepts(&death().0).unwrap();
     judge().accepts(&lie().0).unwrap();
+}
+
+/// Device 1 ends at its Hello, in that round.
+fn at_hello(plan: Plan, round: u32, nth: u32) -> Plan {
+    let fault = Fault::new(Point::Hello, Action::Exit(1)).nth(nth);
+    plan.rounds(2).inject(Injection { device: 1, round, cause: Cause::Inside(fault) })
+}
+
+/// A machine that does not start for a device's sake.
+fn not_started(device: usize) -> Observation {
+    let why = "it has ended".to_owned();
+    let events = vec![Event::NotStarted { device, why }];
+    Observation { events, fired: vec![true], ..Observation::default() }
+}
+
+#[test]
+fn a_machine_starts_unless_somebody_has_not_greeted_as_he_should() {
+    let (alone, seen) = (at_hello(Plan::new(3), 1, 1), not_started(1));
+    assert_eq!(judge().violations(&alone, &seen), []);
+    let violations = judge().violations(&alone, &not_started(2));
+    assert_eq!(violations, [Violation::Innocent { round: 1, device: 2 }]);
+    // With a second fault, which does not happen: what comes of the first one stays.
+    let two = alone.fault(2, Fault::new(Point::Receipt(Phase::Stop), Action::Abort));
+    assert_eq!(judge().violations(&two, &seen), []);
+    let other = |violation: &Violation| matches!(violation, Violation::Outcome { .. });
+    let started = Observation {
+        events: [done(1), done(2)].concat(),
+        fired: vec![true, false],
+        ..Observation::default()
+    };
+    assert!(judge().violations(&two, &started).iter().any(other));
+    let nobodys = Observation { fired: vec![false, true], ..seen };
+    assert!(judge().violations(&two, &nobodys).iter().any(other));
+    // It has started without the fault.
+    let without = Observation { fired: vec![false, true], ..started };
+    let violations = judge().violations(&two, &without);
+    assert!(violations.contains(&Violation::Unfired(two.faults[0].clone())), "{violations:?}");
+}
+
+#[test]
+fn a_fault_at_a_hello_that_does_not_come_is_refused() {
+    let refused = |plan: &Plan| judge().accepts(plan).unwrap_err().to_string();
+    let restart = || Plan::new(3).policy(Policy::Restart);
+    let dies = |plan: Plan| plan.outside(1, Moment::Running, OutsideAction::Kill);
+    judge().accepts(&at_hello(dies(restart()), 2, 0)).unwrap();
+    assert!(refused(&at_hello(restart(), 2, 1)).contains("greet again"));
+    assert!(refused(&at_hello(dies(Plan::new(3)), 2, 1)).contains("no such thing"));
+    let twice = at_hello(at_hello(Plan::new(3), 1, 1), 1, 1);
+    assert!(refused(&twice).contains("at that Hello already"));
+    assert!(refused(&at_hello(Plan::new(3), 1, 2)).contains("greets once"));
 }
 
 #[test]
