@@ -53,6 +53,7 @@ fn invariants_5_6_and_8_whatever_fails_comes_to_what_is_written_and_nothing_is_l
         "lost",
         "given up",
         "not started",
+        "Held",
     ] {
         assert!(result["outcomes"][outcome].as_u64().unwrap_or(0) > 0, "{outcome}: {result:#}");
     }
@@ -179,6 +180,37 @@ fn a_machine_of_which_a_device_does_not_greet_does_not_start_and_nothing_is_left
     assert!(errors.contains("something else happens at that Hello already"), "{errors}");
 }
 
+/// The coordinator is killed in the second round, when a device has stopped.
+const LOST_COORDINATOR: &str = r#"
+devices = 2
+rounds = 2
+
+[[fault]]
+device = 1
+round = 2
+outside = { moment = { answer = "Stop" }, action = "kill-coordinator" }
+"#;
+
+#[test]
+fn a_machine_whose_coordinator_is_lost_is_held_and_goes_on_when_its_owner_says_so() {
+    let folder = tempfile::tempdir().unwrap();
+    let plan = folder.path().join("coordinator.toml");
+    std::fs::write(&plan, LOST_COORDINATOR).unwrap();
+    let (result, code) = json(&["--plan", plan.to_str().unwrap()]);
+    assert_eq!(code, Some(0), "{result:#}");
+    // A pause and a resume, and those of the owner after the take-over.
+    assert_eq!(result["outcomes"], serde_json::json!({ "Done": 5, "Held": 1 }), "{result:#}");
+    assert_eq!(result["faults_fired"], 1, "{result:#}");
+
+    let other =
+        "[[fault]]\ndevice = 0\ninside = { point = { receipt = \"Stop\" }, action = \"abort\" }\n";
+    std::fs::write(&plan, [LOST_COORDINATOR, other].concat()).unwrap();
+    let output = chaos(&["--plan", plan.to_str().unwrap()]);
+    let errors = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(2), "{errors}");
+    assert!(errors.contains("together with others"), "{errors}");
+}
+
 /// Is killed if a test does not come to its end.
 struct Killed(Child);
 
@@ -205,14 +237,15 @@ fn below(process: u32) -> Vec<u32> {
     all
 }
 
-#[test]
-fn after_sigint_no_process_and_no_file_is_left() {
+/// Interrupts it as soon as its devices are at work: so many processes below it, and some below those.
+fn interrupt(args: &[&str], processes: usize) {
     let temporary = tempfile::Builder::new().prefix("t").tempdir_in("/tmp").unwrap();
     let folder = tempfile::tempdir().unwrap();
     let log = folder.path().join("stderr");
     let mut command = Killed(
         Command::new(env!("CARGO_BIN_EXE_standstill"))
-            .args(["chaos", "--rounds", "100000", "--seed", "5"])
+            .arg("chaos")
+            .args(args)
             .env("TMPDIR", temporary.path())
             .stdout(Stdio::null())
             .stderr(File::create(&log).unwrap())
@@ -220,11 +253,10 @@ fn after_sigint_no_process_and_no_file_is_left() {
             .unwrap(),
     );
     let end = Instant::now() + Duration::from_secs(60);
-    // One of them is behind a relay: a grandchild.
     let devices: Vec<_> = loop {
         let children = below(command.0.id());
         let grandchildren = children.iter().flat_map(|&child| below(child)).count();
-        if children.len() >= 6 && grandchildren > 0 {
+        if children.len() >= processes && grandchildren > 0 {
             let pidfd = |&pid: &u32| {
                 let pid = Pid::from_raw(i32::try_from(pid).unwrap()).unwrap();
                 pidfd_open(pid, PidfdFlags::empty()).ok()
@@ -247,4 +279,22 @@ fn after_sigint_no_process_and_no_file_is_left() {
     let left = std::fs::read_dir(temporary.path()).unwrap();
     let left: Vec<_> = left.map(|entry| entry.unwrap().path()).collect();
     assert!(left.is_empty(), "{left:?}");
+}
+
+#[test]
+fn after_sigint_no_process_and_no_file_is_left() {
+    // One of them is behind a relay: a grandchild.
+    interrupt(&["--rounds", "100000", "--seed", "5"], 6);
+}
+
+#[test]
+fn after_sigint_no_device_is_left_that_would_outlive_its_coordinator() {
+    let folder = tempfile::tempdir().unwrap();
+    let plan = folder.path().join("coordinator.toml");
+    let late = LOST_COORDINATOR.replace("round = 2", "round = 100000");
+    let late = late.replace("rounds = 2", "rounds = 100000");
+    std::fs::write(&plan, late).unwrap();
+    // The machine without faults has two. Here it is the coordinator, a device, a relay, its guard and the
+    // device behind it.
+    interrupt(&["--plan", plan.to_str().unwrap()], 5);
 }

@@ -12,8 +12,8 @@ const AFTER_HELP: &str = "\
 The machine is that of `standstill demo`: copy engines that write into each other's memory without
 rest. What goes wrong is drawn from the seed: devices exit, crash, hang, refuse, answer wrongly, flood
 or close their channel, before, in and after every phase, and when they greet; packets come late, twice,
-damaged or never; processes are killed and stopped; hooks fail and hang. After each pause and resume it
-is checked that the outcome is the one that a table says (tests/expected-outcomes), that all devices that
+damaged or never; processes are killed and stopped; hooks fail and hang; the coordinator is killed, or
+stopped and let go when another one has the machine. After each pause and resume it is checked that the outcome is the one that a table says (tests/expected-outcomes), that all devices that
 are left are in one state, that nothing was written while the machine stood still, that every call kept
 its deadline, that each fault really happened, and at the end that no process, file descriptor or thread
 is left.

@@ -3,8 +3,8 @@
 use crate::engines::machine::{Blueprint, Vmm};
 use crate::engines::oracle::{self, Proof, Sight};
 use crate::engines::pairs::Pair;
-use standstill::coordinator::DeviceSpec;
 use standstill::coordinator::report::{ParticipantReport, TransitionReport};
+use standstill::coordinator::{DeviceSpec, Operation};
 use standstill::protocol::message::Phase;
 use standstill_testkit::sweep::{Access, Look, Rig, RigError, Subject};
 use std::collections::BTreeSet;
@@ -148,6 +148,10 @@ impl Rig for EngineRig {
         let (Some(after_stop), Some(before_start)) = (sights.first(), sights.last()) else {
             return Err("nobody has looked at the memory".into());
         };
+        if pause.operation == Operation::TakeOver {
+            // Nobody here has heard what devices showed when they stopped: only what is seen counts.
+            return Ok(moved(after_stop, before_start, &self.interrupts));
+        }
         let all = self.vmm()?.pairs().to_vec();
         let (pairs, at): (Vec<_>, Vec<_>) =
             all.into_iter().zip(0..).filter(|(pair, _)| self.wrote.contains(pair)).unzip();
@@ -168,6 +172,23 @@ impl Rig for EngineRig {
         });
         Ok(verdict.late.iter().map(ToString::to_string).collect())
     }
+}
+
+/// What moved between two looks at a machine that stands.
+fn moved(before: &Sight, after: &Sight, interrupts: &[u64]) -> Vec<String> {
+    let mut moved = Vec::new();
+    for (engine, (before, after)) in before.memory.iter().zip(&after.memory).enumerate() {
+        if before != after {
+            moved.push(format!("the memory of engine{engine} changed while it was stopped"));
+        }
+    }
+    if before.ram != after.ram {
+        moved.push("guest RAM changed while every engine was stopped".to_owned());
+    }
+    for (engine, count) in interrupts.iter().enumerate().filter(|(_, count)| **count > 0) {
+        moved.push(format!("engine{engine} raised {count} interrupts while it was stopped"));
+    }
+    moved
 }
 
 /// What an engine showed, if it took part in both.

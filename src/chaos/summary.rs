@@ -36,7 +36,9 @@ nobody outside can decide which one comes first; the table says why. A cell with
 answered while others have not; *command* and *answer*: the packet is on its way. A hook is *before*,
 *between* or *after* the phases of a stop, and in the mirrored place of a start. With the policy
 `restart` it is as with `rollback`, and the device comes back; its *hello again* is the one after that
-loss, in one process or *each time*. The words of the faults are those of
+loss, in one process or *each time*. Of *kill-coordinator*, *stop-coordinator* (it comes back when another
+one has the machine) and *short-stop-coordinator* it is said, under `rollback` alone, since no policy plays
+a part, how the [take-over](take-over.md) ends. The words of the faults are those of
 [fault injection](fault-injection.md).
 ";
 

@@ -99,6 +99,13 @@ impl ProcessSpec {
         &self.program
     }
 
+    /// Environment variables of its own, in the order in which they were said; without a value, that it
+    /// does not inherit.
+    #[must_use]
+    pub fn environment(&self) -> &[(OsString, Option<OsString>)] {
+        &self.env
+    }
+
     /// The arguments, without the program's own name.
     #[must_use]
     pub fn arguments(&self) -> &[OsString] {

@@ -6,6 +6,7 @@
 #![expect(clippy::panic, reason = "a check fails by a panic")]
 
 use crate::outside::SmallDisk;
+use crate::plan::Policy;
 use crate::programs::Program;
 use crate::script::{RogueError, Script};
 use serde::{Deserialize, Serialize};
@@ -16,6 +17,7 @@ use std::io::{self, BufRead, BufReader, Write};
 use std::path::PathBuf;
 use std::process::{Child, ChildStdin, ExitStatus, Stdio};
 use std::time::Duration;
+use thiserror::Error;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
 /// How long a pilot is waited for: far more than it needs.
@@ -37,6 +39,9 @@ pub struct Course {
     pub phase: Duration,
     /// Every other deadline.
     pub other: Duration,
+    /// What the machine does about a failure.
+    #[serde(default)]
+    pub policy: Policy,
 }
 
 /// A device of any program. It travels as the rest of a course does.
@@ -48,23 +53,32 @@ pub struct CourseDevice {
     pub program: PathBuf,
     /// The program's arguments.
     pub arguments: Vec<OsString>,
+    /// Environment variables that it has of its own; without a value, that it does not inherit.
+    #[serde(default)]
+    pub environment: Vec<(OsString, Option<OsString>)>,
 }
 
 impl From<&DeviceSpec> for CourseDevice {
-    /// Its name, program and arguments; nothing else of it.
+    /// Its name, program, arguments and environment; nothing else of it.
     fn from(device: &DeviceSpec) -> Self {
         let process = device.process();
         Self {
             name: device.name().to_owned(),
             program: process.program().to_owned(),
             arguments: process.arguments().to_vec(),
+            environment: process.environment().to_vec(),
         }
     }
 }
 
 impl CourseDevice {
     fn spec(&self) -> DeviceSpec {
-        DeviceSpec::new(&self.name, &self.program).args(self.arguments.iter().cloned())
+        let spec = DeviceSpec::new(&self.name, &self.program);
+        let spec = spec.args(self.arguments.iter().cloned());
+        self.environment.iter().cloned().fold(spec, |spec, (name, value)| match value {
+            Some(value) => spec.env(name, value),
+            None => spec.env_remove(name),
+        })
     }
 }
 
@@ -75,7 +89,7 @@ impl Course {
     ///
     /// If the program of the devices is not there.
     pub fn builder(&self) -> Result<MachineBuilder, RogueError> {
-        let Self { directory, devices, programs, phase, other } = self;
+        let Self { directory, devices, programs, phase, other, policy } = self;
         let specs = devices.iter().map(Script::spec).collect::<Result<Vec<_>, _>>()?;
         let deadlines = Deadlines {
             hello: *other,
@@ -91,6 +105,7 @@ impl Course {
             .presence(Presence::Optional)
             .devices(specs)
             .devices(programs.iter().map(CourseDevice::spec));
+        let builder = policy.apply(builder);
         Ok(match directory {
             Some(directory) => builder.keep(directory),
             None => builder,
@@ -100,6 +115,52 @@ impl Course {
 
 /// A signal that a test sends to a pilot.
 pub use rustix::process::Signal;
+
+/// A pilot does not do what it is told.
+#[derive(Debug, Error)]
+pub(crate) enum PilotError {
+    /// Its standard input is closed.
+    #[error("the pilot cannot be told {what:?}")]
+    Tell {
+        /// What it was to be told.
+        what: String,
+        /// Why it was not.
+        source: io::Error,
+    },
+    /// It has ended.
+    #[error("the pilot ended before it said {expected:?}: {heard:?}")]
+    Ended {
+        /// What it was to say.
+        expected: String,
+        /// What it has said.
+        heard: Vec<String>,
+    },
+    /// It says nothing, or something else.
+    #[error("the pilot has not said {expected:?}: {heard:?}")]
+    Silent {
+        /// What it was to say.
+        expected: String,
+        /// What it has said.
+        heard: Vec<String>,
+    },
+    /// It does not end.
+    #[error("the pilot does not end: {0:?}")]
+    Lasts(Vec<String>),
+    /// It is gone.
+    #[error("the pilot cannot be signalled")]
+    Signal(#[source] io::Error),
+    /// Its end cannot be seen.
+    #[error("the pilot cannot be waited for")]
+    Wait(#[source] io::Error),
+}
+
+/// What a test says of a pilot that fails it.
+fn unwrap<T>(result: Result<T, PilotError>) -> T {
+    match result {
+        Ok(value) => value,
+        Err(error) => panic!("{}", crate::chain(&error)),
+    }
+}
 
 /// A running `pilot`. Dropping it kills it, but not the device processes that outlive it.
 pub struct Pilot {
@@ -164,14 +225,20 @@ impl Pilot {
     }
 
     /// Tells it something: `pause`, `resume`, `status`, `leave` (drop the machine and end),
-    /// `shutdown`.
+    /// `shutdown`; `ram` and the path of a file, that this is guest RAM.
     ///
     /// # Panics
     ///
     /// If its standard input is closed.
     pub fn tell(&mut self, what: &str) {
-        let told = self.stdin.as_mut().map(|stdin| writeln!(stdin, "{what}"));
-        let Some(Ok(())) = told else { panic!("the pilot cannot be told {what:?}: {told:?}") };
+        unwrap(self.try_tell(what));
+    }
+
+    /// As [`tell`](Self::tell), without a panic.
+    pub(crate) fn try_tell(&mut self, what: &str) -> Result<(), PilotError> {
+        let stdin = self.stdin.as_mut().ok_or_else(|| io::ErrorKind::BrokenPipe.into());
+        let told = stdin.and_then(|stdin| writeln!(stdin, "{what}"));
+        told.map_err(|source| PilotError::Tell { what: what.to_owned(), source })
     }
 
     /// Waits for a line of it that begins like this, and gives the line.
@@ -180,17 +247,20 @@ impl Pilot {
     ///
     /// If none comes.
     pub async fn hear(&mut self, beginning: &str) -> String {
+        unwrap(self.try_hear(beginning).await)
+    }
+
+    /// As [`hear`](Self::hear), without a panic.
+    pub(crate) async fn try_hear(&mut self, beginning: &str) -> Result<String, PilotError> {
         loop {
-            let line = match tokio::time::timeout(PATIENCE, self.lines.recv()).await {
-                Ok(Some(line)) => line,
-                Ok(None) => {
-                    panic!("the pilot ended before it said {beginning:?}: {:?}", self.heard)
-                }
-                Err(_) => panic!("the pilot has not said {beginning:?}: {:?}", self.heard),
-            };
+            let line = tokio::time::timeout(PATIENCE, self.lines.recv()).await;
+            let (expected, heard) = (beginning.to_owned(), self.heard.clone());
+            let line = line.map_err(|_| PilotError::Silent { expected, heard })?;
+            let (expected, heard) = (beginning.to_owned(), self.heard.clone());
+            let line = line.ok_or(PilotError::Ended { expected, heard })?;
             self.heard.push(line.clone());
             if line.starts_with(beginning) {
-                return line;
+                return Ok(line);
             }
         }
     }
@@ -201,9 +271,14 @@ impl Pilot {
     ///
     /// If it is gone.
     pub fn signal(&self, signal: Signal) {
-        let pid = i32::try_from(self.child.id()).ok().and_then(rustix::process::Pid::from_raw);
-        let sent = pid.map(|pid| rustix::process::kill_process(pid, signal));
-        let Some(Ok(())) = sent else { panic!("the pilot cannot be signalled: {sent:?}") };
+        unwrap(self.try_signal(signal));
+    }
+
+    /// As [`signal`](Self::signal), without a panic.
+    pub(crate) fn try_signal(&self, signal: Signal) -> Result<(), PilotError> {
+        let pid = rustix::process::Pid::from_child(&self.child);
+        let sent = rustix::process::kill_process(pid, signal);
+        sent.map_err(|error| PilotError::Signal(error.into()))
     }
 
     /// Stops it by SIGSTOP, and waits until it stands.
@@ -245,18 +320,19 @@ impl Pilot {
     ///
     /// If it does not.
     pub async fn ended(&mut self) -> ExitStatus {
+        unwrap(self.try_ended().await)
+    }
+
+    /// As [`ended`](Self::ended), without a panic.
+    pub(crate) async fn try_ended(&mut self) -> Result<ExitStatus, PilotError> {
         // The end of its output comes first.
-        loop {
-            match tokio::time::timeout(PATIENCE, self.lines.recv()).await {
-                Ok(Some(line)) => self.heard.push(line),
-                Ok(None) => break,
-                Err(_) => panic!("the pilot does not end: {:?}", self.heard),
-            }
+        while let Some(line) = tokio::time::timeout(PATIENCE, self.lines.recv())
+            .await
+            .map_err(|_| PilotError::Lasts(self.heard.clone()))?
+        {
+            self.heard.push(line);
         }
-        match self.child.wait() {
-            Ok(status) => status,
-            Err(error) => panic!("the pilot cannot be waited for: {error}"),
-        }
+        self.child.wait().map_err(PilotError::Wait)
     }
 }
 

@@ -5,8 +5,12 @@
 use crate::trace::{Trace, What};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-use rustix::process::{Pid, PidfdFlags, WaitId, WaitIdOptions, pidfd_open, waitid};
+use rustix::process::{
+    Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid,
+};
 use standstill_coordinator::Status;
+use standstill_coordinator::record::ProcessIdentity;
+use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
@@ -144,6 +148,21 @@ fn ended(pidfd: &OwnedFd) -> bool {
     matches!(poll(&mut [PollFd::new(pidfd, PollFlags::IN)], Some(&now)), Ok(1))
 }
 
+/// SIGKILL for a process that a record names, unless that has ended and another one has its number.
+pub(crate) fn kill_recorded(process: ProcessIdentity) -> io::Result<()> {
+    let known = i32::try_from(process.pid).ok().and_then(Pid::from_raw);
+    let known = known.ok_or(io::ErrorKind::InvalidData)?;
+    // First the pidfd: whose start is read then, it is the same process.
+    let pidfd = pidfd_open(known, PidfdFlags::empty())?;
+    let stat = std::fs::read_to_string(format!("/proc/{}/stat", process.pid))?;
+    // Field 22; the name, field 2, may have spaces and parentheses in it.
+    let start = stat.rsplit(')').next().and_then(|rest| rest.split_whitespace().nth(19));
+    if start.and_then(|start| start.parse().ok()) == Some(process.start_time) {
+        pidfd_send_signal(&pidfd, Signal::KILL)?;
+    }
+    Ok(())
+}
+
 /// Whether a process stands by a signal, by its `/proc/<pid>/stat`.
 pub(crate) fn stands(stat: &str) -> bool {
     stat.rsplit(')').next().is_some_and(|rest| rest.trim_start().starts_with('T'))
@@ -175,6 +194,21 @@ mod tests {
         let parent = std::os::unix::process::parent_id();
         let processes = Processes::new([("parent".to_owned(), parent)].into_iter());
         assert_eq!(processes.left(), ["parent"]);
+    }
+
+    #[test]
+    fn a_recorded_process_is_killed_and_another_one_of_its_number_is_not() {
+        let (mut child, _processes) = child();
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", child.id())).unwrap();
+        let start = stat.rsplit(')').next().unwrap().split_whitespace().nth(19).unwrap();
+        let start_time: u64 = start.parse().unwrap();
+        let (pid, other) = (child.id(), start_time + 1);
+        kill_recorded(ProcessIdentity { pid, start_time: other }).unwrap();
+        assert_eq!(child.try_wait().unwrap(), None);
+        kill_recorded(ProcessIdentity { pid, start_time }).unwrap();
+        let status = child.wait().unwrap();
+        assert_eq!(std::os::unix::process::ExitStatusExt::signal(&status), Some(9));
+        kill_recorded(ProcessIdentity { pid, start_time }).unwrap_err();
     }
 
     #[tokio::test]

@@ -6,6 +6,7 @@ use crate::chain;
 use crate::pilot::{Course, SUPERSEDED};
 use standstill_coordinator::{Events, Machine, MachineError, MachineEvent};
 use std::ffi::OsString;
+use std::fs::File;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
 type Error = Box<dyn std::error::Error>;
@@ -67,6 +68,14 @@ async fn superseded(mut events: Events) -> Result<u64, Error> {
 /// Does what it is told until it is told to end.
 async fn obey(machine: &Machine, mut orders: UnboundedReceiver<String>) -> Result<(), Error> {
     while let Some(order) = orders.recv().await {
+        if let Some(path) = order.strip_prefix("ram ") {
+            let ram = File::options().read(true).write(true).open(path)?;
+            match machine.declare_ram(&ram).await {
+                Ok(()) => println!("ram Done"),
+                Err(error) => println!("ram failed: {}", chain(&error)),
+            }
+            continue;
+        }
         match order.as_str() {
             "pause" => match machine.pause().await {
                 Ok(stopped) => {

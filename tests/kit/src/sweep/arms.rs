@@ -129,6 +129,13 @@ impl Arms {
         names: &[String],
         round: u32,
     ) -> Result<(), RunError> {
+        self.arm_relays(round)?;
+        self.arm_hellos(round, |_| true)?;
+        self.arm_devices(machine, names, round).await
+    }
+
+    /// Tells relays what is to go wrong from this round on.
+    pub(super) fn arm_relays(&mut self, round: u32) -> Result<(), RunError> {
         for fault in self.faults.iter_mut().filter(|fault| fault.round == round && !fault.over) {
             let Some((moment, action)) = fault.moment() else { continue };
             let Some(relay) = self.relays.get(&fault.device) else { continue };
@@ -138,8 +145,20 @@ impl Arms {
             }
             (fault.order, fault.armed) = (Some(order), true);
         }
-        self.arm_hellos(round, |_| true)?;
-        self.arm_devices(machine, names, round).await
+        Ok(())
+    }
+
+    /// The coordinator has got what it is to have.
+    pub(super) fn coordinator_has_it(&mut self) {
+        for fault in &mut self.faults {
+            fault.fired |= nature::hits_the_coordinator(&fault.cause);
+        }
+    }
+
+    /// Whether anything has happened.
+    pub(super) fn has_fired(&mut self) -> bool {
+        self.read();
+        self.faults.iter().any(|fault| fault.fired)
     }
 
     #[cfg(feature = "fault-injection")]

@@ -57,7 +57,7 @@ impl Sweep {
     }
 
     /// Everything that can be done to device programs of any kind from outside, as
-    /// [`cases::sweep`] gives it, and faults of hooks beside them: machines of three.
+    /// [`cases::sweep`] gives it, and faults of hooks and of coordinators beside them: machines of three.
     ///
     /// # Errors
     ///
@@ -85,6 +85,7 @@ impl Sweep {
         sweep.plans = cases::sweep_of_restarts(causes, 3, times);
         sweep.plans.extend(cases::sweep(causes, 3, expected, times));
         sweep.plans.extend(cases::sweep_of_hooks(3, expected, times));
+        sweep.plans.extend(cases::sweep_of_coordinators(3));
         Ok(sweep)
     }
 

@@ -97,6 +97,35 @@ pub fn outside(times: &Times) -> Vec<Cause> {
         .collect()
 }
 
+/// Everything that can happen to a coordinator while its machine is paused and resumed.
+#[must_use]
+pub fn coordinators() -> Vec<Cause> {
+    let moments = [Moment::Running, Moment::Stopped].into_iter().chain(
+        PHASES.into_iter().flat_map(|phase| [Moment::Command(phase), Moment::Answer(phase)]),
+    );
+    let actions = [
+        OutsideAction::KillCoordinator,
+        OutsideAction::StopCoordinatorMs(0),
+        OutsideAction::StopCoordinatorMs(20),
+    ];
+    let of =
+        |moment| actions.into_iter().map(move |action| Cause::Outside(Outside { moment, action }));
+    moments.flat_map(of).collect()
+}
+
+/// Machines whose coordinator is lost, hangs or comes back, at every moment: at a packet of one device, of
+/// the next one at the next moment. What comes of it is the same under every policy.
+#[must_use]
+pub fn sweep_of_coordinators(devices: u16) -> Vec<Plan> {
+    let all = coordinators();
+    let plan = |(at, cause): (usize, &Cause)| {
+        // Three to each moment.
+        let device = u16::try_from(at / 3).unwrap_or(0) % devices.max(1);
+        Plan::new(devices).inject(first(device, cause))
+    };
+    all.iter().enumerate().map(plan).collect()
+}
+
 /// A fault of a device in the first round.
 fn first(device: u16, cause: &Cause) -> Injection {
     Injection { device, round: 1, cause: cause.clone() }
@@ -258,7 +287,8 @@ mod tests {
         for policy in
             [Policy::Rollback, Policy::StayStopped, Policy::ContinueWithout, Policy::Restart]
         {
-            for cause in inside(&times).iter().chain(&outside(&times)) {
+            let causes = [inside(&times), outside(&times), coordinators()].concat();
+            for cause in &causes {
                 let word = nature::word(cause, &times);
                 let place = nature::place(&first(0, cause)).unwrap();
                 let case = format!("{word} at {place:?} under {policy}");

@@ -1,13 +1,20 @@
 //! Runs one plan on one machine, and writes down what is seen.
 
+mod error;
+mod piloted;
+
+pub use error::RunError;
+
+use self::piloted::Kept;
 use super::Times;
 use super::arms::{self, Arms, Moments};
 use super::deadlines::{deadlines, short_deadlines};
 use super::hooks::Hooks;
+use super::nature;
 use super::observation::{Act, Ended, Event, Observation, Step, survivors};
-use super::subject::{Bench, Look, Rig, RigError, Subject};
+use super::subject::{Bench, Look, Rig, Subject};
 use crate::Processes;
-use crate::plan::{Plan, PlanError, Policy};
+use crate::plan::{Plan, Policy};
 use standstill_coordinator::report::TransitionReport;
 use standstill_coordinator::{
     DeviceStanding, DeviceStatus, Events, LossPolicy, Machine, MachineBuilder, MachineError,
@@ -15,11 +22,9 @@ use standstill_coordinator::{
 };
 use standstill_protocol::transition::MachineState;
 use std::collections::BTreeSet;
-use std::io;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use thiserror::Error;
 
 /// Longer than any call takes that ends at all.
 pub(super) const HANG: Duration = Duration::from_secs(240);
@@ -33,57 +38,6 @@ const STILL_FOR_A_LIAR: Duration = Duration::from_millis(500);
 const RESUMES: u32 = 4;
 /// How long device processes may take to end by themselves.
 const SHUTDOWN: Duration = Duration::from_secs(2);
-
-/// A plan was not run to its end.
-#[derive(Debug, Error)]
-pub enum RunError {
-    /// It is no plan.
-    #[error(transparent)]
-    Plan(#[from] PlanError),
-    /// The VMM's side does not work.
-    #[error("cannot {what}")]
-    Rig {
-        /// What was to be done.
-        what: &'static str,
-        /// Why it was not.
-        source: RigError,
-    },
-    /// The machine does not start.
-    #[error("the machine does not start")]
-    Start(#[from] StartError),
-    /// The machine does not do something that it has to.
-    #[error("cannot {what}")]
-    Machine {
-        /// What was to be done.
-        what: &'static str,
-        /// Why it was not.
-        source: MachineError,
-    },
-    /// A fault cannot be done.
-    #[error("cannot do this to device {device}")]
-    Fault {
-        /// Whom it should hit.
-        device: usize,
-        /// Why not.
-        source: Box<dyn std::error::Error + Send + Sync>,
-    },
-    /// Something that has to come does not come.
-    #[error("not within {limit:?}: {what}")]
-    Late {
-        /// What.
-        what: String,
-        /// How long it was waited for.
-        limit: Duration,
-    },
-    /// The system refuses something.
-    #[error("cannot {what}")]
-    System {
-        /// What.
-        what: &'static str,
-        /// Why.
-        source: io::Error,
-    },
-}
 
 /// Runs a plan on a machine of that subject.
 ///
@@ -99,11 +53,11 @@ pub async fn run(
     times: &Times,
 ) -> Result<Observation, RunError> {
     plan.check()?;
-    let mut run = match Run::start(subject, plan, times).await? {
-        Begun::Runs(run) => run,
+    let (mut run, first) = match Run::start(subject, plan, times).await? {
+        Begun::Runs(run, first) => (run, first),
         Begun::Failed(seen) => return Ok(seen),
     };
-    for round in 1..=plan.rounds + 1 {
+    for round in first..=plan.rounds + 1 {
         if !run.round(round).await? {
             break;
         }
@@ -113,7 +67,8 @@ pub async fn run(
 
 /// What the start of a machine has come to.
 enum Begun<'a> {
-    Runs(Box<Run<'a>>),
+    /// It is at work, and this is its next round.
+    Runs(Box<Run<'a>>, u32),
     Failed(Observation),
 }
 
@@ -141,6 +96,8 @@ struct Run<'a> {
     /// Faults that have fired between the step before and this one.
     fired_before: BTreeSet<usize>,
     seen: Observation,
+    /// Of a machine that was taken over; dropped after the machine.
+    _kept: Option<Kept>,
 }
 
 impl<'a> Run<'a> {
@@ -157,6 +114,9 @@ impl<'a> Run<'a> {
         let rig: Box<dyn Rig> =
             made.map_err(|error| failed(what)(error.into()))?.map_err(failed(what))?;
         let specs = rig.devices().map_err(failed("describe the devices"))?;
+        if plan.faults.iter().any(|fault| nature::hits_the_coordinator(&fault.cause)) {
+            return Run::taken_over(rig, specs, plan, times).await;
+        }
         let ram = rig.ram().map_err(failed("have guest RAM"))?;
         let mut arms = Arms::new(plan, times)?;
         let mut builder = MachineBuilder::new("faults")
@@ -209,11 +169,12 @@ impl<'a> Run<'a> {
             processes: vec![Processes::of(&status)],
             fired_before: BTreeSet::new(),
             seen: Observation::default(),
+            _kept: None,
         };
         run.behind_relays(None)?;
         run.bench.with("connect to the devices", |rig| rig.connect()).await?;
         run.traffic(0).await?;
-        Ok(Begun::Runs(Box::new(run)))
+        Ok(Begun::Runs(Box::new(run), 1))
     }
 
     /// One round; false if there can be no other.
@@ -308,11 +269,13 @@ impl<'a> Run<'a> {
         let call = async {
             match act {
                 Act::Resume => self.machine.resume().await,
-                Act::Pause | Act::Declare => self.machine.pause().await.map(|stopped| {
-                    let report = Arc::clone(stopped.report());
-                    stopped.leave_stopped();
-                    report
-                }),
+                Act::Pause | Act::Declare | Act::TakeOver => {
+                    self.machine.pause().await.map(|stopped| {
+                        let report = Arc::clone(stopped.report());
+                        stopped.leave_stopped();
+                        report
+                    })
+                }
             }
         };
         let call = within(format!("the {act} of round {round}"), call);

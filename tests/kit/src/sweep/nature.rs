@@ -142,7 +142,10 @@ pub fn word(cause: &Cause, times: &Times) -> &'static str {
             OutsideAction::Cut => "cut",
             OutsideAction::Limit(_) => "limit",
             OutsideAction::KillCoordinator => "kill-coordinator",
-            OutsideAction::StopCoordinatorMs(_) => "stop-coordinator",
+            OutsideAction::StopCoordinatorMs(0) => "stop-coordinator",
+            OutsideAction::StopCoordinatorMs(ms) => {
+                delay(ms, "short-stop-coordinator", "long-stop-coordinator")
+            }
         },
     }
 }
@@ -199,6 +202,15 @@ pub fn place(injection: &Injection) -> Option<Place> {
             Moment::Packet(_) => None,
         },
     }
+}
+
+/// Why a plan is refused in which a coordinator's fault is not the only one.
+pub(super) const NOT_ALONE: &str =
+    "nothing is known of what comes of a coordinator's fault together with others";
+
+/// Whether it is the coordinator that has this fault.
+pub(super) fn hits_the_coordinator(cause: &Cause) -> bool {
+    matches!(cause, Cause::Outside(outside) if outside.action.hits_the_coordinator())
 }
 
 /// The column of a phase of a pause or resume.

@@ -85,6 +85,8 @@ pub enum Act {
     Pause,
     /// To resume.
     Resume,
+    /// To have another coordinator, after its first one was lost.
+    TakeOver,
 }
 
 /// How it ended.
@@ -175,6 +177,7 @@ impl fmt::Display for Act {
             Self::Declare => "declaration of RAM",
             Self::Pause => "pause",
             Self::Resume => "resume",
+            Self::TakeOver => "take-over",
         })
     }
 }

@@ -274,7 +274,7 @@ impl Judge {
         let column = match step.act {
             Act::Pause => "Stop",
             Act::Resume => "Start",
-            Act::Declare => return None,
+            Act::Declare | Act::TakeOver => return None,
         };
         let place = Place { row: "receipt", column };
         // A hook that fails undoes also what would go on without a device.
@@ -290,7 +290,7 @@ impl Judge {
         let times = &self.times;
         let one = match act {
             Act::Declare => times.memory,
-            Act::Pause | Act::Resume => 4 * times.short,
+            Act::Pause | Act::Resume | Act::TakeOver => 4 * times.short,
         };
         let wait = |injection: &Injection| match (nature(&injection.cause, times), &injection.cause)
         {

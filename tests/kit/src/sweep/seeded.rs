@@ -25,10 +25,12 @@ const MOST: u16 = 4;
 /// One plan of so many has faults of hooks too, and at most so many of them.
 const WITH_HOOKS: u16 = 4;
 const MOST_OF_HOOKS: u16 = 2;
+/// One plan of so many has a fault of its coordinator, and no other.
+const WITH_COORDINATOR: u16 = 16;
 
 impl Seeded {
     /// Plans of machines of that many devices (2 at least) and at most that many rounds each, of these
-    /// faults of devices, and of any of hooks. Liars are left out: what they do is wrong by any measure.
+    /// faults of devices, and of any of hooks and coordinators. Liars are left out: what they do is wrong by any measure.
     /// Those at a Hello come when a device greets again.
     #[must_use]
     pub fn new(
@@ -75,6 +77,12 @@ impl Seeded {
             return Plan::new(*devices).rounds(rounds);
         };
         let mut plan = Plan::new(*devices).rounds(rounds).policy(*policy);
+        if rng.u16(0..WITH_COORDINATOR) == 0
+            && let Some(cause) = rng.choice(cases::coordinators())
+        {
+            let (device, round) = (rng.u16(0..*devices), rng.u32(1..=rounds));
+            return plan.inject(Injection { device, round, cause });
+        }
         let mut victims: Vec<_> = (0..*devices).collect();
         rng.shuffle(&mut victims);
         victims.truncate(usize::from(*devices - 1));
@@ -141,5 +149,10 @@ mod tests {
         assert_eq!(policies.len(), POLICIES.len());
         assert!(plans.iter().any(|plan| plan.rounds == 4));
         assert!(plans.iter().filter(|plan| !plan.hooks.is_empty()).count() > 20);
+        let coordinator = |plan: &&Plan| {
+            plan.faults.iter().any(|fault| nature::hits_the_coordinator(&fault.cause))
+        };
+        assert!(plans.iter().filter(coordinator).count() > 3);
+        assert!(plans.iter().filter(coordinator).all(|plan| plan.faults.len() == 1));
     }
 }

@@ -7,6 +7,7 @@ use standstill_coordinator::error::MachineError;
 use standstill_coordinator::{Machine, Outcome, TakenOver};
 use standstill_protocol::message::Phase;
 use standstill_protocol::migration::MigrationState;
+use standstill_testkit::plan::Policy;
 use standstill_testkit::{Course, Entry, Pilot, Script, Trace, What, within};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
@@ -35,6 +36,7 @@ impl Left {
             programs: Vec::new(),
             phase: LONG,
             other: LONG,
+            policy: Policy::Rollback,
         };
         Self { trace, course, _folder: folder }
     }

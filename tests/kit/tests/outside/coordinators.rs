@@ -10,7 +10,7 @@ use standstill_protocol::transition::{HeldReason, MachineState};
 use standstill_testkit::machine::LONG;
 use standstill_testkit::outside::{Relay, RelayError};
 use standstill_testkit::pilot::{SUPERSEDED, Signal};
-use standstill_testkit::plan::{Moment, OutsideAction};
+use standstill_testkit::plan::{Moment, OutsideAction, Policy};
 use standstill_testkit::{Course, CourseDevice, Pilot, Script, TestMachine, Trace, What, within};
 use tempfile::TempDir;
 
@@ -39,6 +39,7 @@ impl Kept {
             programs: NAMES.iter().map(device).collect(),
             phase: LONG,
             other: LONG,
+            policy: Policy::Rollback,
         };
         Self { trace, relay, course, _folder: folder }
     }

@@ -4,6 +4,7 @@ use rustix::process::Pid;
 use standstill_coordinator::TakeOverError;
 use standstill_testkit::machine::LONG;
 use standstill_testkit::outside::{SmallDisk, signals};
+use standstill_testkit::plan::Policy;
 use standstill_testkit::{Course, Pilot, Script, Trace, What};
 use std::process::Command;
 
@@ -31,6 +32,7 @@ impl Place {
             programs: Vec::new(),
             phase: LONG,
             other: LONG,
+            policy: Policy::Rollback,
         }
     }
 

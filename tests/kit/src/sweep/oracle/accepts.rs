@@ -2,7 +2,9 @@
 
 use super::Judge;
 use crate::plan::{Cause, Injection, Plan, PlanError};
-use crate::sweep::nature::{HELLO, HELLO_AGAIN, HELLO_EACH_TIME, Nature, nature, place};
+use crate::sweep::nature::{
+    HELLO, HELLO_AGAIN, HELLO_EACH_TIME, NOT_ALONE, Nature, hits_the_coordinator, nature, place,
+};
 use crate::sweep::principal::{Principal, principals};
 use standstill_protocol::fault::{Fault, Point};
 
@@ -12,7 +14,7 @@ impl Judge {
     /// # Errors
     ///
     /// [`PlanError::Impossible`] names the first of which the table says nothing, or that it cannot be
-    /// under this policy; or a fault at a Hello that does not come.
+    /// under this policy; a fault at a Hello that does not come; one of a coordinator that is not alone.
     pub fn accepts(&self, plan: &Plan) -> Result<(), PlanError> {
         let principals = principals(plan);
         let devices = (1..).zip(plan.faults.iter().map(Principal::Device));
@@ -39,6 +41,10 @@ impl Judge {
                 return Some("the table of expected outcomes says that there is no such thing");
             }
             Ok(_) => {}
+        }
+        let own = |fault: &Injection| hits_the_coordinator(&fault.cause);
+        if plan.faults.iter().any(own) && principals(plan).len() > 1 {
+            return Some(NOT_ALONE);
         }
         match fault {
             Principal::Device(injection) => self.objection_at_hello(plan, injection),

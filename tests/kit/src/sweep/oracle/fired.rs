@@ -95,7 +95,7 @@ impl Judge {
         let back = match (step.act, plan.policy) {
             (Act::Pause, Policy::StayStopped) | (Act::Resume, _) => Call::Stop,
             (Act::Pause, _) => Call::Start,
-            (Act::Declare, _) => return false,
+            (Act::Declare | Act::TakeOver, _) => return false,
         };
         let holds = |fault: &HookFault| match hook_nature(fault, &self.times) {
             HookNature::Hangs => true,

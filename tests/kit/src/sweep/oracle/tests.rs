@@ -287,7 +287,15 @@ fn what_the_table_says_nothing_of_is_refused() {
     let text = refused(&swap);
     assert!(text.contains("packet after the next") && text.contains("says nothing"), "{text}");
     let coordinator = Plan::new(3).outside(1, Moment::Running, OutsideAction::KillCoordinator);
-    assert!(refused(&coordinator).contains("SIGKILL for the coordinator"));
+    judge().accepts(&coordinator).unwrap();
+    let too = coordinator.clone().outside(2, Moment::Stopped, OutsideAction::Kill);
+    let text = refused(&too);
+    assert!(text.contains("SIGKILL for the coordinator") && text.contains("together"), "{text}");
+    let too = coordinator.hook(HookPlace::After, Call::Stop, HookAction::Fail);
+    assert!(refused(&too).contains("together"));
+    let forever = OutsideAction::StopCoordinatorMs(60_000);
+    let late = Plan::new(3).outside(1, Moment::Answer(Phase::Stop), forever);
+    assert!(refused(&late).contains("says nothing"));
     judge().accepts(&death().0).unwrap();
     judge().accepts(&lie().0).unwrap();
 }
@@ -340,6 +348,31 @@ fn a_fault_at_a_hello_that_does_not_come_is_refused() {
     let twice = at_hello(at_hello(Plan::new(3), 1, 1), 1, 1);
     assert!(refused(&twice).contains("at that Hello already"));
     assert!(refused(&at_hello(Plan::new(3), 1, 2)).contains("greets once"));
+}
+
+/// The coordinator is killed with the answer to `Stop` on its way, and the take-over ends like this.
+fn lost_coordinator(ended: Ended, machine: MachineState) -> Vec<Violation> {
+    let answer = Moment::Answer(Phase::Stop);
+    let plan = Plan::new(3).outside(1, answer, OutsideAction::KillCoordinator);
+    let mut events = vec![step(1, Act::TakeOver, ended, machine)];
+    if machine == MachineState::Held {
+        events.push(step(1, Act::Resume, Ended::Done, MachineState::Running));
+    }
+    events.extend(done(2));
+    judge().violations(&plan, &Observation { events, fired: vec![true], ..Observation::default() })
+}
+
+#[test]
+fn a_machine_that_had_stopped_is_held_when_it_is_taken_over() {
+    use MachineState::{Held, Running};
+    assert_eq!(lost_coordinator(Ended::Held, Held), []);
+    for (ended, machine) in [(Ended::Done, Running), (Ended::RolledBack, Running)] {
+        let violations = lost_coordinator(ended, machine);
+        assert!(matches!(violations[..], [Violation::Outcome { .. }]), "{violations:?}");
+    }
+    let lost = Ended::Degraded { fenced: BTreeSet::from([2]) };
+    let violations = lost_coordinator(lost, Held);
+    assert!(violations.contains(&Violation::Innocent { round: 1, device: 2 }), "{violations:?}");
 }
 
 #[test]
