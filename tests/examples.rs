@@ -13,10 +13,11 @@ use std::time::Duration;
 const PATIENCE: Duration = Duration::from_secs(120);
 
 /// The examples that play the VMM. `scratch_device` is run by `own_binary`.
-const VMMS: [&str; 8] = [
+const VMMS: [&str; 9] = [
     "embed",
     "embed_blocking",
     "failures",
+    "foreign_backend",
     "foreign_device",
     "launch_join",
     "local_device",
@@ -143,6 +144,19 @@ fn a_local_device_takes_part_in_both_phases() {
 fn a_device_with_a_program_of_its_own_is_started_and_ends() {
     let words = ["scratch1 is scratch", "resume: Done", "scratch0: exited with status 0"];
     says("own_binary", &words);
+}
+
+#[test]
+fn a_backend_of_another_server_is_paused_and_goes_on_where_it_was() {
+    let words = [
+        "gpio0 is gpio",
+        "the crate's client reads 0 0 1 0 and sees 1 interrupt",
+        "pause: Done",
+        "refused: Invalid argument",
+        "resume: Done",
+        "our client reads 0 1 0 0 and sees 1 interrupt",
+    ];
+    says("foreign_backend", &words);
 }
 
 /// A part of the sweep; `standstill chaos --sweep` and the kit's own tests do it whole.

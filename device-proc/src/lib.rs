@@ -8,6 +8,7 @@
 //! - [`gate`]: who may do DMA now; closing it waits for what is in flight;
 //! - [`memory`]: the IOVA map; all DMA passes here;
 //! - [`interrupt`]: interrupt lines, latched while the device is stopped;
+//! - [`foreign`]: backends of the `vfio_user` crate as devices;
 //! - [`actor`]: control messages to lifecycle to device;
 //! - [`registers`]: registers that are read, written, saved and loaded;
 //! - [`vfio_user`]: the transport towards the VMM;
@@ -19,6 +20,7 @@ pub mod devices;
 mod edge;
 #[cfg(feature = "fault-injection")]
 mod fault;
+pub mod foreign;
 pub mod gate;
 pub mod interrupt;
 pub mod log;

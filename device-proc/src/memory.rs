@@ -478,6 +478,12 @@ impl MemoryMap {
         Ok(true)
     }
 
+    /// The file behind the window that contains this address, if it has one, and what it is.
+    pub(crate) fn behind(&self, iova: u64) -> Option<(Option<FileIdentity>, WindowClass)> {
+        let window = self.shared.window_at(iova)?;
+        Some((window.file, window.class()))
+    }
+
     /// How many windows there are.
     #[must_use]
     pub fn windows(&self) -> usize {

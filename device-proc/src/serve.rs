@@ -52,6 +52,7 @@ use crate::actor::introduction::Introduction;
 use crate::actor::parts::Parts;
 use crate::actor::{ActorError, Arguments, DeviceActor, Ended, InfoError, Message, Outcome};
 use crate::device::{Device, DeviceError, DeviceInfo, Handles};
+use crate::foreign::{Foreign, RawDevice};
 use crate::gate::{Gate, Scope};
 use crate::interrupt::Interrupts;
 use crate::log::{self, LogFormat};
@@ -73,6 +74,7 @@ use thiserror::Error;
 use tokio::runtime::Runtime;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::oneshot;
+use vfio_user::ServerBackend;
 
 /// Exit code: the device could not be built or is none, or the process itself failed.
 pub const EXIT_DEVICE: u8 = 70;
@@ -178,6 +180,40 @@ pub fn serve<D: Device>(
     options: ServeOptions,
     build: impl FnOnce(Handles) -> Result<(D, DeviceInfo), DeviceError>,
 ) -> Result<(), ServeError> {
+    serve_built(options, |handles, _memory| {
+        let (device, info) = build(handles)?;
+        Ok(Built { device, info, raw: None })
+    })
+}
+
+/// Serves a backend of the `vfio_user` crate as [`serve`] does a device; see
+/// [`foreign`](crate::foreign).
+///
+/// # Errors
+///
+/// [`ServeError`]; see [`ServeError::exit_code`].
+pub fn serve_backend<B: ServerBackend + Send + 'static>(
+    options: ServeOptions,
+    build: impl FnOnce() -> Result<Foreign<B>, DeviceError>,
+) -> Result<(), ServeError> {
+    serve_built(options, |handles, memory| {
+        let built = build()?.put_together(memory.clone(), handles.interrupts);
+        built.map_err(DeviceError::new)
+    })
+}
+
+/// A device that is ready to be served.
+pub(crate) struct Built<D> {
+    pub(crate) device: D,
+    pub(crate) info: DeviceInfo,
+    /// Answers for regions, windows and interrupts, if the device does so itself.
+    pub(crate) raw: Option<Arc<dyn RawDevice>>,
+}
+
+fn serve_built<D: Device>(
+    options: ServeOptions,
+    build: impl FnOnce(Handles, &MemoryMap) -> Result<Built<D>, DeviceError>,
+) -> Result<(), ServeError> {
     panics::abort_on_panic();
     let control = greeting::take_control_channel();
     // What cannot be taken is a control channel all the same.
@@ -195,7 +231,7 @@ pub fn serve<D: Device>(
 fn listen_and_serve<D: Device>(
     options: ServeOptions,
     control: Option<DeviceEnd>,
-    build: impl FnOnce(Handles) -> Result<(D, DeviceInfo), DeviceError>,
+    build: impl FnOnce(Handles, &MemoryMap) -> Result<Built<D>, DeviceError>,
 ) -> Result<Ended, ServeError> {
     let listener = Listener::bind(&options.socket)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -213,7 +249,7 @@ fn greet_and_serve<D: Device>(
     options: ServeOptions,
     listener: &Listener,
     control: Option<DeviceEnd>,
-    build: impl FnOnce(Handles) -> Result<(D, DeviceInfo), DeviceError>,
+    build: impl FnOnce(Handles, &MemoryMap) -> Result<Built<D>, DeviceError>,
 ) -> Result<Ended, ServeError> {
     #[cfg(feature = "fault-injection")]
     crate::fault::arm_from_environment()
@@ -221,20 +257,28 @@ fn greet_and_serve<D: Device>(
     let memory = MemoryMap::new(Arc::new(Gate::new()));
     let interrupts = Interrupts::new();
     let handles = Handles { dma: memory.dma(), interrupts: interrupts.clone() };
-    let (device, mut info) = {
+    let Built { device, mut info, raw } = {
         let _inside = runtime.enter();
-        build(handles).map_err(ServeError::Build)?
+        build(handles, &memory).map_err(ServeError::Build)?
     };
-    // The gate gives every device the P2P states.
-    info.migration = with_p2p(info.migration);
-    interrupts.set_counts(info.irqs());
+    if raw.is_none() {
+        // The gate gives every device the P2P states.
+        info.migration = with_p2p(info.migration);
+        interrupts.set_counts(info.irqs());
+    }
     // Kept, and with them their locks, until the process ends.
     let backing_files = std::mem::take(&mut info.backing_files);
     if backing_files.len() > MAX_FDS {
         return Err(InfoError::BackingFiles(backing_files.len()).into());
     }
     let (migration, peer_dma) = (info.migration, info.peer_dma);
-    let parts = Arc::new(Parts::new(device, info, memory, interrupts)?);
+    // The runtime marks what passes it, and a device that answers for itself writes alone.
+    let dirty_tracking = raw.is_none();
+    let parts = Parts::new(device, info, memory, interrupts)?;
+    let parts = Arc::new(match raw {
+        Some(raw) => parts.with_raw(raw),
+        None => parts,
+    });
     greeting::lock(&backing_files)?;
     let introduction = Arc::new(Introduction {
         kind: parts.kind.clone(),
@@ -243,8 +287,7 @@ fn greet_and_serve<D: Device>(
             migration,
             peer_dma,
             progress: parts.device.progress().is_some(),
-            // The runtime does it for every device.
-            dirty_tracking: true,
+            dirty_tracking,
             fault_injection: cfg!(feature = "fault-injection"),
         },
         memory: parts.memory_files.clone(),

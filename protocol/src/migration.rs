@@ -132,17 +132,24 @@ impl fmt::Display for MigrationState {
 
 /// Which migration states a device has: `VFIO_MIGRATION_STOP_COPY`, `_P2P`, `_PRE_COPY`.
 ///
-/// The legal sets are 1, 3, 5 and 7; [`MigrationFlags::new`] is the only way to make one.
+/// The legal sets are 1, 3, 5 and 7, and for devices whose state can neither be saved nor loaded 0
+/// and 2: they are stopped and started, but have no STOP_COPY and no RESUMING. `<linux/vfio.h>` has no
+/// flags for such a device, which offers it no migration.
+/// [`MigrationFlags::new`] is the only way to make a set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(try_from = "u64", into = "u64")]
 pub struct MigrationFlags(u8);
 
-/// The flags are not one of the legal sets 1, 3, 5, 7.
+/// The flags are not one of the legal sets 0, 1, 2, 3, 5, 7.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
-#[error("migration flags {0:#x} are none of the legal sets 1, 3, 5, 7")]
+#[error("migration flags {0:#x} are none of the legal sets 0, 1, 2, 3, 5, 7")]
 pub struct IllegalFlags(pub u64);
 
 impl MigrationFlags {
+    /// Set 0: no P2P states, and no state that can be saved or loaded.
+    pub const NO_STATE: Self = Self(0);
+    /// Set 2: P2P states, and no state that can be saved or loaded.
+    pub const NO_STATE_P2P: Self = Self(2);
     /// Set 1: no P2P states, no PRE_COPY.
     pub const STOP_COPY: Self = Self(1);
     /// Set 3: P2P states, no PRE_COPY.
@@ -156,10 +163,12 @@ impl MigrationFlags {
     ///
     /// # Errors
     ///
-    /// [`IllegalFlags`] for anything but 1, 3, 5 and 7.
+    /// [`IllegalFlags`] for anything but 0, 1, 2, 3, 5 and 7.
     pub fn new(bits: u64) -> Result<Self, IllegalFlags> {
         match bits {
+            0 => Ok(Self::NO_STATE),
             1 => Ok(Self::STOP_COPY),
+            2 => Ok(Self::NO_STATE_P2P),
             3 => Ok(Self::STOP_COPY_P2P),
             5 => Ok(Self::STOP_COPY_PRE_COPY),
             7 => Ok(Self::ALL),
@@ -171,6 +180,12 @@ impl MigrationFlags {
     #[must_use]
     pub fn bits(self) -> u64 {
         u64::from(self.0)
+    }
+
+    /// True if the device's state can be saved and loaded: it has STOP_COPY and RESUMING.
+    #[must_use]
+    pub fn stop_copy(self) -> bool {
+        self.0 & 1 != 0
     }
 
     /// True if the device has the P2P states.
@@ -189,6 +204,7 @@ impl MigrationFlags {
     #[must_use]
     pub fn has(self, state: MigrationState) -> bool {
         match state {
+            MigrationState::StopCopy | MigrationState::Resuming => self.stop_copy(),
             MigrationState::RunningP2p => self.p2p(),
             MigrationState::PreCopy => self.pre_copy(),
             MigrationState::PreCopyP2p => self.p2p() && self.pre_copy(),

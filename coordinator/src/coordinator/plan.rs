@@ -141,9 +141,10 @@ impl State {
     /// The name of the participant or hook that a plan fails for.
     pub(super) fn in_the_way(&self, error: &PlanError) -> String {
         match *error {
-            PlanError::State { id, .. } | PlanError::OnePhase { id } | PlanError::Twice { id } => {
-                self.names.participant(id)
-            }
+            PlanError::State { id, .. }
+            | PlanError::OnePhase { id }
+            | PlanError::NoState { id, .. }
+            | PlanError::Twice { id } => self.names.participant(id),
             PlanError::HookTwice { id } => self.names.hook(id),
         }
     }

@@ -4,6 +4,7 @@ use super::session::ClientStream;
 use super::turn::Turn;
 use crate::device::{Bar, BarBacking, Device, DeviceInfo, Doorbell, StateVersion};
 use crate::edge::Edge;
+use crate::foreign::RawDevice;
 use crate::gate::{Gate, InFlight};
 use crate::interrupt::Interrupts;
 use crate::memory::MemoryMap;
@@ -47,6 +48,8 @@ pub(crate) struct Parts<D> {
     pub(crate) memory_files: Vec<FileIdentity>,
     /// What the device says of its doorbells.
     pub(crate) doorbells: Vec<Doorbell>,
+    /// Answers for regions, windows and interrupts, if the device does so itself.
+    pub(crate) raw: Option<Arc<dyn RawDevice>>,
 }
 
 /// A device cannot be served as it describes itself.
@@ -136,7 +139,13 @@ impl<D: Device> Parts<D> {
             bar_memory,
             memory_files,
             doorbells,
+            raw: None,
         })
+    }
+
+    /// The device answers for its regions, windows and interrupts itself.
+    pub(crate) fn with_raw(self, raw: Arc<dyn RawDevice>) -> Self {
+        Self { memory_files: raw.memory_files(), raw: Some(raw), ..self }
     }
 
     pub(crate) fn config(&self) -> MutexGuard<'_, ConfigSpace> {

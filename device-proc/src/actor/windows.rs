@@ -49,7 +49,8 @@ impl<D: Device> State<D> {
             tracing::debug!(term = term.0, "memory declaration of another term");
             return;
         }
-        if dirty_page_size != 0 && self.memory_waits >= MOST_WAITS {
+        let waits = dirty_page_size != 0 || self.parts.raw.is_some();
+        if waits && self.memory_waits >= MOST_WAITS {
             return self.not_accepted(sequence, "memory declaration", &Undone::TooMany);
         }
         let mut ram = fds;
@@ -63,6 +64,17 @@ impl<D: Device> State<D> {
         if let Err(error) = declared {
             // What it is behind counts as a peer's.
             return self.not_accepted(sequence, "memory declaration", &error.into());
+        }
+        if let Some(raw) = &self.parts.raw {
+            // It may be told of windows now, and may block.
+            let (raw, myself) = (Arc::clone(raw), self.myself.clone());
+            self.memory_waits += 1;
+            tokio::task::spawn_blocking(move || {
+                raw.ram_declared();
+                // If the actor is gone, so is the process.
+                let _ = myself.cast(Message::Passed(id, sequence, true));
+            });
+            return;
         }
         if dirty_page_size == 0 {
             return self.accepted(sequence);
@@ -134,7 +146,11 @@ impl<D: Device> State<D> {
         }
         self.memory_waits += 1;
         let (memory, myself) = (self.parts.memory.clone(), self.myself.clone());
+        let raw = self.parts.raw.clone();
         tokio::task::spawn_blocking(move || {
+            if let Some(raw) = raw {
+                raw.revoke(&files);
+            }
             let result = memory.revoke(&files, PATIENCE);
             // If the actor is gone, so is the process.
             let _ = myself.cast(Message::Revoked(id, sequence, result));

@@ -12,6 +12,7 @@ use crate::actor::Message;
 use crate::actor::parts::Parts;
 use crate::actor::session::MigrationSize;
 use crate::device::{AccessError, Device};
+use crate::foreign::RawDevice;
 use crate::gate::Permit;
 use crate::interrupt::SetIrqs;
 use crate::memory::{Handling, LogRange, Report, UnmapError, WindowSpec};
@@ -58,6 +59,7 @@ enum Region<'a> {
     Registers(u32),
     Msix,
     Memory(&'a OwnedFd),
+    Raw(&'a dyn RawDevice),
 }
 
 impl<D: Device> Endpoint<D> {
@@ -69,6 +71,11 @@ impl<D: Device> Endpoint<D> {
         &self.parts
     }
 
+    /// The device itself, if it answers for its regions, windows and interrupts.
+    pub(crate) fn raw(&self) -> Option<&dyn RawDevice> {
+        self.parts.raw.as_deref()
+    }
+
     /// A client is there.
     pub(crate) fn connected(&self) {
         self.tell_present(true);
@@ -76,6 +83,12 @@ impl<D: Device> Endpoint<D> {
 
     /// The client has gone: its DMA windows, its log and its eventfds go, the device stays as it is.
     pub(crate) fn disconnected(&self) {
+        if let Some(raw) = self.raw() {
+            if let Err(error) = raw.unmap_all() {
+                warn!(%error, "a window of the client that has gone");
+            }
+            raw.release_irqs();
+        }
         self.parts.memory.stop_log();
         if let Err(error) = self.parts.memory.unmap_all(LONGEST_WAIT) {
             warn!(%error, "unmapping the windows of the client that has gone");
@@ -115,8 +128,12 @@ impl<D: Device> Endpoint<D> {
         data: &mut [u8],
     ) -> Result<(), Errno> {
         let target = self.find(region, offset, data.len())?;
-        if let Region::Config = target {
-            return self.parts.config().read(offset, data).map_err(|_| Errno::INVAL);
+        match target {
+            Region::Config => {
+                return self.parts.config().read(offset, data).map_err(|_| Errno::INVAL);
+            }
+            Region::Raw(raw) if region == CONFIG_REGION => return raw.read(region, offset, data),
+            _ => {}
         }
         if permit.is_none() && self.parts.device.reads_have_side_effects() {
             debug!(region, offset, "read refused: the device is stopped");
@@ -138,6 +155,11 @@ impl<D: Device> Endpoint<D> {
                 Ok(())
             }
             Region::Memory(memory) => read_memory(memory, offset, data),
+            Region::Raw(raw) => {
+                #[cfg(feature = "fault-injection")]
+                crate::fault::reach(standstill_protocol::fault::Point::Mmio);
+                raw.read(region, offset, data)
+            }
         }
     }
 
@@ -150,8 +172,12 @@ impl<D: Device> Endpoint<D> {
         data: &[u8],
     ) -> Result<(), Errno> {
         let target = self.find(region, offset, data.len())?;
-        if let Region::Config = target {
-            return self.parts.config().write(offset, data).map_err(|_| Errno::INVAL);
+        match target {
+            Region::Config => {
+                return self.parts.config().write(offset, data).map_err(|_| Errno::INVAL);
+            }
+            Region::Raw(raw) if region == CONFIG_REGION => return raw.write(region, offset, data),
+            _ => {}
         }
         if permit.is_none() {
             debug!(region, offset, "write refused: the device is stopped");
@@ -173,6 +199,11 @@ impl<D: Device> Endpoint<D> {
                 Ok(())
             }
             Region::Memory(memory) => write_memory(memory, offset, data),
+            Region::Raw(raw) => {
+                #[cfg(feature = "fault-injection")]
+                crate::fault::reach(standstill_protocol::fault::Point::Mmio);
+                raw.write(region, offset, data)
+            }
         }
     }
 
@@ -189,6 +220,9 @@ impl<D: Device> Endpoint<D> {
         if length > LONGEST_ACCESS || end > size {
             debug!(region, offset, length, size, "access outside its region");
             return Err(Errno::INVAL);
+        }
+        if let Some(raw) = self.raw() {
+            return Ok(Region::Raw(raw));
         }
         if region == CONFIG_REGION {
             return Ok(Region::Config);
@@ -207,6 +241,9 @@ impl<D: Device> Endpoint<D> {
 
     /// The memory behind a region that clients can map.
     pub(crate) fn region_memory(&self, region: u32) -> Option<BorrowedFd<'_>> {
+        if let Some(raw) = self.raw() {
+            return raw.region_memory(region);
+        }
         let bar = usize::try_from(region).ok()?;
         let layout = self.parts.layout.bars.get(bar)?;
         let memory = self.parts.bar_memory.get(bar)?.as_ref()?;
@@ -215,6 +252,9 @@ impl<D: Device> Endpoint<D> {
 
     /// Size of a region in bytes; 0 if it is absent.
     pub(crate) fn region_size(&self, region: u32) -> u64 {
+        if let Some(raw) = self.raw() {
+            return raw.region_size(region);
+        }
         if region == CONFIG_REGION {
             return self.parts.config().bytes().len() as u64;
         }
@@ -224,6 +264,9 @@ impl<D: Device> Endpoint<D> {
 
     /// Adds a DMA window.
     pub(crate) fn dma_map(&self, window: WindowSpec, fd: Option<OwnedFd>) -> Result<(), Errno> {
+        if let Some(raw) = self.raw() {
+            return raw.map(window, fd);
+        }
         self.parts.memory.map(window, fd).map(|_| ()).map_err(|error| {
             warn!(%error, "DMA_MAP refused");
             Errno::from_raw_os_error(error.errno())
@@ -232,6 +275,9 @@ impl<D: Device> Endpoint<D> {
 
     /// Removes a DMA window when nothing uses it any more.
     pub(crate) fn dma_unmap(&self, iova: u64, size: u64) -> Result<(), Errno> {
+        if let Some(raw) = self.raw() {
+            return raw.unmap(iova, size);
+        }
         self.parts.memory.unmap(iova, size, LONGEST_WAIT).map_err(|error| {
             warn!(%error, "DMA_UNMAP refused");
             Errno::from_raw_os_error(error.errno())
@@ -240,6 +286,10 @@ impl<D: Device> Endpoint<D> {
 
     /// Removes a DMA window if nothing uses it now; whether that was so.
     pub(crate) fn dma_unmap_at_once(&self, iova: u64, size: u64) -> Result<bool, Errno> {
+        if self.raw().is_some() {
+            // It may have to wait for the device.
+            return Ok(false);
+        }
         match self.parts.memory.unmap(iova, size, Duration::ZERO) {
             Ok(()) => Ok(true),
             Err(UnmapError::Busy { .. }) => Ok(false),
@@ -252,6 +302,9 @@ impl<D: Device> Endpoint<D> {
 
     /// Removes all DMA windows when nothing uses them any more.
     pub(crate) fn dma_unmap_all(&self) -> Result<(), Errno> {
+        if let Some(raw) = self.raw() {
+            return raw.unmap_all();
+        }
         self.parts.memory.unmap_all(LONGEST_WAIT).map_err(|error| {
             warn!(%error, "DMA_UNMAP of everything");
             Errno::from_raw_os_error(error.errno())
@@ -265,6 +318,7 @@ impl<D: Device> Endpoint<D> {
         size: u64,
         page_size: u64,
     ) -> Result<Vec<u64>, Errno> {
+        self.check_logging()?;
         let unmapped = self.parts.memory.unmap_reported(iova, size, page_size, LONGEST_WAIT);
         unmapped.map_err(|error| {
             warn!(%error, "DMA_UNMAP with a bitmap refused");
@@ -272,8 +326,19 @@ impl<D: Device> Endpoint<D> {
         })
     }
 
+    /// Whether it can be logged which pages the device writes.
+    pub(crate) fn check_logging(&self) -> Result<(), Errno> {
+        if self.raw().is_some() { Err(Errno::OPNOTSUPP) } else { Ok(()) }
+    }
+
+    /// Whether the device's state can be saved and loaded.
+    pub(crate) fn check_migration(&self) -> Result<(), Errno> {
+        if self.parts.migration.stop_copy() { Ok(()) } else { Err(Errno::OPNOTSUPP) }
+    }
+
     /// Logs which pages the device writes from now on.
     pub(crate) fn start_log(&self, start: &LoggingStart) -> Result<(), Errno> {
+        self.check_logging()?;
         let ranges = start.ranges.iter().map(|(iova, length)| {
             let (iova, length) = (*iova, *length);
             LogRange { iova, length }
@@ -303,6 +368,9 @@ impl<D: Device> Endpoint<D> {
         data: &[u8],
         fds: Vec<OwnedFd>,
     ) -> Result<(), Errno> {
+        if let Some(raw) = self.raw() {
+            return raw.set_irqs(request, data, fds);
+        }
         self.parts.interrupts.set_irqs(request, data, fds).map_err(|error| {
             warn!(%error, "SET_IRQS refused");
             Errno::from_raw_os_error(error.errno())

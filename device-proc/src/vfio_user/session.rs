@@ -29,8 +29,9 @@ use standstill_vfio_user::wire::{
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
-/// What this end can take and do, in numbers, for a client of that minor version.
-fn capabilities(minor: u16) -> Capabilities {
+/// What this end can take and do, in numbers, for a client of that minor version; with or without a
+/// state that can be saved.
+fn capabilities(minor: u16, migrates: bool) -> Capabilities {
     let fits = |size: usize| u64::try_from(size).ok();
     Capabilities {
         max_msg_fds: fits(MAX_FDS),
@@ -40,7 +41,7 @@ fn capabilities(minor: u16) -> Capabilities {
         // QEMU, which says 0.0, would queue every write.
         write_multiple: Some(minor > 0),
         twin_socket: None,
-        migration: Some(MigrationCapability {
+        migration: migrates.then(|| MigrationCapability {
             pgsize: Some(PAGE),
             max_bitmap_size: fits(LONGEST_ACCESS),
         }),
@@ -290,7 +291,8 @@ impl<'a, D: Device> Session<'a, D> {
             return Err(Errno::INVAL.into());
         }
         let version = Version::decode(body)?;
-        let answer = version.answer(&capabilities(version.minor))?;
+        let migrates = self.endpoint.check_migration().is_ok();
+        let answer = version.answer(&capabilities(version.minor, migrates))?;
         let ours = u32::try_from(LONGEST_ACCESS).unwrap_or(u32::MAX);
         let max_data_xfer_size = version.capabilities.max_data_xfer_size().min(ours);
         self.agreed = Some(Agreed {

@@ -110,8 +110,17 @@ impl Client {
 
     /// Installs eventfds for MSI-X vectors from 0 on.
     pub(crate) fn install_msix(&mut self, eventfds: &[BorrowedFd<'_>]) -> Result<(), ErrorReply> {
+        self.install(2, eventfds)
+    }
+
+    /// Installs an eventfd for INTx.
+    pub(crate) fn install_intx(&mut self, eventfd: BorrowedFd<'_>) -> Result<(), ErrorReply> {
+        self.install(0, &[eventfd])
+    }
+
+    fn install(&mut self, index: u32, eventfds: &[BorrowedFd<'_>]) -> Result<(), ErrorReply> {
         let count = u32::try_from(eventfds.len()).unwrap();
-        let fields: [u32; 5] = [20, 4 | 32, 2, 0, count];
+        let fields: [u32; 5] = [20, 4 | 32, index, 0, count];
         let body: Vec<u8> = fields.iter().flat_map(|field| field.to_le_bytes()).collect();
         self.call(SET_IRQS, &body, eventfds).map(|_| ())
     }

@@ -16,6 +16,7 @@
 //! after the stop, `pci:NUMBER` gives it another device id, `version:NUMBER` its state another major
 //! version, `memory:PATH` another file of memory, `pre-copy` the PRE_COPY states.
 
+use crate::foreign;
 use standstill_device_proc::device::{
     AccessError, Bar, BarBacking, Device, DeviceError, DeviceInfo, Handles, Moment, PciIdentity,
     Progress, StateVersion,
@@ -54,6 +55,10 @@ struct Probe {
 /// Runs as a device process; does not return.
 pub(crate) fn run(socket: &str) -> ! {
     let script = std::env::var(SCRIPT_VARIABLE).unwrap_or_default();
+    if let Some(script) = script.strip_prefix(foreign::SCRIPT) {
+        let served = foreign::run(socket, &script.split_whitespace().collect::<Vec<_>>());
+        std::process::exit(served.map_or_else(|error| error.exit_code().into(), |()| 0));
+    }
     let script: Vec<_> = script.split_whitespace().map(String::from).collect();
     let served = serve(ServeOptions::new(socket), |handles| build(handles, script));
     std::process::exit(served.map_or_else(|error| error.exit_code().into(), |()| 0));

@@ -162,7 +162,7 @@ fn illegal_migration_flags_are_refused_with_their_value() {
     // After header, tag, two versions, and two texts of one byte.
     let flags_at = HEADER + 4 + 2 + 2 + 9 + 9;
     assert_eq!(good[flags_at], 7, "the flags are not where this test believes them");
-    for flags in [0_u64, 2, 4, 6, 8, 9, 15, 1 << 32 | 1, u64::MAX] {
+    for flags in [4_u64, 6, 8, 9, 15, 1 << 32 | 1, u64::MAX] {
         let mut bytes = good.clone();
         bytes[flags_at..flags_at + 8].copy_from_slice(&flags.to_le_bytes());
         let error = decode::<DeviceMessage>(&bytes, VERSION).unwrap_err();

@@ -51,6 +51,10 @@ impl Lifecycle {
                     self.refuse(Refusal { kind: RefusalKind::NoWay, text }, out);
                 }
             }
+            Phase::Save | Phase::Load if !self.flags.stop_copy() => {
+                let text = "this device's state can neither be saved nor loaded".into();
+                self.refuse(Refusal { kind: RefusalKind::Unsupported, text }, out);
+            }
             Phase::Load => self.walk(Master::Coordinator, MigrationState::Resuming, out),
             Phase::Save if self.state().is_saving() && self.state() == command.target => {
                 out.push(Effect::WriteStream);

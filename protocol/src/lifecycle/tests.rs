@@ -110,8 +110,25 @@ fn a_stop_and_a_start_pass_p2p_and_each_answer_names_its_command() {
 }
 
 #[test]
+fn a_device_without_a_state_refuses_to_save_and_to_load_and_says_why() {
+    use MigrationState as S;
+    let mut device = device_with(MigrationFlags::NO_STATE_P2P);
+    bring(&mut device, 1, S::Stop);
+    for (epoch, phase, target) in [(2, Phase::Save, S::StopCopy), (3, Phase::Load, S::Stop)] {
+        let command = command(epoch, phase, target);
+        let effects = carry_out(&mut device, Event::Command(command));
+        let [Effect::Begin(_), Effect::Refused(refused, S::Stop, refusal)] = &effects[..] else {
+            panic!("{effects:?}");
+        };
+        assert_eq!((*refused, refusal.kind), (command, RefusalKind::Unsupported));
+        assert!(refusal.text.contains("neither be saved nor loaded"), "{}", refusal.text);
+    }
+    bring(&mut device, 4, S::Running);
+}
+
+#[test]
 fn every_command_walks_the_path_of_the_migration_table_arc_by_arc() {
-    for bits in [1, 3, 5, 7] {
+    for bits in [0, 1, 2, 3, 5, 7] {
         let flags = MigrationFlags::new(bits).expect("a legal set");
         for from in MigrationState::ALL {
             for to in MigrationState::ALL {

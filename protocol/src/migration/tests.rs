@@ -190,10 +190,10 @@ fn switching_over_from_pre_copy_keeps_the_stream() {
 }
 
 #[test]
-fn only_four_sets_of_flags_are_legal() {
+fn only_six_sets_of_flags_are_legal() {
     for bits in 0..16 {
         let made = MigrationFlags::new(bits);
-        if [1, 3, 5, 7].contains(&bits) {
+        if [0, 1, 2, 3, 5, 7].contains(&bits) {
             assert_eq!(made.map(MigrationFlags::bits), Ok(bits));
         } else {
             assert_eq!(made, Err(IllegalFlags(bits)));
@@ -201,6 +201,27 @@ fn only_four_sets_of_flags_are_legal() {
     }
     // The low byte alone would be legal.
     assert_eq!(MigrationFlags::new(0x1_0000_0001), Err(IllegalFlags(0x1_0000_0001)));
+}
+
+#[test]
+fn without_a_state_to_save_a_device_goes_the_same_ways_but_never_to_a_stream() {
+    let pairs = [
+        (MigrationFlags::NO_STATE, MigrationFlags::STOP_COPY),
+        (MigrationFlags::NO_STATE_P2P, MigrationFlags::STOP_COPY_P2P),
+    ];
+    for (without, with) in pairs {
+        assert_eq!((without.p2p(), without.stop_copy()), (with.p2p(), false));
+        for (from, to) in S::ALL.into_iter().flat_map(|from| S::ALL.map(|to| (from, to))) {
+            let in_a_stream = |state| matches!(state, S::StopCopy | S::Resuming);
+            if in_a_stream(from) || in_a_stream(to) {
+                let refused = NoWay { from, to, flags: without };
+                assert_eq!(path(without, from, to), Err(refused));
+            } else {
+                let way = |flags| path(flags, from, to).ok();
+                assert_eq!(way(without), way(with), "{from} to {to}");
+            }
+        }
+    }
 }
 
 #[test]

@@ -254,6 +254,14 @@ pub enum PlanError {
         /// The participant.
         id: ParticipantId,
     },
+    /// A participant's state can neither be saved nor loaded.
+    #[error("{operation} is not possible: participant {} has no state that can be saved or loaded", id.0)]
+    NoState {
+        /// The operation.
+        operation: Operation,
+        /// The participant.
+        id: ParticipantId,
+    },
     /// Two participants have the same number.
     #[error("participant {} is there twice", id.0)]
     Twice {
@@ -292,6 +300,10 @@ impl Plan {
                 && self.operation != Operation::TakeOver
             {
                 return Err(PlanError::State { operation: self.operation, id, state, reason });
+            }
+            let stream = matches!(self.operation, Operation::SwitchOver | Operation::Load);
+            if stream && !member.flags.stop_copy() {
+                return Err(PlanError::NoState { operation: self.operation, id });
             }
             let barrier = !matches!(self.operation, Operation::Load | Operation::TakeOver);
             let safe = member.flags.p2p()

@@ -29,20 +29,34 @@ impl<'a, D: Device> Session<'a, D> {
         if index >= PCI_REGIONS {
             return Err(Errno::INVAL.into());
         }
-        let size = self.endpoint.region_size(index);
-        let mut info = RegionInfo { index, size, ..RegionInfo::default() };
-        if size > 0 {
-            info.flags = REGION_READABLE | REGION_WRITABLE;
-        }
         let memory = self.endpoint.region_memory(index).filter(|_| self.max_msg_fds() > 0);
-        if memory.is_some() {
-            info.flags |= REGION_MAPPABLE;
-            info.sparse = Some(vec![SparseArea { offset: 0, size }]);
-        }
+        let info = match self.endpoint.raw() {
+            Some(raw) => raw.region(index),
+            None => self.own_region(index),
+        };
+        let info = match memory {
+            Some(_) => info,
+            None => RegionInfo { flags: info.flags & !REGION_MAPPABLE, sparse: None, ..info },
+        };
         let mut whole = false;
         reply.set(header, |body| whole = info.encode(argsz, body));
         reply.fds.extend(memory.filter(|_| whole).map(ReplyFd::Memory));
         Ok(())
+    }
+
+    /// What a region of the runtime's is like.
+    fn own_region(&self, index: u32) -> RegionInfo {
+        let size = self.endpoint.region_size(index);
+        let flags = if size > 0 { REGION_READABLE | REGION_WRITABLE } else { 0 };
+        let info = RegionInfo { flags, index, size, ..RegionInfo::default() };
+        match self.endpoint.region_memory(index) {
+            Some(_) => RegionInfo {
+                flags: flags | REGION_MAPPABLE,
+                sparse: Some(vec![SparseArea { offset: 0, size }]),
+                ..info
+            },
+            None => info,
+        }
     }
 
     /// All doorbells of a region with their eventfds, or none.
@@ -80,6 +94,11 @@ impl<'a, D: Device> Session<'a, D> {
         reply: &mut Reply<'a>,
     ) -> Result<(), Refused> {
         let irq = IrqIndex::from_number(query.index).ok_or(Errno::INVAL)?;
+        if let Some(raw) = self.endpoint.raw() {
+            let info = raw.irq(query.index);
+            reply.set(header, |body| info.encode(body));
+            return Ok(());
+        }
         let flags = match irq {
             IrqIndex::Intx => IRQ_EVENTFD | IRQ_MASKABLE | IRQ_AUTOMASKED,
             _ => IRQ_EVENTFD,

@@ -4,8 +4,25 @@ use super::{Next, Refused, Reply, Session, Work, later, put_words};
 use crate::device::Device;
 use crate::memory::{MAX_LOG_PAGE, MIN_LOG_PAGE};
 use rustix::io::Errno;
-use standstill_vfio_user::wire::feature::{encode_data_size, encode_flags, encode_state};
+use standstill_vfio_user::wire::feature::{
+    FEATURE_DMA_LOGGING_REPORT, FEATURE_DMA_LOGGING_START, FEATURE_DMA_LOGGING_STOP,
+    FEATURE_MIG_DATA_SIZE, FEATURE_MIG_DEVICE_STATE, FEATURE_MIGRATION, encode_data_size,
+    encode_flags, encode_state,
+};
 use standstill_vfio_user::wire::{Feature, Header, LoggingStart, MigData};
+
+/// Which feature it is about.
+fn number(feature: &Feature) -> u16 {
+    match feature {
+        Feature::Probe { feature, .. } => *feature,
+        Feature::SetState(_) | Feature::GetState => FEATURE_MIG_DEVICE_STATE,
+        Feature::StartLogging(_) => FEATURE_DMA_LOGGING_START,
+        Feature::StopLogging => FEATURE_DMA_LOGGING_STOP,
+        Feature::Report(_) => FEATURE_DMA_LOGGING_REPORT,
+        Feature::GetMigration => FEATURE_MIGRATION,
+        Feature::GetDataSize => FEATURE_MIG_DATA_SIZE,
+    }
+}
 
 impl<'a, D: Device> Session<'a, D> {
     pub(super) fn feature(
@@ -15,6 +32,12 @@ impl<'a, D: Device> Session<'a, D> {
         body: &[u8],
         reply: &mut Reply<'a>,
     ) -> Result<Next, Refused> {
+        match number(&feature) {
+            FEATURE_DMA_LOGGING_START | FEATURE_DMA_LOGGING_STOP | FEATURE_DMA_LOGGING_REPORT => {
+                self.endpoint.check_logging()?;
+            }
+            _ => self.endpoint.check_migration()?,
+        }
         match feature {
             // What can be probed is there.
             Feature::Probe { .. } => reply.set(header, |reply| reply.extend_from_slice(body)),

@@ -158,7 +158,7 @@ fn refusal() -> impl Strategy<Value = Refusal> {
 
 fn any_hello() -> impl Strategy<Value = Hello> {
     let capabilities = (
-        select(vec![1_u64, 3, 5, 7]),
+        select(vec![0_u64, 1, 2, 3, 5, 7]),
         select(vec![PeerDma::Possible, PeerDma::RamOnly]),
         any::<[bool; 3]>(),
     )

@@ -129,6 +129,17 @@ fn a_participant_without_p2p_states_is_admitted_only_where_that_is_safe() {
 }
 
 #[test]
+fn a_participant_without_a_state_is_stopped_and_started_but_not_saved_or_loaded() {
+    let plain = Member { flags: MigrationFlags::NO_STATE_P2P, ..member(0, S::Running) };
+    let all = || vec![plain, member(1, S::Running)];
+    assert_eq!(plan(Operation::Pause, all()).check(), Ok(()));
+    for operation in [Operation::SwitchOver, Operation::Load] {
+        let refused = Err(PlanError::NoState { operation, id: id(0) });
+        assert_eq!(plan(operation, all()).check(), refused);
+    }
+}
+
+#[test]
 fn the_refusal_of_a_one_phase_participant_names_it_and_the_way_out() {
     let lonely = Member { flags: MigrationFlags::STOP_COPY, ..member(7, S::Running) };
     let error = plan(Operation::Pause, vec![lonely, member(1, S::Running)])

@@ -237,7 +237,9 @@ pub fn encode_flags(flags: MigrationFlags, out: &mut Vec<u8>) {
 /// [`WireError`] if it is too short or a set of flags that cannot be.
 pub fn decode_flags_reply(body: &[u8]) -> Result<MigrationFlags, WireError> {
     let value = reply_data(body)?.u64()?;
-    MigrationFlags::new(value).map_err(|_| WireError::Field { what: WHAT, field: "flags", value })
+    // A device whose state cannot be saved does not answer this.
+    let flags = MigrationFlags::new(value).ok().filter(|flags| flags.stop_copy());
+    flags.ok_or(WireError::Field { what: WHAT, field: "flags", value })
 }
 
 /// Appends the body of the reply to [`Feature::GetDataSize`]: so many bytes until the end.
