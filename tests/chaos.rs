@@ -137,14 +137,14 @@ fn what_is_no_plan_is_told_with_its_line() {
 #[test]
 fn what_no_outcome_is_known_of_is_refused_and_named() {
     let folder = tempfile::tempdir().unwrap();
-    let plan = folder.path().join("swap.toml");
-    let swap = "devices = 2\n[[fault]]\ndevice = 1\n\
-                outside = { moment = { command = \"Stop\" }, action = \"swap\" }\n";
-    std::fs::write(&plan, swap).unwrap();
+    let plan = folder.path().join("corrupt.toml");
+    let text = "devices = 2\n[[fault]]\ndevice = 1\n\
+                outside = { moment = { command = \"Stop\" }, action = { corrupt-at = 9 } }\n";
+    std::fs::write(&plan, text).unwrap();
     let output = chaos(&["--plan", plan.to_str().unwrap()]);
     let errors = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(2), "{errors}");
-    assert!(errors.contains("packet after the next with Stop on its way"), "{errors}");
+    assert!(errors.contains("packet corrupted at byte 9 with Stop on its way"), "{errors}");
 }
 
 /// A device that ends instead of greeting, and another one that would end later.

@@ -1,11 +1,12 @@
 //! The runs: plans from a seed, from a file, or of every fault; whatever fails is made smaller.
 
 use super::options::ChaosArgs;
+use super::options::SweptPolicies::All;
 use super::subject::Engines;
 use super::summary::{Failure, Summary};
 use crate::progress::Progress;
 use standstill_testkit::plan::{Plan, PlanError};
-use standstill_testkit::sweep::cases;
+use standstill_testkit::sweep::cases::{self, Policies};
 use standstill_testkit::sweep::resources::Resources;
 use standstill_testkit::sweep::seeded::Seeded;
 use standstill_testkit::sweep::{
@@ -264,7 +265,9 @@ fn plans(args: &ChaosArgs, seed: u64, judge: &Judge) -> Vec<Plan> {
     if args.sweep {
         // Those that wait longest come first.
         plans = cases::sweep_of_restarts(&causes, SWEPT, times);
-        plans.extend(cases::sweep(&causes, SWEPT, expected, times));
+        let policies = if args.policies == All { Policies::All } else { Policies::InTurn };
+        let swept = [&causes[..], &cases::limits()].concat();
+        plans.extend(cases::sweep(&swept, SWEPT, policies, expected, times));
         plans.extend(cases::sweep_of_hooks(SWEPT, expected, times));
         plans.extend(cases::sweep_of_coordinators(SWEPT));
     }

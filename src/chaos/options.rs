@@ -1,7 +1,7 @@
 //! What `standstill chaos` can be told.
 
 use crate::logging::LogArgs;
-use clap::Args;
+use clap::{Args, ValueEnum};
 use std::path::PathBuf;
 
 /// The exit status of a program whose devices take no orders to fail.
@@ -29,7 +29,9 @@ Examples:
   standstill chaos --seed 7 --rounds 500 --devices 5
       The same faults each time.
   standstill chaos --sweep
-      Every fault in every phase on each of three devices, another policy on each: some minutes.
+      Every fault in every phase on each of three devices, another policy on each: a minute or two.
+  standstill chaos --sweep --policies all --at-once 24
+      The same under all four policies: four times as many.
   standstill chaos --plan liar.toml
       What the plan says.
 
@@ -39,6 +41,15 @@ Exit status:
   2    the command line or the plan is wrong
   3    this program was built without the feature fault-injection
   130  ended by SIGINT (Ctrl-C); 129: by SIGHUP; 143: by SIGTERM. No process is left behind.";
+
+/// The policies of a sweep.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum SweptPolicies {
+    /// Another one on each device
+    InTurn,
+    /// All four on each device
+    All,
+}
 
 /// Runs machines of copy engines of which devices fail, and checks what becomes of each machine.
 #[derive(Args, Clone, Debug)]
@@ -59,6 +70,9 @@ pub(crate) struct ChaosArgs {
     /// Try every fault in every phase on each of three devices; random ones only if --rounds is given
     #[arg(long)]
     pub(super) sweep: bool,
+    /// Under which policies a sweep tries each fault of each device: one of them on each device, or all
+    #[arg(long, value_enum, default_value_t = SweptPolicies::InTurn, requires = "sweep")]
+    pub(super) policies: SweptPolicies,
     /// How many machines are at work at the same time
     #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u16).range(1..=64))]
     pub(super) at_once: u16,

@@ -1,6 +1,6 @@
 //! Many plans, several at the same time.
 
-use super::cases;
+use super::cases::{self, Policies};
 use super::engine::run;
 use super::expected::{Expected, TableError};
 use super::observation::Observation;
@@ -83,7 +83,7 @@ impl Sweep {
         let Judge { expected, times, .. } = &sweep.judge;
         // Those that wait longest come first.
         sweep.plans = cases::sweep_of_restarts(causes, 3, times);
-        sweep.plans.extend(cases::sweep(causes, 3, expected, times));
+        sweep.plans.extend(cases::sweep(causes, 3, Policies::InTurn, expected, times));
         sweep.plans.extend(cases::sweep_of_hooks(3, expected, times));
         sweep.plans.extend(cases::sweep_of_coordinators(3));
         Ok(sweep)

@@ -5,7 +5,8 @@ use super::expected::Expected;
 use super::nature::{self, Nature, nature};
 use super::principal::Principal;
 use crate::plan::{
-    Cause, HookAction, HookFault, Injection, Moment, Outside, OutsideAction, Place, Plan, Policy,
+    Cause, HookAction, HookFault, Injection, Limit, Moment, Outside, OutsideAction, Place, Plan,
+    Policy, Resource,
 };
 use crate::trace::Call;
 use standstill_protocol::fault::{Action, Fault, Forgery, Packet, Point};
@@ -88,6 +89,7 @@ pub fn outside(times: &Times) -> Vec<Cause> {
         OutsideAction::Corrupt,
         OutsideAction::Split,
         OutsideAction::Merge,
+        OutsideAction::Swap,
         OutsideAction::Cut,
     ];
     let possible = |moment, action| Cause::Outside(Outside { moment, action });
@@ -95,6 +97,26 @@ pub fn outside(times: &Times) -> Vec<Cause> {
         .flat_map(|moment| actions.iter().map(move |&action| possible(moment, action)))
         .filter(|cause| cause.impossible().is_none())
         .collect()
+}
+
+/// Nothing more of a resource, for a device that is at work and for one that stands. What comes of that is known
+/// of devices that need nothing in a transition, as those of our runtime.
+#[must_use]
+pub fn limits() -> Vec<Cause> {
+    let resources = [
+        Resource::AddressSpace,
+        Resource::Data,
+        Resource::Files,
+        Resource::Processes,
+        Resource::FileSize,
+        Resource::LockedMemory,
+    ];
+    let of = |moment| {
+        let limit = |resource| OutsideAction::Limit(Limit { resource, value: 0 });
+        let outside = move |resource| Outside { moment, action: limit(resource) };
+        resources.into_iter().map(outside).map(Cause::Outside)
+    };
+    [Moment::Running, Moment::Stopped].into_iter().flat_map(of).collect()
 }
 
 /// Everything that can happen to a coordinator while its machine is paused and resumed.
@@ -221,11 +243,35 @@ pub fn plan(cause: &Cause, device: u16, devices: u16, policy: Policy, times: &Ti
     plan.outside((device + 1) % devices, Moment::Answer(phase), OutsideAction::Hold)
 }
 
-/// Every fault, in every phase, on every device, each once: one device under `rollback`, the next one
-/// under `stay-stopped`, the next one under `continue-without`. Every tenth is tried under `restart` too,
-/// which differs from `rollback` in what comes after.
+/// Under which policies each fault of each device is tried.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Policies {
+    /// One device under `rollback`, the next one under `stay-stopped`, the next one under
+    /// `continue-without`. Every tenth is tried under `restart` too, which differs from `rollback` in what
+    /// comes after.
+    #[default]
+    InTurn,
+    /// Each device under each policy.
+    All,
+}
+
+const ALL: [Policy; 4] =
+    [Policy::Rollback, Policy::StayStopped, Policy::ContinueWithout, Policy::Restart];
+
+/// Every fault, in every phase, on every device.
 #[must_use]
-pub fn sweep(causes: &[Cause], devices: u16, expected: &Expected, times: &Times) -> Vec<Plan> {
+pub fn sweep(
+    causes: &[Cause],
+    devices: u16,
+    policies: Policies,
+    expected: &Expected,
+    times: &Times,
+) -> Vec<Plan> {
+    if policies == Policies::All {
+        let each = Victims::Each;
+        let of = |policy| plans(causes, devices, policy, &each, expected, times);
+        return ALL.into_iter().flat_map(of).collect();
+    }
     let of =
         |policy, from| plans(causes, devices, policy, &Victims::InTurn { from }, expected, times);
     let mut all = of(Policy::Rollback, 0);
@@ -284,10 +330,8 @@ mod tests {
     #[test]
     fn the_table_says_of_every_fault_what_comes_of_it_or_that_it_cannot_be() {
         let (expected, times) = (Expected::ours().unwrap(), Times::default());
-        for policy in
-            [Policy::Rollback, Policy::StayStopped, Policy::ContinueWithout, Policy::Restart]
-        {
-            let causes = [inside(&times), outside(&times), coordinators()].concat();
+        for policy in ALL {
+            let causes = [inside(&times), outside(&times), coordinators(), limits()].concat();
             for cause in &causes {
                 let word = nature::word(cause, &times);
                 let place = nature::place(&first(0, cause)).unwrap();
@@ -313,13 +357,18 @@ mod tests {
             let own = all.iter().filter(|plan| plan.faults[0].device == victim);
             assert_eq!(own.count() * 3, all.len());
         }
-        let swept = sweep(&causes, 3, &expected, &times);
+        let swept = sweep(&causes, 3, Policies::InTurn, &expected, &times);
         for cause in
             causes.iter().filter(|cause| all.iter().any(|plan| plan.faults[0].cause == **cause))
         {
             let own = swept.iter().filter(|plan| plan.faults[0].cause == *cause);
             let victims: std::collections::BTreeSet<_> = own.map(|p| p.faults[0].device).collect();
             assert_eq!(victims.len(), 3, "{cause}");
+        }
+        let full = sweep(&causes, 3, Policies::All, &expected, &times);
+        for policy in ALL {
+            let each = plans(&causes, 3, policy, &Victims::Each, &expected, &times);
+            assert!(each.iter().all(|plan| full.contains(plan)), "{policy}");
         }
         let turns =
             plans(&causes, 3, Policy::Rollback, &Victims::InTurn { from: 1 }, &expected, &times);

@@ -2,7 +2,7 @@
 //! to the one who has it.
 
 use super::Times;
-use crate::plan::{Cause, Injection, Moment, Outside, OutsideAction};
+use crate::plan::{Cause, Injection, Moment, Outside, OutsideAction, Resource};
 use standstill_protocol::channel::CoordinatorEnd;
 use standstill_protocol::fault::{Action, Fault, Forgery, Packet, Point};
 use standstill_protocol::message::Phase;
@@ -79,7 +79,7 @@ pub fn nature(cause: &Cause, times: &Times) -> Nature {
             // The next packet may not come.
             OutsideAction::StopMs(0) | OutsideAction::Drop | OutsideAction::Merge => Nature::Silent,
             OutsideAction::StopMs(ms) | OutsideAction::DelayMs(ms) => late(ms),
-            // The next packet from a device is a sign of life, which comes soon; to it, nobody knows.
+            // The next packet from a device is a sign of life, which comes soon; to it, none comes.
             OutsideAction::Swap if matches!(outside.moment, Moment::Command(_)) => Nature::Silent,
             OutsideAction::Hold
             | OutsideAction::Duplicate
@@ -140,13 +140,25 @@ pub fn word(cause: &Cause, times: &Times) -> &'static str {
             OutsideAction::Merge => "merge",
             OutsideAction::Swap => "swap",
             OutsideAction::Cut => "cut",
-            OutsideAction::Limit(_) => "limit",
+            OutsideAction::Limit(limit) => limit_word(limit.resource),
             OutsideAction::KillCoordinator => "kill-coordinator",
             OutsideAction::StopCoordinatorMs(0) => "stop-coordinator",
             OutsideAction::StopCoordinatorMs(ms) => {
                 delay(ms, "short-stop-coordinator", "long-stop-coordinator")
             }
         },
+    }
+}
+
+/// A limit's word in the table, however much it leaves.
+fn limit_word(resource: Resource) -> &'static str {
+    match resource {
+        Resource::AddressSpace => "limit-address-space",
+        Resource::Data => "limit-data",
+        Resource::Files => "limit-files",
+        Resource::Processes => "limit-processes",
+        Resource::FileSize => "limit-file-size",
+        Resource::LockedMemory => "limit-locked-memory",
     }
 }
 

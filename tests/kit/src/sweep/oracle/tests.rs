@@ -283,9 +283,9 @@ fn what_the_table_says_nothing_of_is_refused() {
         let text = refused(&fault(point, Action::Abort));
         assert!(text.contains("never gets there"), "{text}");
     }
-    let swap = Plan::new(3).outside(1, Moment::Command(Phase::Stop), OutsideAction::Swap);
-    let text = refused(&swap);
-    assert!(text.contains("packet after the next") && text.contains("says nothing"), "{text}");
+    let damage = OutsideAction::CorruptAt(9);
+    let text = refused(&Plan::new(3).outside(1, Moment::Command(Phase::Stop), damage));
+    assert!(text.contains("corrupted at byte 9") && text.contains("says nothing"), "{text}");
     let coordinator = Plan::new(3).outside(1, Moment::Running, OutsideAction::KillCoordinator);
     judge().accepts(&coordinator).unwrap();
     let too = coordinator.clone().outside(2, Moment::Stopped, OutsideAction::Kill);
