@@ -33,6 +33,7 @@ mod faults;
 #[cfg(fuzzing)]
 pub mod fuzzing;
 mod job;
+mod news;
 mod outbox;
 mod reader;
 #[cfg(any(test, fuzzing))]
@@ -55,13 +56,14 @@ use budget::Overtaken;
 use control::{ConnectionId, Control, Newcomer};
 use introduction::{Facts, Introduction};
 use job::{Arrival, Job};
+use news::News;
 use parts::Parts;
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 use standstill_protocol::channel::{Received, RecvError};
 use standstill_protocol::codec::Message as _;
 use standstill_protocol::lifecycle::{ClientRequest, Effect, Event, ExitReason, Lifecycle};
 use standstill_protocol::message::{
-    CoordinatorMessage, DeviceEvent, DeviceMessage, Epoch, OrphanPolicy, Refusal, RefusalKind,
+    CoordinatorMessage, DeviceEvent, Epoch, OrphanPolicy, Refusal, RefusalKind,
 };
 use standstill_protocol::migration::{Activity, MigrationFlags, MigrationState};
 use std::os::fd::OwnedFd;
@@ -105,6 +107,8 @@ pub(crate) enum Message {
     ClientState(SyncSender<MigrationState>),
     /// A client came or went; answered when the coordinator was told.
     ClientPresent(bool, SyncSender<()>),
+    /// Something of what a client has caused may be told now.
+    NewsDue,
     /// The operator wants the process to end.
     Terminate,
 }
@@ -209,6 +213,8 @@ pub(crate) struct State<D> {
     /// The coordinator's state stream, between two passes.
     saver: Option<Box<Saver>>,
     lease: Option<AbortHandle>,
+    /// What a client has caused, on the way to the coordinator.
+    news: News,
     shutdown_grace: Duration,
     /// `None` once the process is ending.
     ended: Option<oneshot::Sender<Outcome>>,
@@ -246,6 +252,7 @@ impl<D: Device> Actor for DeviceActor<D> {
             client_reply: None,
             saver: None,
             lease: None,
+            news: News::new(Instant::now()),
             shutdown_grace: Duration::ZERO,
             ended: Some(ended),
         };
@@ -320,10 +327,11 @@ impl<D: Device> State<D> {
                 } else {
                     DeviceEvent::ClientDisconnected
                 };
-                self.send(DeviceMessage::Event(event));
+                self.tell(event);
                 // The transport may have stopped waiting.
                 let _ = told.try_send(());
             }
+            Message::NewsDue => self.news_due(),
             Message::Terminate => self.end(Ok(Ended::Terminated)),
         }
     }
@@ -410,8 +418,9 @@ impl<D: Device> State<D> {
         if before.0 != state && !state.is_saving() {
             self.saver = None;
         }
-        if before.1 != client {
-            self.parts.client_stream.moved(client);
+        if before.1 != client && self.parts.client_stream.moved(client) {
+            // Whoever has sent something to the device has sent it to what is replaced now.
+            self.parts.edge.replaced();
         }
     }
 

@@ -389,20 +389,30 @@ impl MemoryMap {
     /// [`UnmapError::Busy`] for the first one that was still in use at the end. It is removed
     /// all the same; its memory stays mapped until that use ends.
     pub fn unmap_all(&self, timeout: Duration) -> Result<(), UnmapError> {
-        let begin = Instant::now();
         let all = self.shared.windows().clone();
-        for window in &all {
-            window.users.close();
-        }
-        let mut result = Ok(());
-        for window in &all {
-            let rest = timeout.saturating_sub(begin.elapsed());
-            if !window.users.drained_within(rest) && result.is_ok() {
-                let (iova, accesses) = (window.spec.iova, window.users.in_flight());
-                result = Err(UnmapError::Busy { iova, accesses, waited: timeout });
+        let (_, result) = close_all(&all, timeout);
+        self.remove(&all);
+        result
+    }
+
+    /// Removes all windows, or none: the client wants it, and may go on using them if it cannot be.
+    /// Blocks as [`unmap_all`](Self::unmap_all) does.
+    ///
+    /// # Errors
+    ///
+    /// [`UnmapError::Busy`] for the first one that was still in use at the end; all are open then.
+    pub fn unmap_all_or_none(&self, timeout: Duration) -> Result<(), UnmapError> {
+        let all = self.shared.windows().clone();
+        let (closed, result) = close_all(&all, timeout);
+        match result {
+            Ok(()) => self.remove(&all),
+            Err(_) => {
+                for window in closed {
+                    // Nobody else opens what is closed here.
+                    let _ = window.users.open();
+                }
             }
         }
-        self.remove(&all);
         result
     }
 
@@ -584,6 +594,24 @@ fn check_file(spec: &WindowSpec, facts: &FileFacts) -> Result<(), MapError> {
         Some(end) if end <= facts.size => Ok(()),
         _ => Err(MapError::BeyondFile { spec: *spec, file_size: facts.size }),
     }
+}
+
+/// Closes windows and waits for their users; says which ones nobody else had closed.
+fn close_all(
+    all: &[Arc<Window>],
+    timeout: Duration,
+) -> (Vec<&Arc<Window>>, Result<(), UnmapError>) {
+    let begin = Instant::now();
+    let closed = all.iter().filter(|window| window.users.close()).collect();
+    let mut result = Ok(());
+    for window in all {
+        let rest = timeout.saturating_sub(begin.elapsed());
+        if !window.users.drained_within(rest) && result.is_ok() {
+            let (iova, accesses) = (window.spec.iova, window.users.in_flight());
+            result = Err(UnmapError::Busy { iova, accesses, waited: timeout });
+        }
+    }
+    (closed, result)
 }
 
 #[cfg(test)]

@@ -355,15 +355,17 @@ fn drain_refusal(text: String) -> Refusal {
 }
 
 /// Brings the device's contents to power-on state, and from one level of activity to another.
-/// `to` is not lower than `from`.
+/// `to` is not lower than `from`. `is_saved` says that a state stream of the running device goes on,
+/// and begins the device over.
 pub(super) async fn reset<D: Device>(
     parts: Arc<Parts<D>>,
     from: Activity,
     to: Activity,
+    is_saved: bool,
     budget: Budget,
 ) -> (Result<(), Refusal>, Spent) {
     let mut way = Way::begin(&parts);
-    let result = way.reset(Arc::clone(&parts), from, to, &budget).await;
+    let result = way.reset(Arc::clone(&parts), from, to, is_saved, &budget).await;
     let spent = way.spent;
     if result.is_err() {
         parts.force_stop().await;
@@ -377,6 +379,7 @@ impl<D: Device> Way<'_, D> {
         parts: Arc<Parts<D>>,
         from: Activity,
         to: Activity,
+        is_saved: bool,
         budget: &Budget,
     ) -> Result<(), Refusal> {
         if from != Activity::Stopped {
@@ -387,10 +390,19 @@ impl<D: Device> Way<'_, D> {
         // It may block: on a thread of its own.
         let wanted = budget.clone();
         let reset = tokio::task::spawn_blocking(move || {
+            let is_wanted = || !wanted.left().is_zero();
             // What an earlier load still does must not come after it.
-            let turn = parts.loading.take(|| !wanted.left().is_zero());
-            let hangs = || DeviceError::new("a hook that loads has not returned");
-            turn.ok_or_else(hangs).and_then(|_turn| parts.device.reset())
+            let loading = parts.loading.take(is_wanted);
+            let _loading =
+                loading.ok_or_else(|| DeviceError::new("a hook that loads has not returned"))?;
+            // Nor must an earlier save find a part of what was before, and a part of what comes.
+            let _saving = if is_saved {
+                None
+            } else {
+                let saving = parts.saving.take(is_wanted);
+                Some(saving.ok_or_else(|| DeviceError::new("a hook that saves has not returned"))?)
+            };
+            parts.device.reset()
         });
         let ended = budget.bound(reset).await;
         let lap = self.lap();

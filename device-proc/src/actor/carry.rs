@@ -11,7 +11,7 @@ use crate::device::Device;
 use crate::log;
 use standstill_protocol::lifecycle::{Arc as LifecycleArc, Effect, Event, Master};
 use standstill_protocol::message::{
-    Command, DeviceMessage, Reached, Refusal, RefusalKind, Refused,
+    Command, DeviceEvent, DeviceMessage, Reached, Refusal, RefusalKind, Refused,
 };
 use standstill_protocol::migration::{Activity, MigrationState};
 use std::sync::Arc;
@@ -61,7 +61,10 @@ impl<D: Device> State<D> {
                     lease.abort();
                 }
             }
-            Effect::Notify(event) => self.send(DeviceMessage::Event(event)),
+            Effect::Notify(event @ DeviceEvent::LeaseExpired(_)) => {
+                self.send(DeviceMessage::Event(event));
+            }
+            Effect::Notify(event) => self.tell(event),
             Effect::Exit(reason) => self.exit(reason),
             Effect::Dropped(why) => tracing::debug!(?why, "dropped"),
         }
@@ -158,12 +161,12 @@ impl<D: Device> State<D> {
     }
 
     fn start_reset(&mut self) {
-        self.parts.client_stream.give_up_loading();
+        let is_saved = self.parts.client_stream.before_reset();
         // Where the lifecycle will be if it succeeds: nothing moves before it has ended.
         let mut then = self.lifecycle.clone();
         then.step(Event::ResetDone);
         let to = then.activity().max(self.in_force);
-        let work = reset(Arc::clone(&self.parts), self.in_force, to, self.budget());
+        let work = reset(Arc::clone(&self.parts), self.in_force, to, is_saved, self.budget());
         let myself = self.myself.clone();
         tokio::spawn(async move {
             let (result, spent) = work.await;

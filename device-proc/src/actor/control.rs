@@ -14,7 +14,7 @@ use standstill_protocol::message::{
 };
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::task::AbortHandle;
 
 /// A coordinator that has welcomed the device.
@@ -190,6 +190,25 @@ impl<D: Device> State<D> {
         self.send_or_spoil(message);
         #[cfg(not(feature = "fault-injection"))]
         self.deliver(message);
+    }
+
+    /// Tells what a client can cause as often as it likes; soon, and what is outdated not at all.
+    pub(super) fn tell(&mut self, event: DeviceEvent) {
+        match self.news.offer(event, Instant::now()) {
+            Ok(event) => self.send(DeviceMessage::Event(event)),
+            Err(Some(after)) => drop(self.cast_after(after, Message::NewsDue)),
+            Err(None) => {}
+        }
+    }
+
+    pub(super) fn news_due(&mut self) {
+        let (told, again) = self.news.due(Instant::now());
+        for event in told {
+            self.send(DeviceMessage::Event(event));
+        }
+        if let Some(after) = again {
+            drop(self.cast_after(after, Message::NewsDue));
+        }
     }
 
     pub(super) fn deliver(&mut self, message: DeviceMessage) {

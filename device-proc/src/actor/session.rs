@@ -125,24 +125,27 @@ impl ClientStream {
         if fits { Ok(session) } else { Err(Errno::INVAL) }
     }
 
-    /// The client's state has changed: opens, moves on or ends the stream.
-    pub(crate) fn moved(&self, to: MigrationState) {
+    /// The client's state has changed: opens, moves on or ends the stream. Says whether it has
+    /// opened one that replaces what the device contains.
+    pub(crate) fn moved(&self, to: MigrationState) -> bool {
         let mut slot = self.slot();
         let Some(stage) = Stage::of(to) else {
             if let Some(session) = slot.take() {
                 session.close();
             }
-            return;
+            return false;
         };
         match &*slot {
             Some(session) if session.lock().stage.is_saving() == stage.is_saving() => {
                 session.lock().stage = stage;
                 session.changed.notify_all();
+                false
             }
             _ => {
                 if let Some(session) = slot.replace(Arc::new(Session::new(stage))) {
                     session.close();
                 }
+                stage == Stage::Resuming
             }
         }
     }
@@ -154,11 +157,19 @@ impl ClientStream {
         }
     }
 
-    /// Ends a stream that is being loaded: what has come of it is not wanted any more.
-    pub(crate) fn give_up_loading(&self) {
-        if let Ok(session) = self.session(false) {
-            session.close();
+    /// The device is to be reset. Ends a stream that is being loaded, since what has come of it is
+    /// not wanted any more, and one that is being saved of a stopped device, since a part of it may
+    /// have been read already. Says whether a stream goes on: that of a device that runs.
+    pub(crate) fn before_reset(&self) -> bool {
+        let Some(session) = self.slot().clone() else { return false };
+        if session.lock().stage == Stage::PreCopy {
+            return true;
         }
+        if session.lock().stage == Stage::StopCopy {
+            session.decide(Err(StreamError::Reset));
+        }
+        session.close();
+        false
     }
 
     /// Reads what there is, up to `data.len()` bytes; see the [module](self).
@@ -347,7 +358,8 @@ impl Session {
         let mut filled = 0;
         loop {
             if state.closed {
-                return Err(Errno::INVAL);
+                let is_void = matches!(state.outcome, Some(Err(_)));
+                return Err(if is_void { Errno::IO } else { Errno::INVAL });
             }
             filled += take(&mut state.bytes, &mut data[filled..]);
             if filled == data.len() {

@@ -3,7 +3,7 @@ use super::scripted::{Scripted, parts};
 use super::*;
 use crate::vfio_user::endpoint::Endpoint;
 use rustix::io::Errno;
-use standstill_protocol::message::{MAX_TEXT, Phase, Refused, Term};
+use standstill_protocol::message::{DeviceMessage, MAX_TEXT, Phase, Refused, Term};
 use std::marker::PhantomData;
 
 #[test]

@@ -184,3 +184,34 @@ async fn whatever_was_sent_before_a_drain_has_been_taken_after_it() {
     station.ring();
     thread.join().unwrap();
 }
+
+#[test]
+fn a_thread_that_takes_something_during_the_look_is_not_quiet() {
+    let (edge, station) = edge();
+    let (ours, _theirs) = UnixStream::pair().unwrap();
+    station.take_from_socket(&Arc::new(OwnedFd::from(ours)));
+    let edge = Arc::new(edge);
+    for round in 0..500 {
+        station.idle();
+        // The look at the socket waits for this.
+        let source = station.source();
+        let begun = Arc::<AtomicUsize>::default();
+        let looking = {
+            let (edge, begun) = (Arc::clone(&edge), Arc::clone(&begun));
+            std::thread::spawn(move || {
+                begun.store(1, Ordering::SeqCst);
+                edge.is_quiet()
+            })
+        };
+        while begun.load(Ordering::SeqCst) == 0 {
+            std::thread::yield_now();
+        }
+        for _ in 0..round % 50 {
+            std::thread::yield_now();
+        }
+        // What was in the socket is in the thread's hands now, and the socket is empty.
+        station.busy();
+        drop(source);
+        assert!(!looking.join().unwrap(), "round {round}");
+    }
+}

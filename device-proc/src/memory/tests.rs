@@ -153,6 +153,24 @@ fn unmapping_waits_for_who_uses_the_window() {
 }
 
 #[test]
+fn a_client_that_unmaps_everything_has_all_or_nothing_of_it() {
+    let (map, _ram, _peer) = machine();
+    let (dma, windows) = (map.dma(), map.windows());
+    let access = dma.access(&[Span::read(0x20000, 8)]).expect("access");
+    for _ in 0..2 {
+        let busy = map.unmap_all_or_none(SHORT).expect_err("in use");
+        assert_eq!(busy.errno(), libc::EBUSY);
+        assert_eq!(map.windows(), windows);
+        for iova in [0x10000, 0x20000] {
+            drop(dma.access(&[Span::read(iova, 8)]).expect("usable again"));
+        }
+    }
+    drop(access);
+    assert_eq!(map.unmap_all_or_none(SHORT), Ok(()));
+    assert_eq!(map.windows(), 0);
+}
+
+#[test]
 fn when_the_client_goes_everything_is_unmapped_but_declarations_stay() {
     let (map, ram, _peer) = machine();
     let dma = map.dma();

@@ -113,9 +113,15 @@ impl<D: Device> Endpoint<D> {
         self.parts.accesses.try_enter()
     }
 
-    /// Whether a region is out of reach while the device is stopped.
+    /// Whether a region cannot be written to while the device is stopped. The MSI-X table is no
+    /// concern of the device's, as configuration space is not.
     pub(crate) fn is_gated(&self, region: u32) -> bool {
-        region != CONFIG_REGION
+        if self.raw().is_some() {
+            return region != CONFIG_REGION;
+        }
+        let bar = usize::try_from(region).unwrap_or(usize::MAX);
+        let layout = self.parts.layout.bars.get(bar);
+        layout.is_some_and(|bar| matches!(bar.usage, BarUse::Registers | BarUse::Memory))
     }
 
     /// Reads from a region, with what [`enter`](Self::enter) has given.
@@ -135,13 +141,13 @@ impl<D: Device> Endpoint<D> {
             Region::Raw(raw) if region == CONFIG_REGION => return raw.read(region, offset, data),
             _ => {}
         }
-        if permit.is_none() && self.parts.device.reads_have_side_effects() {
-            debug!(region, offset, "read refused: the device is stopped");
-            return Err(Errno::INVAL);
-        }
         match target {
             Region::Config => Ok(()),
             Region::Registers(bar) => {
+                if permit.is_none() && self.parts.device.reads_have_side_effects() {
+                    debug!(region, offset, "read refused: the device is stopped");
+                    return Err(Errno::INVAL);
+                }
                 check_width(data.len())?;
                 #[cfg(feature = "fault-injection")]
                 crate::fault::reach(standstill_protocol::fault::Point::Mmio);
@@ -156,6 +162,10 @@ impl<D: Device> Endpoint<D> {
             }
             Region::Memory(memory) => read_memory(memory, offset, data),
             Region::Raw(raw) => {
+                if permit.is_none() && self.parts.device.reads_have_side_effects() {
+                    debug!(region, offset, "read refused: the device is stopped");
+                    return Err(Errno::INVAL);
+                }
                 #[cfg(feature = "fault-injection")]
                 crate::fault::reach(standstill_protocol::fault::Point::Mmio);
                 raw.read(region, offset, data)
@@ -179,7 +189,7 @@ impl<D: Device> Endpoint<D> {
             Region::Raw(raw) if region == CONFIG_REGION => return raw.write(region, offset, data),
             _ => {}
         }
-        if permit.is_none() {
+        if permit.is_none() && self.is_gated(region) {
             debug!(region, offset, "write refused: the device is stopped");
             return Err(Errno::INVAL);
         }
@@ -305,7 +315,7 @@ impl<D: Device> Endpoint<D> {
         if let Some(raw) = self.raw() {
             return raw.unmap_all();
         }
-        self.parts.memory.unmap_all(LONGEST_WAIT).map_err(|error| {
+        self.parts.memory.unmap_all_or_none(LONGEST_WAIT).map_err(|error| {
             warn!(%error, "DMA_UNMAP of everything");
             Errno::from_raw_os_error(error.errno())
         })

@@ -203,6 +203,11 @@ impl Rig {
         ours
     }
 
+    /// One more way to the device than the server's.
+    pub(crate) fn endpoint(&self) -> Endpoint<Diary> {
+        Endpoint::new(Arc::clone(&self.parts), self.actor.clone())
+    }
+
     pub(crate) fn device(&self) -> &Diary {
         &self.parts.device
     }

@@ -232,6 +232,9 @@ fn negotiate(
         let (major, minor) = (version.major, version.minor);
         return Err(ConnectError::Version { major, minor });
     }
+    if version.capabilities.max_data_xfer_size() == 0 {
+        return Err(ConnectError::NoData);
+    }
     Ok(version)
 }
 

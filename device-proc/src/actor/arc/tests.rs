@@ -166,7 +166,7 @@ async fn a_reset_keeps_what_is_open_and_calls_no_hook() {
         let parts = parts(&[]);
         go(&parts, Full, at, LONG).await.0.unwrap();
         parts.device.calls.lock().unwrap().clear();
-        let (result, _) = reset(Arc::clone(&parts), at, at, budget(LONG)).await;
+        let (result, _) = reset(Arc::clone(&parts), at, at, false, budget(LONG)).await;
         assert_eq!(result, Ok(()));
         assert_eq!(*parts.device.calls.lock().unwrap(), ["reset"]);
         assert!(parts.is_at(at), "{at}: {parts:?}");
@@ -178,7 +178,7 @@ async fn a_reset_can_start_a_device() {
     let parts = parts(&[]);
     go(&parts, Full, Stopped, LONG).await.0.unwrap();
     parts.device.calls.lock().unwrap().clear();
-    let (result, _) = reset(Arc::clone(&parts), Stopped, Full, budget(LONG)).await;
+    let (result, _) = reset(Arc::clone(&parts), Stopped, Full, false, budget(LONG)).await;
     assert_eq!(result, Ok(()));
     assert_eq!(*parts.device.calls.lock().unwrap(), ["reset", "prepare_start", "start"]);
     assert!(parts.is_at(Full) && !parts.interrupts.is_frozen());
@@ -187,7 +187,7 @@ async fn a_reset_can_start_a_device() {
 #[tokio::test]
 async fn a_reset_that_fails_leaves_everything_closed() {
     let parts = parts(&[("reset", Deed::Fails)]);
-    let (result, _) = reset(Arc::clone(&parts), Full, Full, budget(LONG)).await;
+    let (result, _) = reset(Arc::clone(&parts), Full, Full, false, budget(LONG)).await;
     assert_eq!(result.unwrap_err().text, "reset: no");
     assert!(parts.is_at(Stopped) && parts.interrupts.is_frozen());
 }

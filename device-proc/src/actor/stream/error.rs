@@ -17,6 +17,8 @@ pub(crate) enum StreamError {
     Short,
     #[error("the state stream goes on after its end")]
     Long,
+    #[error("the device was reset while its state was saved")]
+    Reset,
     #[error("this is no state stream: it begins with {0:02x?}")]
     Magic([u8; 8]),
     #[error("state stream of version {major}.{minor}, expected {MAJOR}.{MINOR}")]

@@ -1,6 +1,7 @@
 mod client;
 mod edge;
 mod logging;
+mod masters;
 mod migration;
 mod ours;
 mod requests;

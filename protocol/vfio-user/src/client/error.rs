@@ -135,6 +135,9 @@ pub enum ConnectError {
     /// The answer is none.
     #[error("the answer to VERSION cannot be")]
     Answer(#[from] WireError),
+    /// The server takes or gives no data at all (`max_data_xfer_size` is 0).
+    #[error("the server says that no byte of data fits a message: max_data_xfer_size is 0")]
+    NoData,
     /// The server speaks another version.
     #[error("the server answers with version {major}.{minor}")]
     Version {

@@ -107,6 +107,9 @@ pub enum Unmap {
     All,
 }
 
+/// The largest `argsz` that a request for a bitmap may have, as libvfio-user has it.
+const MAX_BITMAP_ARGSZ: u32 = 1 << 20;
+
 impl DmaUnmap {
     /// Size of the body without a bitmap, in bytes.
     pub const SIZE: usize = 24;
@@ -119,7 +122,7 @@ impl DmaUnmap {
     ///
     /// [`WireError`] for flags that do not exist or do not go together, everything with a range, a
     /// range that can be none, a page size that is no power of two, and a bitmap that is too short
-    /// for the range, longer than `limit` or longer than `argsz` allows.
+    /// for the range, longer than `limit` or longer than `argsz` allows, which is at most 1 MiB then.
     pub fn decode(body: &[u8], limit: u32) -> Result<Self, WireError> {
         let mut reader = Reader::new(UNMAP, body);
         let (argsz, flags) = (reader.u32()?, reader.u32()?);
@@ -145,6 +148,10 @@ impl DmaUnmap {
                 return Err(WireError::Field { what: UNMAP, field: "bitmap size", value: count });
             }
             check_argsz(UNMAP, argsz, count + Self::BITMAP_AT as u64)?;
+            if argsz > MAX_BITMAP_ARGSZ {
+                let (count, limit) = (u64::from(argsz), u64::from(MAX_BITMAP_ARGSZ));
+                return Err(WireError::TooLong { what: UNMAP, count, limit });
+            }
         }
         Ok(Self { argsz, what })
     }

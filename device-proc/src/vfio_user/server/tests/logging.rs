@@ -163,6 +163,7 @@ fn an_unmapping_can_report_what_was_written() {
         unmap(72, 4097, 32),
         unmap(72, 0, 32),
         unmap(u32::MAX, 4096, u64::MAX),
+        unmap((1 << 20) + 1, 4096, 32),
         unmap(u32::MAX, 4096, (1 << 20) + 8),
         fields!(72_u32, 1_u32, 0x1_0000_u64, 1_u64 << 20),
         fields!(72_u32, 3_u32, 0_u64, 0_u64, 4096_u64, 32_u64),

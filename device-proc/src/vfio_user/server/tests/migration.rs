@@ -26,12 +26,12 @@ fn set_body(state: u32) -> Vec<u8> {
     fields!(16_u32, 2 | SET, state, u32::MAX)
 }
 
-fn set(client: &mut Client, state: S) -> Result<(), u32> {
+pub(super) fn set(client: &mut Client, state: S) -> Result<(), u32> {
     let body = set_body(state.value());
     client.call(FEATURE, &body).map(|reply| assert_eq!(reply, body, "the request is repeated"))
 }
 
-fn get(client: &mut Client) -> S {
+pub(super) fn get(client: &mut Client) -> S {
     let reply = client.call(FEATURE, &fields!(16_u32, 2 | GET)).unwrap();
     assert_eq!(reply[..8], fields!(16_u32, 2 | GET));
     assert_eq!(reply.len(), 16);
@@ -48,7 +48,7 @@ fn read(client: &mut Client, size: u32) -> Result<Vec<u8>, u32> {
     Ok(data.to_vec())
 }
 
-fn write(client: &mut Client, data: &[u8]) -> Result<(), u32> {
+pub(super) fn write(client: &mut Client, data: &[u8]) -> Result<(), u32> {
     let size = u32::try_from(data.len()).unwrap();
     let mut body = fields!(8 + size, size);
     body.extend(data);
@@ -56,7 +56,7 @@ fn write(client: &mut Client, data: &[u8]) -> Result<(), u32> {
 }
 
 /// The device's state, read in pieces of that many bytes; the client is in STOP_COPY.
-fn save(client: &mut Client, piece: u32) -> Vec<u8> {
+pub(super) fn save(client: &mut Client, piece: u32) -> Vec<u8> {
     let mut all = Vec::new();
     loop {
         let data = read(client, piece).unwrap();

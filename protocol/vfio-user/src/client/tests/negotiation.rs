@@ -60,6 +60,12 @@ fn an_answer_that_cannot_be_is_refused() {
 }
 
 #[test]
+fn a_server_that_takes_no_data_is_refused() {
+    let answer = start_with(&version(0, 0, "{\"capabilities\":{\"max_data_xfer_size\":0}}\0"));
+    assert!(matches!(answer, Err(ConnectError::NoData)), "{answer:?}");
+}
+
+#[test]
 fn another_version_is_refused() {
     for (major, minor) in [(1, 0), (0, MINOR + 1), (u16::MAX, u16::MAX)] {
         let answer = start_with(&version(major, minor, ""));
