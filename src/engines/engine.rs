@@ -1,25 +1,25 @@
 //! Drives one copy engine as a guest's driver would, over vfio-user.
 //!
-//! The `vfio_user` crate's client reports no error replies: a map that was refused looks like one
-//! that was made, and a refused register write waits for ever. So each map is looked up through the
-//! device's probe registers, and registers are only touched while the machine runs; whoever calls
-//! this bounds the time.
+//! Each window that is mapped is looked up through the device's probe registers: that the device has
+//! taken it does not say what it takes it for. Registers are only touched while the machine runs,
+//! since a stopped device refuses that.
 
 use super::layout::{Range, VECTOR};
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::io::Errno;
 use standstill::device_proc::devices::copy_engine::registers::*;
 use standstill::device_proc::memory::{SharedMemory, SharedMemoryError};
+use standstill::vfio_user::client::{Client, ClientError, ConnectError};
+use standstill::vfio_user::wire::{DMA_READABLE, DMA_WRITABLE, DmaMap, IrqIndex};
 use std::fmt;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 use thiserror::Error;
-use vfio_bindings::bindings::vfio::{
-    VFIO_IRQ_SET_ACTION_TRIGGER, VFIO_IRQ_SET_DATA_EVENTFD, VFIO_PCI_MSIX_IRQ_INDEX,
-};
-use vfio_user::Client;
+
+/// How long a device may take to answer: a machine of many engines may leave it no CPU for a while.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// What is behind a DMA window, as the device sees it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,13 +42,16 @@ impl fmt::Display for Class {
 /// A copy engine cannot be driven.
 #[derive(Debug, Error)]
 pub(crate) enum EngineError {
+    /// The device does not serve this client.
+    #[error("cannot connect to its data socket")]
+    Connect(#[from] ConnectError),
     /// The conversation with the device failed.
     #[error("cannot {what}")]
     Client {
         /// What was to be done.
         what: &'static str,
         /// Why it was not.
-        source: vfio_user::Error,
+        source: ClientError,
     },
     /// The device is another.
     #[error("{what} is {found:#x}, expected {expected:#x}")]
@@ -116,8 +119,7 @@ pub(crate) type Access = Box<dyn FnOnce() -> Result<(), EngineError> + Send>;
 
 /// One copy engine and the VMM's connection to it.
 pub(crate) struct Engine {
-    /// In a mutex, since an access to a register may be made on another thread.
-    client: Arc<Mutex<Client>>,
+    client: Client,
     memory: SharedMemory,
     interrupts: OwnedFd,
 }
@@ -132,14 +134,12 @@ impl Engine {
     /// Connects to the device at a data socket, checks that it is a copy engine with so much
     /// memory, maps that, and installs an eventfd for its interrupts.
     pub(crate) fn connect(socket: &Path, memory_size: u64) -> Result<Self, EngineError> {
-        let client = Client::new(socket).map_err(failed("connect to its data socket"))?;
-        let region = client.region(MEMORY_BAR).ok_or(EngineError::NoMemory)?;
-        let file = region.file_offset.as_ref().ok_or(EngineError::NoMemory)?;
-        let fd = file.file().as_fd().try_clone_to_owned().map_err(system("dup"))?;
-        let memory = SharedMemory::from_fd(fd, memory_size)?;
+        let client = Client::builder().timeout(PATIENCE).connect(socket)?;
+        let region = client.region_info(MEMORY_BAR).map_err(failed("ask about its memory BAR"))?;
+        let memory = SharedMemory::from_fd(region.fd.ok_or(EngineError::NoMemory)?, memory_size)?;
         let interrupts = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
             .map_err(|errno| system("eventfd")(errno.into()))?;
-        let mut engine = Self { client: Arc::new(Mutex::new(client)), memory, interrupts };
+        let engine = Self { client, memory, interrupts };
         engine.expect_word("its ID register", ID, ID_VALUE)?;
         engine.expect_word("its VERSION register", VERSION, VERSION_VALUE)?;
         let size = engine.read_long(MEMORY_SIZE)?;
@@ -151,26 +151,19 @@ impl Engine {
         Ok(engine)
     }
 
-    fn client(&self) -> MutexGuard<'_, Client> {
-        self.client.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// An access to a register, which may be made on another thread and hang there.
     #[cfg(feature = "fault-injection")]
     pub(crate) fn access(&self) -> Access {
-        let client = Arc::clone(&self.client);
+        let client = self.client.clone();
         Box::new(move || {
             let mut bytes = [0; 4];
-            let mut client = client.lock().unwrap_or_else(PoisonError::into_inner);
             client.region_read(REGISTER_BAR, ID, &mut bytes).map_err(failed("read a register"))
         })
     }
 
-    fn install_interrupt(&mut self) -> Result<(), EngineError> {
-        let flags = VFIO_IRQ_SET_DATA_EVENTFD | VFIO_IRQ_SET_ACTION_TRIGGER;
-        let fds = [self.interrupts.as_raw_fd()];
-        self.client()
-            .set_irqs(VFIO_PCI_MSIX_IRQ_INDEX, flags, VECTOR, 1, &fds)
+    fn install_interrupt(&self) -> Result<(), EngineError> {
+        self.client
+            .irq_install(IrqIndex::Msix as u32, VECTOR, &[self.interrupts.as_fd()])
             .map_err(failed("install an eventfd for its interrupts"))
     }
 
@@ -196,13 +189,15 @@ impl Engine {
 
     /// Maps memory into the device's IOVA space and makes sure that it is there.
     pub(crate) fn map(
-        &mut self,
+        &self,
         range: Range,
         memory: &SharedMemory,
         class: Class,
     ) -> Result<(), EngineError> {
-        self.client()
-            .dma_map(0, range.iova, range.size, memory.as_fd().as_raw_fd())
+        let Range { iova, size } = range;
+        let map = DmaMap { flags: DMA_READABLE | DMA_WRITABLE, offset: 0, iova, size };
+        self.client
+            .dma_map(&map, Some(memory.as_fd()))
             .map_err(failed("map memory for its DMA"))?;
         self.write_long(PROBE_IOVA, range.iova)?;
         self.write_long(PROBE_LEN, range.size)?;
@@ -218,7 +213,7 @@ impl Engine {
     }
 
     /// Starts the engine on a ring, which it goes round for ever.
-    pub(crate) fn start(&mut self, ring: u64, entries: u32) -> Result<(), EngineError> {
+    pub(crate) fn start(&self, ring: u64, entries: u32) -> Result<(), EngineError> {
         self.write_long(RING_BASE, ring)?;
         self.write_word(RING_ENTRIES, entries)?;
         self.write_word(CONTROL, CONTROL_RUN | CONTROL_LOOP)
@@ -226,12 +221,12 @@ impl Engine {
 
     /// Lets the engine go on round its ring, if it has halted.
     #[cfg(feature = "fault-injection")]
-    pub(crate) fn go_on(&mut self) -> Result<(), EngineError> {
+    pub(crate) fn go_on(&self) -> Result<(), EngineError> {
         self.write_word(CONTROL, CONTROL_RUN | CONTROL_LOOP)
     }
 
     /// What the engine has done so far; an error if it has halted.
-    pub(crate) fn work(&mut self) -> Result<Work, EngineError> {
+    pub(crate) fn work(&self) -> Result<Work, EngineError> {
         let status = self.read_word(STATUS)?;
         if status != STATUS_BUSY {
             let (what, expected) = ("its STATUS register", u64::from(STATUS_BUSY));
@@ -245,7 +240,7 @@ impl Engine {
     }
 
     fn expect_word(
-        &mut self,
+        &self,
         what: &'static str,
         register: u64,
         expected: u32,
@@ -258,36 +253,36 @@ impl Engine {
         Ok(())
     }
 
-    fn read_word(&mut self, register: u64) -> Result<u32, EngineError> {
+    fn read_word(&self, register: u64) -> Result<u32, EngineError> {
         let mut bytes = [0; 4];
-        self.client()
+        self.client
             .region_read(REGISTER_BAR, register, &mut bytes)
             .map_err(failed("read a register"))?;
         Ok(u32::from_le_bytes(bytes))
     }
 
-    fn read_long(&mut self, register: u64) -> Result<u64, EngineError> {
+    fn read_long(&self, register: u64) -> Result<u64, EngineError> {
         let mut bytes = [0; 8];
-        self.client()
+        self.client
             .region_read(REGISTER_BAR, register, &mut bytes)
             .map_err(failed("read a register"))?;
         Ok(u64::from_le_bytes(bytes))
     }
 
-    fn write_word(&mut self, register: u64, value: u32) -> Result<(), EngineError> {
-        self.client()
+    fn write_word(&self, register: u64, value: u32) -> Result<(), EngineError> {
+        self.client
             .region_write(REGISTER_BAR, register, &value.to_le_bytes())
             .map_err(failed("write a register"))
     }
 
-    fn write_long(&mut self, register: u64, value: u64) -> Result<(), EngineError> {
-        self.client()
+    fn write_long(&self, register: u64, value: u64) -> Result<(), EngineError> {
+        self.client
             .region_write(REGISTER_BAR, register, &value.to_le_bytes())
             .map_err(failed("write a register"))
     }
 }
 
-fn failed(what: &'static str) -> impl FnOnce(vfio_user::Error) -> EngineError {
+fn failed(what: &'static str) -> impl FnOnce(ClientError) -> EngineError {
     move |source| EngineError::Client { what, source }
 }
 

@@ -1,17 +1,13 @@
 //! Drives one copy engine as a guest's driver would, over vfio-user.
-//!
-//! The client of the `vfio_user` crate waits for ever where a device refuses or is silent, so every
-//! call is made on a thread of its own and has a deadline.
 
 use standstill::device_proc::devices::copy_engine::Descriptor;
 use standstill::device_proc::devices::copy_engine::registers::*;
 use standstill::device_proc::memory::SharedMemory;
-use std::fmt::Debug;
-use std::os::fd::{AsFd, AsRawFd};
+use standstill::vfio_user::client::Client;
+use standstill::vfio_user::wire::{DMA_READABLE, DMA_WRITABLE, DmaMap};
+use std::os::fd::AsFd;
 use std::path::Path;
-use std::sync::mpsc::channel;
 use std::time::Duration;
-use vfio_user::Client;
 
 /// Size of an engine's memory BAR.
 pub(crate) const MEMORY: u64 = 64 << 10;
@@ -22,28 +18,26 @@ const CONFIG_REGION: u32 = 7;
 
 /// One engine and a client of it.
 pub(crate) struct Engine {
-    /// Away while a call is under way, and for good if one does not return.
-    client: Option<Client>,
+    client: Client,
     /// The client's own mapping of the memory BAR.
     pub(crate) memory: SharedMemory,
 }
 
 impl Engine {
     pub(crate) fn connect(socket: &Path) -> Self {
-        let path = socket.to_owned();
-        let client = bounded("connect", move || Client::new(&path)).unwrap();
-        let region = client.region(MEMORY_BAR).unwrap();
-        let fd = region.file_offset.as_ref().unwrap().file().as_fd().try_clone_to_owned().unwrap();
+        let client = Client::builder().timeout(PATIENCE).connect(socket).unwrap();
+        let fd = client.region_info(MEMORY_BAR).unwrap().fd.unwrap();
         let memory = SharedMemory::from_fd(fd, MEMORY).unwrap();
-        let mut engine = Self { client: Some(client), memory };
+        let mut engine = Self { client, memory };
         assert_eq!(engine.read(ID), ID_VALUE);
         engine
     }
 
     /// Maps memory into its IOVA space.
     pub(crate) fn map(&mut self, iova: u64, memory: &SharedMemory) {
-        let (fd, size) = (memory.try_clone_fd().unwrap(), memory.size());
-        self.call("map", move |client| client.dma_map(0, iova, size, fd.as_raw_fd()));
+        let (flags, size) = (DMA_READABLE | DMA_WRITABLE, memory.size());
+        let map = DmaMap { flags, offset: 0, iova, size };
+        self.client.dma_map(&map, Some(memory.as_fd())).unwrap();
     }
 
     /// What it has at that IOVA: `PROBE_UNMAPPED`, `PROBE_RAM` or `PROBE_PEER`.
@@ -73,31 +67,12 @@ impl Engine {
     }
 
     fn read_at(&mut self, region: u32, offset: u64) -> u32 {
-        self.call("read", move |client| {
-            let mut bytes = [0; 4];
-            client.region_read(region, offset, &mut bytes).map(|()| u32::from_le_bytes(bytes))
-        })
+        let mut bytes = [0; 4];
+        self.client.region_read(region, offset, &mut bytes).unwrap();
+        u32::from_le_bytes(bytes)
     }
 
     fn write(&mut self, register: u64, value: &[u8]) {
-        let value = value.to_vec();
-        self.call("write", move |client| client.region_write(REGISTER_BAR, register, &value));
+        self.client.region_write(REGISTER_BAR, register, value).unwrap();
     }
-
-    fn call<T: Send + 'static, E: Debug + Send + 'static>(
-        &mut self,
-        what: &str,
-        call: impl FnOnce(&mut Client) -> Result<T, E> + Send + 'static,
-    ) -> T {
-        let mut client = self.client.take().unwrap();
-        let (result, client) = bounded(what, move || (call(&mut client), client));
-        self.client = Some(client);
-        result.unwrap_or_else(|error| panic!("{what}: {error:?}"))
-    }
-}
-
-fn bounded<T: Send + 'static>(what: &str, call: impl FnOnce() -> T + Send + 'static) -> T {
-    let (send, result) = channel();
-    std::thread::spawn(move || send.send(call()));
-    result.recv_timeout(PATIENCE).unwrap_or_else(|error| panic!("{what}: {error}"))
 }

@@ -3,30 +3,27 @@
 use crate::machine::{Guest, LONG};
 use standstill::coordinator::Outcome;
 use standstill::device_proc::devices::copy_engine::registers::*;
+use standstill::vfio_user::client::Client;
 use standstill_testkit::outside::data::{DataAction, DataFault, DataRelay, Framing, Way};
+use std::error::Error;
 use std::path::Path;
-use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
-use vfio_user::Client;
 
-/// How long a client may take that is cut off in the middle: it waits for ever.
+/// How long an answer may take that was cut off in the middle.
 const CUT_OFF: Duration = Duration::from_secs(2);
 
-/// Connects and reads the ID register; why that was not possible. It must end by itself in that time.
-fn id(socket: &Path, within: Duration) -> Result<u32, String> {
-    let (send, result) = channel();
-    let socket = socket.to_owned();
-    std::thread::spawn(move || {
-        let read = || {
-            let mut client = Client::new(&socket).map_err(|error| format!("{error:?}"))?;
-            let mut bytes = [0; 4];
-            let read = client.region_read(REGISTER_BAR, ID, &mut bytes);
-            read.map(|()| u32::from_le_bytes(bytes)).map_err(|error| format!("{error:?}"))
-        };
-        send.send(read())
-    });
-    // A thread that has panicked has no answer either.
-    result.recv_timeout(within).unwrap_or_else(|error| Err(error.to_string()))
+/// Connects, looks at the registers and reads the ID; why that was not possible. No answer may take
+/// longer than that.
+fn id(socket: &Path, timeout: Duration) -> Result<u32, String> {
+    let read = || -> Result<u32, Box<dyn Error>> {
+        let client = Client::builder().timeout(timeout).connect(socket)?;
+        client.device_info()?;
+        client.region_info(REGISTER_BAR)?;
+        let mut bytes = [0; 4];
+        client.region_read(REGISTER_BAR, ID, &mut bytes)?;
+        Ok(u32::from_le_bytes(bytes))
+    };
+    read().map_err(|error| format!("{error:?}"))
 }
 
 /// A client that comes a moment later, as soon as the engine has seen that the one before is gone.
@@ -45,7 +42,7 @@ async fn whatever_comes_over_the_wire_an_engine_lives_takes_part_and_serves_the_
     machine.declare_ram(&guest.ram).await.unwrap();
     let pid = crate::machine::pid(&machine, 1).await;
     let socket = guest.description.socket(1);
-    // The third message of a client asks for the first region; the first one is the version.
+    // The first message of the client is the version, the third one asks for a region.
     let both = [Way::ToDevice, Way::ToClient];
     let faults = both.into_iter().flat_map(|way| {
         let cut = [CutAt(0), CutAt(7), CutAt(20)];

@@ -5,16 +5,21 @@ use rustix::fs::{MemfdFlags, memfd_create};
 use standstill_coordinator::DeviceSpec;
 use standstill_coordinator::report::{ParticipantReport, TransitionReport};
 use standstill_protocol::message::{CounterKind, Phase};
+use standstill_vfio_user::client::Client;
+use standstill_vfio_user::wire::{DMA_READABLE, DMA_WRITABLE, DmaMap};
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io::{Seek, SeekFrom, Write};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
+use std::time::Duration;
 use tempfile::TempDir;
-use vfio_user::Client;
+
+/// How long a device may take to answer its client; long, since tests run on busy machines.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Makes the description of a device out of its number and the path of its data socket.
 type Describe = dyn Fn(u16, &Path) -> DeviceSpec + Send + Sync;
@@ -43,7 +48,7 @@ pub struct Driven<'a> {
     /// Its number, from 0.
     pub device: u16,
     /// A client of it.
-    pub client: &'a mut Client,
+    pub client: &'a Client,
     /// Guest RAM of [`DevicePrograms::RAM`] bytes, the same for all devices; for DMA it begins at the
     /// address 0.
     pub ram: &'a File,
@@ -110,8 +115,7 @@ impl Subject for DevicePrograms {
 
 struct Device {
     socket: PathBuf,
-    /// In a mutex of its own: an access that hangs has it.
-    client: Option<Arc<Mutex<Client>>>,
+    client: Option<Client>,
     gone: bool,
 }
 
@@ -132,9 +136,11 @@ impl DeviceProgramsRig {
             return Ok(());
         }
         let device = self.devices.get_mut(number).ok_or("no such device")?;
-        let mut client = Client::new(&device.socket)?;
-        client.dma_map(0, 0, DevicePrograms::RAM, self.ram.as_raw_fd())?;
-        device.client = Some(Arc::new(Mutex::new(client)));
+        let client = Client::builder().timeout(PATIENCE).connect(&device.socket)?;
+        let flags = DMA_READABLE | DMA_WRITABLE;
+        let map = DmaMap { flags, offset: 0, iova: 0, size: DevicePrograms::RAM };
+        client.dma_map(&map, Some(self.ram.as_fd()))?;
+        device.client = Some(client);
         Ok(())
     }
 
@@ -147,8 +153,7 @@ impl DeviceProgramsRig {
             read(client, *register)?;
         }
         let Some(drive) = drive else { return Ok(()) };
-        let mut client = client.lock().unwrap_or_else(PoisonError::into_inner);
-        drive(Driven { device: number.try_into()?, client: &mut client, ram: &self.ram })
+        drive(Driven { device: number.try_into()?, client, ram: &self.ram })
     }
 }
 
@@ -231,9 +236,8 @@ impl Rig for DeviceProgramsRig {
 }
 
 /// Reads the register.
-fn read(client: &Mutex<Client>, (bar, offset): (u32, u64)) -> Result<(), RigError> {
+fn read(client: &Client, (bar, offset): (u32, u64)) -> Result<(), RigError> {
     let mut value = [0; 4];
-    let mut client = client.lock().unwrap_or_else(PoisonError::into_inner);
     Ok(client.region_read(bar, offset, &mut value)?)
 }
 
