@@ -41,10 +41,15 @@ fn armory() -> MutexGuard<'static, Armory> {
 ///
 /// [`ArmError`]; nothing more is armed then.
 pub(crate) fn arm(faults: &[Fault], journal: OwnedFd) -> Result<(), ArmError> {
+    let journal = Journal::new(journal).map_err(ArmError::Journal)?;
     let mut armory = armory();
-    armory.add(faults, Journal::new(journal).map_err(ArmError::Journal)?)?;
+    // Whoever reads in the journal that they are armed may send at once what is to find them so. A thread that
+    // gets there before all is written down has to see that it must wait for the armory.
+    let new = faults.iter().fold(0, |kinds, fault| kinds | armory::kind(fault.point));
+    KINDS.store(armory.kinds() | new, Ordering::Release);
+    let added = armory.add(faults, journal);
     KINDS.store(armory.kinds(), Ordering::Release);
-    Ok(())
+    added
 }
 
 /// Arms what the environment says, if it says anything.
