@@ -497,8 +497,11 @@ pub trait Device: Send + Sync + 'static {
 
     /// Writes what the device can save while it runs, so that [`save`](Self::save) has less to
     /// write. Only for devices with PRE_COPY; memory BARs are none of its business. Called once for
-    /// each pass, on a thread of its own; it may still be writing when the device is stopped, and
-    /// is called in STOP_COPY if the device was reset after its last pass.
+    /// each pass, on a thread of its own; it may still be writing when the device is stopped.
+    ///
+    /// Every stream has a [`Pass::First`]: it is called in STOP_COPY, before `save`, if there was no
+    /// pass before, or the device was reset after the last one. So `save` can rely on it, whatever
+    /// became of streams before this one.
     ///
     /// # Errors
     ///

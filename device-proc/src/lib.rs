@@ -31,3 +31,8 @@ pub mod serve;
 pub mod vfio_user;
 
 pub use serve::{ServeOptions, serve};
+
+/// The code in the documentation, compiled by the tests.
+#[cfg(doctest)]
+#[doc = include_str!("../../docs/writing-a-device.md")]
+struct WritingADevice;

@@ -125,7 +125,9 @@ impl Saver {
         to: &mut impl Sink,
     ) -> Result<(), StreamError> {
         self.begin(parts, to)?;
-        if self.running == Running::Void {
+        // A device with passes saves no more at the end than what its last one has left.
+        let passes = parts.migration.pre_copy();
+        if self.running == Running::Void || (passes && self.running == Running::Nothing) {
             self.device_while_running(parts, to)?;
         }
         for (bar, memory, size) in memory_bars(parts) {

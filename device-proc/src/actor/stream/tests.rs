@@ -6,6 +6,7 @@ use crate::actor::scripted::{Scripted, info, parts, put_together};
 use crate::device::{Bar, DeviceInfo, Pass};
 use crate::interrupt::Latched;
 use proptest::prelude::*;
+use standstill_protocol::migration::MigrationFlags;
 use std::io::{self, Write};
 use std::sync::{Arc, Mutex};
 
@@ -183,6 +184,21 @@ fn a_device_saves_of_itself_while_it_runs() {
     load(&target, stream.0.as_slice()).unwrap();
     let loaded = target.device.passes.lock().unwrap().clone();
     assert_eq!(loaded, [(Pass::First, vec![1; 70_000]), (Pass::Later, vec![2])]);
+}
+
+#[test]
+fn a_device_with_passes_has_a_first_one_in_every_stream() {
+    for (pre_copy, loaded) in [(false, Vec::new()), (true, vec![(Pass::First, vec![1])])] {
+        let source = with_memory(b"state", |info| {
+            if pre_copy {
+                info.migration = MigrationFlags::ALL;
+            }
+        });
+        passes(&source, &[(Pass::First, &[1])]);
+        let target = with_memory(b"     ", |_| {});
+        load(&target, saved_of(&source).as_slice()).unwrap();
+        assert_eq!(*target.device.passes.lock().unwrap(), loaded);
+    }
 }
 
 #[test]
