@@ -344,6 +344,15 @@ impl Stopped {
         self.guard.report()
     }
 
+    /// Whether it stands still: see [the async `stands`](asynchronous::Stopped::stands).
+    ///
+    /// # Errors
+    ///
+    /// [`MachineError::Gone`] after a shutdown.
+    pub fn stands(&self) -> Result<bool, MachineError> {
+        self.machine.status().map(|status| status.stands)
+    }
+
     /// Starts it again.
     ///
     /// # Errors

@@ -11,6 +11,7 @@ mod incarnation;
 mod incoming;
 mod join;
 mod keep;
+mod lease;
 mod memory;
 mod outcome;
 mod owner;

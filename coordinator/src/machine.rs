@@ -107,10 +107,15 @@ impl Machine {
     /// guest's access only so long (QEMU 5 s) before it takes the device for broken. A device process
     /// that is told nothing more for `lease` after it has stopped goes to `RUNNING_P2P` by itself,
     /// where it serves its client again and starts no peer-to-peer DMA, and tells so
-    /// ([`DeviceEvent::LeaseExpired`]). The start brings it to RUNNING with all others.
+    /// ([`DeviceEvent::LeaseExpired`]). The start brings it to RUNNING with all others, another pause
+    /// to STOP again.
     ///
-    /// From then on the machine is not stopped any more, though its guard and its status say so.
-    /// What is read of it then (its memory, the state of its devices) is not of one moment.
+    /// From then on the machine is not stopped any more, and its status says so
+    /// ([`MachineState::LeaseExpired`]). What is read of it (its memory, the state of its devices) is of
+    /// one moment only if the guard [stands](Stopped::stands) when all was read. A lease that runs out
+    /// before the last device has stopped is a failure of this pause, and nobody's loss.
+    ///
+    /// Zero is no lease. A hold, and an undo that leaves the machine stopped, have none either.
     ///
     /// [`DeviceEvent::LeaseExpired`]: standstill_protocol::message::DeviceEvent::LeaseExpired
     ///
@@ -407,7 +412,8 @@ pub(crate) fn running(
     }
 }
 
-/// A machine that stands still.
+/// A machine that stands still; until a lease runs out, if it was [stopped with
+/// one](Machine::pause_leased).
 ///
 /// Dropped without [`resume`](Self::resume), the machine stays stopped: nothing may start by
 /// accident. [`Machine::resume`] starts it then.
@@ -424,6 +430,18 @@ impl Stopped {
     #[must_use]
     pub fn report(&self) -> &Arc<TransitionReport> {
         &self.report
+    }
+
+    /// Whether all devices are in STOP, and certainly have been since the last pause ended. Whoever
+    /// reads anything under a [lease](Machine::pause_leased) asks this when all is read: if it is false,
+    /// a device may have written meanwhile. It is false from the moment when a lease may have run out,
+    /// which is a little earlier than a device tells that it has.
+    ///
+    /// # Errors
+    ///
+    /// [`MachineError::Gone`] after a shutdown.
+    pub async fn stands(&self) -> Result<bool, MachineError> {
+        Ok(self.machine.status().await?.stands)
     }
 
     /// Starts it again.

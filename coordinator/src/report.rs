@@ -303,6 +303,9 @@ impl TransitionReport {
             FailureKind::Lost(loss) => format!("is lost: {}", self.loss_detail(failure, loss)),
             FailureKind::Hung => "did not return within its deadline".to_owned(),
             FailureKind::FenceUnproven => "could not be proven gone".to_owned(),
+            FailureKind::LeaseExpired => {
+                "has left STOP: its lease ran out before all were stopped".to_owned()
+            }
             FailureKind::Cancelled => "gave it up".to_owned(),
         };
         match failure.phase {

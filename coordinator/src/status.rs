@@ -14,6 +14,9 @@ pub struct Status {
     pub name: String,
     /// Where it is as a whole.
     pub machine: MachineState,
+    /// True if all that counts has certainly been in STOP since the last pause ended. False also from
+    /// the moment when a lease may have run out: the devices' word for it comes a little later.
+    pub stands: bool,
     /// What is under way, if anything is.
     pub operation: Option<Operation>,
     /// Why it is held, for a person: what is still to be proven. Empty if it is not.

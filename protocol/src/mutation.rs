@@ -41,6 +41,8 @@ pub enum Mutation {
     ArmsNoPhaseTimer,
     /// Coordinator: the outcome does not say who was fenced.
     HidesWhoWasFenced,
+    /// Coordinator: who has left STOP when its lease ran out counts as stopped.
+    TakesWhoLeftStopForStopped,
     /// Coordinator: a transition that was undone is called done.
     CallsAnUndoDone,
     /// Coordinator: a hold stops nobody.

@@ -44,6 +44,7 @@ fn machine(status: &Status, registry: &mut Registry) {
         (MachineState::Running, "running"),
         (MachineState::Stopped, "stopped"),
         (MachineState::Held, "held"),
+        (MachineState::LeaseExpired, "lease-expired"),
     ] {
         let present = i64::from(status.machine == state);
         states.get_or_create(&InState { state: name }).set(present);

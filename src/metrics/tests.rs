@@ -36,6 +36,7 @@ fn status() -> Status {
     Status {
         name: "vm".into(),
         machine: MachineState::Stopped,
+        stands: true,
         operation: None,
         held: Vec::new(),
         devices: vec![

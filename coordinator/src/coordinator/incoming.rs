@@ -86,6 +86,7 @@ impl State {
         received: Received<DeviceMessage>,
     ) -> Result<(), ProtocolError> {
         let Received { message, fds } = received;
+        let present = self.term;
         let Some(device) = self.device(id) else { return Ok(()) };
         device.care.pulse.heard();
         let greeting = device.standing == Standing::Greeting;
@@ -111,6 +112,9 @@ impl State {
                     state: reached.state,
                     answer: Answer::Reached,
                 };
+                if reached.term == present {
+                    device.lease_answered(reached.epoch, reached.phase);
+                }
                 if let Some(active) = &mut self.active
                     && reached.term == self.term
                 {
@@ -127,6 +131,9 @@ impl State {
                     state: refused.state,
                     answer: Answer::Refused,
                 };
+                if refused.term == present {
+                    device.lease_answered(refused.epoch, refused.phase);
+                }
                 if let Some(active) = &mut self.active
                     && refused.term == self.term
                 {
@@ -153,17 +160,23 @@ impl State {
             DeviceMessage::Event(DeviceEvent::Superseded(term)) => {
                 return self.device_superseded(term);
             }
-            DeviceMessage::Event(event) => {
-                // Nothing is decided by what is only told.
-                let Some(left_out) = device.tellings.tell() else { return Ok(()) };
-                let (device, event) = (device.spec.name.clone(), words::event(event));
-                if left_out > 0 {
-                    tracing::warn!(device, left_out, "it tells too much: events are left out");
-                }
-                self.emit(MachineEvent::Device { device, event });
+            DeviceMessage::Event(DeviceEvent::LeaseExpired(state)) => {
+                return self.lease_expired(id, state);
             }
+            DeviceMessage::Event(event) => self.tell_event(id, words::event(event)),
         }
         Ok(())
+    }
+
+    /// What a device tells, and nothing is decided by.
+    pub(super) fn tell_event(&mut self, id: ParticipantId, event: DeviceEvent) {
+        let Some(device) = self.device(id) else { return };
+        let Some(left_out) = device.tellings.tell() else { return };
+        let device = device.spec.name.clone();
+        if left_out > 0 {
+            tracing::warn!(device, left_out, "it tells too much: events are left out");
+        }
+        self.emit(MachineEvent::Device { device, event });
     }
 
     fn broke_protocol(&mut self, id: ParticipantId, error: ProtocolError) {

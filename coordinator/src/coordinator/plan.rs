@@ -8,7 +8,8 @@ use crate::report::nanos;
 use standstill_protocol::message::PeerDma;
 use standstill_protocol::migration::MigrationFlags;
 use standstill_protocol::transition::{
-    HeldReason, MachineState, Member, MemberKind, OnLoss, Operation, Plan, PlanError, Transition,
+    HeldReason, MachineState, Member, MemberKind, OnFailure, OnLoss, Operation, Plan, PlanError,
+    Transition,
 };
 use std::time::Duration;
 
@@ -102,12 +103,17 @@ impl State {
                     )
                 }));
         if under_way.is_some() || !possible || self.ending.is_some() {
-            return Err(MachineError::State { operation, machine: self.machine, under_way });
+            let machine = self.present();
+            return Err(MachineError::State { operation, machine, under_way });
         }
         if operation == Operation::Resume {
             self.nobody_is_missing()?;
         }
         let mut plan = self.plan(operation);
+        if self.machine == MachineState::Held {
+            // Nothing starts in a machine that is held, whatever comes of this.
+            plan.on_failure = OnFailure::StayStopped;
+        }
         plan.hooks.extend(owner.gap.as_ref().map(|gap| gap.hook(operation)));
         for member in &mut plan.members {
             if member.kind == MemberKind::Process {

@@ -92,7 +92,7 @@ fn whatever_comes_before_what_there_is_one_outcome_that_is_true_and_every_call_i
 }
 
 /// What must be among what the schedules reach.
-const REACHED: [&str; 28] = [
+const REACHED: [&str; 29] = [
     "pause Done",
     "pause RolledBack",
     "pause Stopped",
@@ -120,6 +120,7 @@ const REACHED: [&str; 28] = [
     "FenceUnproven",
     "HoldBegan",
     "HoldEnded",
+    "LeaseExpired",
     "Superseded",
 ];
 
@@ -133,6 +134,7 @@ fn a_machine_does_not_wait_for_ever_for_one_that_does_not_show_that_it_outlives_
         hooks: Vec::new(),
         locals: 0,
         stay_stopped: false,
+        hurried: false,
         heartbeats: false,
         kept: true,
         taken_over: false,
@@ -160,6 +162,7 @@ fn half() -> (action::Case, Vec<action::Action>) {
         hooks: Vec::new(),
         locals: 0,
         stay_stopped: false,
+        hurried: false,
         heartbeats: false,
         kept: false,
         taken_over: false,
@@ -181,5 +184,74 @@ fn a_machine_that_a_hold_has_left_half_is_held_until_it_stands() {
     let run = search::replay(&case, &actions, Slips::default(), true).unwrap();
     assert_eq!(run.wrong, None, "{}", search::tell(0, &run));
     let ends = ["pause Held", "pause Stopped"];
+    assert!(ends.iter().all(|end| run.reached.contains(*end)), "{}", search::tell(0, &run));
+}
+
+/// A pause with a lease, which runs out for one of two devices. Then a resume is given up.
+fn half_expired() -> (action::Case, Vec<action::Action>) {
+    use super::script::packets::Ask;
+    use action::Action::{Arc, Ask as Asks, Expire, Greet, Handle, Read, Watch};
+    let kind = action::Kind::default();
+    let case = action::Case {
+        devices: vec![kind, kind],
+        hooks: Vec::new(),
+        locals: 0,
+        stay_stopped: false,
+        hurried: false,
+        heartbeats: false,
+        kept: false,
+        taken_over: false,
+        faults: action::Faults::default(),
+        plain: false,
+        steps: 0,
+    };
+    let started = [Greet(0), Greet(1), Watch, Handle, Read(0), Read(1)];
+    let phase = [Read(0), Read(1), Arc(0), Arc(1), Watch, Handle];
+    let expired = [Expire(0), Arc(0), Watch, Handle, Asks(Ask::Status), Handle];
+    let given_up = [Asks(Ask::Resume), Handle, Asks(Ask::Cancel), Handle];
+    let pause = [Asks(Ask::PauseLeased), Handle];
+    (case, [&started[..], &pause, &phase, &phase, &expired, &given_up].concat())
+}
+
+#[test]
+fn a_resume_of_a_machine_whose_lease_has_run_out_for_some_stops_all_if_it_fails() {
+    let (case, actions) = half_expired();
+    let run = search::replay(&case, &actions, Slips::default(), true).unwrap();
+    assert_eq!(run.wrong, None, "{}", search::tell(0, &run));
+    let ends = ["pause Done", "LeaseExpired", "resume Stopped"];
+    assert!(ends.iter().all(|end| run.reached.contains(*end)), "{}", search::tell(0, &run));
+}
+
+/// A pause is given up while its first hook is called, and that takes so long that undo and hold have run
+/// out of their time before any device was told anything. Then the hook returns, and in the next pause
+/// a device dies.
+#[test]
+fn a_machine_that_a_hold_has_left_running_is_not_started_by_a_pause_that_fails() {
+    use super::script::packets::Ask;
+    use action::Action::{
+        Ask as Asks, Crash, Greet, Handle, Hook, Prove, Read, SeeExit, Tick, Watch,
+    };
+    use standstill_protocol::transition::Slot;
+    let kind = action::Kind::default();
+    let case = action::Case {
+        devices: vec![kind, kind],
+        hooks: vec![(Slot::Before, Slot::After)],
+        locals: 0,
+        stay_stopped: false,
+        hurried: true,
+        heartbeats: false,
+        kept: false,
+        taken_over: false,
+        faults: action::Faults { crash: 1, time: 1, ..action::Faults::default() },
+        plain: false,
+        steps: 0,
+    };
+    let started = [Greet(0), Greet(1), Watch, Handle, Read(0), Read(1)];
+    let held = [Asks(Ask::Pause), Handle, Asks(Ask::Cancel), Handle, Tick, Handle, Tick, Handle];
+    let again = [Hook(0, true), Handle, Asks(Ask::Pause), Handle, Crash(1), SeeExit(1), Handle];
+    let actions = [&started[..], &held, &again, &[Prove(1), Handle]].concat();
+    let run = search::replay(&case, &actions, Slips::default(), true).unwrap();
+    assert_eq!(run.wrong, None, "{}", search::tell(0, &run));
+    let ends = ["pause Held", "pause Degraded"];
     assert!(ends.iter().all(|end| run.reached.contains(*end)), "{}", search::tell(0, &run));
 }

@@ -2,6 +2,7 @@
 
 use super::incarnation::{Process, Starter};
 use super::keep::Kept;
+use super::lease::Lease;
 use super::roster::{Ids, Roster};
 use super::slips::Slips;
 use super::supervision::Care;
@@ -111,6 +112,8 @@ pub(super) struct Device {
     pub(super) standing: Standing,
     pub(super) hello: Option<Hello>,
     pub(super) state: MigrationState,
+    /// Of the stop that it was told last.
+    pub(super) lease: Option<Lease>,
     pub(super) progress: u64,
     /// Log lines that its process says it has dropped.
     pub(super) dropped_logs: u64,
@@ -136,6 +139,7 @@ impl Device {
             standing: Standing::Fenced(why),
             hello: None,
             state: MigrationState::Running,
+            lease: None,
             progress: 0,
             dropped_logs: 0,
             exit: None,
@@ -479,7 +483,8 @@ impl State {
         });
         Status {
             name: self.name.clone(),
-            machine: self.machine,
+            machine: self.present(),
+            stands: self.stands(),
             operation: self.active.as_ref().map(|active| active.operation),
             held: self.held.iter().map(|&reason| self.names.held(reason)).collect(),
             devices: devices.chain(locals).collect(),

@@ -169,7 +169,9 @@ impl State {
         local.returned = false;
         let operation = match self.machine {
             MachineState::Running => Operation::Resume,
-            MachineState::Stopped | MachineState::Held => Operation::Pause,
+            MachineState::Stopped | MachineState::Held | MachineState::LeaseExpired => {
+                Operation::Pause
+            }
         };
         self.begin_internal(id, operation, Purpose::Join(id));
     }

@@ -10,6 +10,7 @@
 use super::CoordinatorActor;
 use super::incarnation::{Child, Starter};
 use super::keep::{Kept, examined};
+use super::lease::Lease;
 use super::start::{Beginning, Prepared, check, policies};
 use super::state::{Standing, State};
 use crate::control_directory::{ControlDirectory, ControlDirectoryError};
@@ -461,6 +462,7 @@ impl State {
         // What has files has sent them; kernels that cannot say so leave it at that.
         let _ = channel.refuse_fds();
         device.state = hello.state;
+        device.lease = Some(Lease::of_another());
         device.hello = Some(hello);
         device.standing = match sent {
             Ok(()) => Standing::Ready,

@@ -6,7 +6,6 @@ use super::supervision::Recovery;
 use crate::dirty::{DirtyError, DirtyOptions, DirtyTracking, Registry, Untracked};
 use standstill_protocol::dirty::check_page_size;
 use standstill_protocol::message::{CoordinatorMessage, Untrack};
-use standstill_protocol::migration::Activity;
 use standstill_protocol::transition::{MachineState, ParticipantId};
 use std::sync::Arc;
 
@@ -98,8 +97,7 @@ impl State {
         let device = self.devices.get(id);
         let stood = device.is_some_and(|device| {
             // Who leaves was brought to STOP before.
-            device.standing == Standing::Leaving
-                || stands && device.state.activity() == Activity::Stopped
+            device.standing == Standing::Leaving || stands && device.stands()
         });
         tracking.lost(id, stood);
     }

@@ -1,6 +1,7 @@
 //! Runs a transition: the effects of the pure machine are carried out, what comes of them is fed
 //! back. What goes into one is in [`super::plan`], what its end means in [`super::outcome`].
 
+use super::lease::Lease;
 use super::owner::{GAP, GAP_NAME};
 use super::state::{Active, Purpose, Standing, State, Timers};
 use super::{Message, Owner};
@@ -215,6 +216,7 @@ impl State {
         let Some(device) = self.device(id) else { return };
         let Some(channel) = &device.channel else { return };
         device.allowance.asked();
+        device.lease = Lease::given_by(&command).or(device.lease);
         // A broadcast is encoded once.
         let sent = match frame {
             Some((encoded, bytes)) if *encoded == command => channel.try_send_frame(bytes, &[]),

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 pub struct JsonStatus {
     /// The machine's name.
     pub name: String,
-    /// `running`, `stopped` or `held`.
+    /// `running`, `stopped`, `held` or `lease-expired`.
     pub machine: String,
     /// What is under way: `pause`, `resume`, …; absent if nothing is.
     pub operation: Option<String>,

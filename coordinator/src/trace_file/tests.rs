@@ -140,6 +140,7 @@ fn a_mark_is_on_the_track_of_the_process_if_that_is_known() {
     let status = Status {
         name: "vm".into(),
         machine: MachineState::Running,
+        stands: false,
         operation: None,
         held: Vec::new(),
         devices: vec![device],

@@ -165,6 +165,7 @@ impl Lifecycle {
                 }
                 if self.is_overtaken() {
                     self.keep_promised_lease(out);
+                    self.tell_of_lease(out);
                     self.end_job(out);
                 } else {
                     self.walk(master, target, out);
@@ -191,6 +192,14 @@ impl Lifecycle {
         if command.lease_ns > 0 && stopped && self.next_command.is_none() {
             self.lease = Some(command.epoch);
             out.push(Effect::ArmLease(command.lease_ns, command.epoch));
+        }
+    }
+
+    /// What overtakes the end of a lease may be given up itself, and is not answered then: nobody
+    /// would know that the device has left where it stood.
+    fn tell_of_lease(&self, out: &mut Vec<Effect>) {
+        if matches!(self.job, Some(Job { task: Task::Lease, .. })) {
+            out.push(Effect::Notify(DeviceEvent::LeaseExpired(self.state())));
         }
     }
 
@@ -315,9 +324,7 @@ impl Lifecycle {
                     out.push(Effect::Notify(DeviceEvent::ClientState(state)));
                 }
             }
-            Some(Task::Lease) => {
-                out.push(Effect::Notify(DeviceEvent::LeaseExpired(self.state())));
-            }
+            Some(Task::Lease) => self.tell_of_lease(out),
             None => {}
         }
         self.end_job(out);

@@ -55,6 +55,8 @@ pub enum Event {
     Lost(ParticipantId, Loss),
     /// A fence is proven.
     Fenced(ParticipantId),
+    /// The lease of a participant's stop ran out: it has left STOP by itself, and is in that state.
+    LeaseExpired(ParticipantId, MigrationState),
     /// A hook returned.
     HookDone(HookId, HookMoment),
     /// A hook returned an error: things are as before its call.
@@ -349,6 +351,7 @@ impl Transition {
             }
             Event::Lost(who, why) => self.lost(who, why, &mut out),
             Event::Fenced(who) => self.fenced(who, &mut out),
+            Event::LeaseExpired(who, state) => self.lease_expired(who, state, &mut out),
             Event::HookDone(id, moment) => self.hook_done(id, moment, &mut out),
             Event::HookFailed(id, moment) => self.hook_failed(id, moment, &mut out),
             Event::Expired(timer) => self.expired(timer, &mut out),

@@ -53,6 +53,9 @@ pub enum MachineState {
     Stopped,
     /// Something about it is not proven; whatever could be stopped is.
     Held,
+    /// It was stopped for the time of a lease, and that ran out for at least one of its participants,
+    /// which has gone to RUNNING_P2P by itself. The others are stopped. No transition ends so.
+    LeaseExpired,
 }
 
 impl fmt::Display for MachineState {
@@ -61,6 +64,7 @@ impl fmt::Display for MachineState {
             Self::Running => "running",
             Self::Stopped => "stopped",
             Self::Held => "held",
+            Self::LeaseExpired => "lease-expired",
         })
     }
 }
@@ -136,6 +140,8 @@ pub enum FailureKind {
     Hung,
     /// The fence was not proven within the grace.
     FenceUnproven,
+    /// It has left STOP, since its lease ran out before the stop had ended.
+    LeaseExpired,
     /// It gave the transition up.
     Cancelled,
 }

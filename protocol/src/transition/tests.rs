@@ -9,6 +9,7 @@ use std::collections::BTreeMap;
 mod barrier;
 mod documentation;
 mod hooks;
+mod leases;
 mod losses;
 mod properties;
 mod rows;

@@ -1,6 +1,8 @@
 //! What can happen next, and how likely each is.
 
 use super::super::script::packets::Ask;
+use super::world::HOOK_BUDGET;
+use crate::description::Deadlines;
 use standstill_protocol::transition::Slot;
 
 /// One step of a schedule. Devices are named by the number of their process.
@@ -24,6 +26,8 @@ pub(super) enum Action {
     Close(usize),
     /// It does nothing any more.
     Hang(usize),
+    /// Its lease runs out.
+    Expire(usize),
     /// The end of a process is seen.
     SeeExit(usize),
     /// The fence of a process is proven.
@@ -91,6 +95,8 @@ pub(super) struct Case {
     pub(super) hooks: Vec<(Slot, Slot)>,
     pub(super) locals: usize,
     pub(super) stay_stopped: bool,
+    /// An undo, and a hold, has less time than a hook.
+    pub(super) hurried: bool,
     pub(super) heartbeats: bool,
     /// The processes outlive their coordinator.
     pub(super) kept: bool,
@@ -103,6 +109,12 @@ pub(super) struct Case {
 }
 
 impl Case {
+    pub(super) fn deadlines(&self) -> Deadlines {
+        let Deadlines { undo, .. } = Deadlines::default();
+        let undo = if self.hurried { HOOK_BUDGET / 5 } else { undo };
+        Deadlines { undo, ..Deadlines::default() }
+    }
+
     /// One of all cases.
     pub(super) fn any(rng: &mut fastrand::Rng) -> Self {
         let one_in = |rng: &mut fastrand::Rng, n: u32| rng.u32(0..n) == 0;
@@ -139,6 +151,7 @@ impl Case {
             hooks,
             locals: usize::from(one_in(rng, 4)),
             stay_stopped: one_in(rng, 3),
+            hurried: false,
             heartbeats: one_in(rng, 4),
             kept,
             taken_over,

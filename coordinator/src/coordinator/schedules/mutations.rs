@@ -38,6 +38,7 @@ faults! { MACHINES: Mutation but ActsAfterTheEnd, GoesBackToAHalf;
     ArmsNoPhaseTimer => ["nothing comes of it any more"],
     HidesWhoWasFenced => ["and it does not say so"],
     CallsAnUndoDone => ["ends in Done: hook"],
+    TakesWhoLeftStopForStopped => ["ends in Done: device"],
     HoldsWithoutStopping => ["ends in Held", "and does Full"],
     StartsWhatWasStopped => ["a take-over starts what was stopped"],
     GoesOnAfterAFailedHook => ["ends in Done: hook"],
@@ -96,7 +97,7 @@ fn each_fault_of_the_machines_is_found() {
 
 #[test]
 fn an_undo_that_goes_back_to_a_half_machine_is_found() {
-    let (case, actions) = super::half();
+    let (case, actions) = super::half_expired();
     let slips = Slips { mutation: Some(Mutation::GoesBackToAHalf), slip: None };
     let run = search::replay(&case, &actions, slips, true).expect("sockets for a schedule");
     let wrong = run.wrong.as_deref().unwrap_or_default();

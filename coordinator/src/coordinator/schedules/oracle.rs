@@ -13,7 +13,7 @@ use crate::error::MachineError;
 use crate::events::MachineEvent;
 use crate::report::{CommandAnswer, TransitionReport};
 use crate::status::{DeviceStanding, Status};
-use standstill_protocol::message::{Command, CoordinatorMessage, Epoch, Phase};
+use standstill_protocol::message::{Command, CoordinatorMessage, DeviceEvent, Epoch, Phase};
 use standstill_protocol::migration::{Activity, MigrationState};
 use standstill_protocol::transition::{HeldReason, Loss, MachineState, Operation, Outcome};
 use std::collections::BTreeSet;
@@ -80,6 +80,7 @@ impl World {
                 }
                 self.units[i].heard.push((epoch, phase));
                 self.units[i].told = Some((epoch, phase));
+                self.units[i].expired = false;
             }
         }
         release(&mut self.units, None);
@@ -165,18 +166,24 @@ impl World {
                 let counts =
                     |unit: &Unit| unit.was_ready && self.standing(unit) == Some(Standing::Ready);
                 let units = self.units.iter().enumerate().filter(|(_, unit)| counts(unit));
-                let originals = units.map(|(i, unit)| (i, unit.device.lifecycle.state()));
-                let originals = originals.collect();
+                let originals = units.map(|(i, unit)| (i, unit.device.known())).collect();
+                let expired = self.units.iter().enumerate().filter(|(_, unit)| {
+                    // The coordinator does not know yet.
+                    unit.device.stood.is_some()
+                });
+                let expired = expired.map(|(i, _)| i).collect();
                 let locals = self.actor.state.iter().flat_map(|state| &state.locals);
                 let left_out = locals.filter(|local| local.hung).map(|local| local.id).collect();
                 self.current = Some(Current {
                     operation,
                     first: epoch.0,
+                    held: self.is_held(),
                     began: (self.script.now(), self.lag),
                     originals,
-                    hooks_were_stopped: self.hooks.iter().map(|hook| hook.stopped).collect(),
+                    hooks_were_stopped: self.hooks_stopped(),
                     left_out,
                     lost: BTreeSet::new(),
+                    expired,
                     hold_expired: false,
                 });
             }
@@ -210,11 +217,22 @@ impl World {
             MachineEvent::HoldEnded { by_owner: false } => {
                 let ready = |unit: &&Unit| self.standing(unit) == Some(Standing::Ready);
                 let mut ready = self.units.iter().filter(ready);
-                let moves =
-                    |unit: &&Unit| unit.is_alive() && unit.device.may_do() != Activity::Stopped;
+                let moves = |unit: &&Unit| {
+                    let moves = unit.device.may_do() != Activity::Stopped;
+                    unit.is_alive() && moves && !unit.expired && unit.device.stood.is_none()
+                };
                 if let Some(unit) = ready.find(moves) {
                     let (name, is) = (unit.device.name.clone(), unit.device.lifecycle.state());
                     self.is_wrong(|| format!("a hold has ended, and {name} is in {is}"));
+                }
+            }
+            MachineEvent::Device { device, event: DeviceEvent::LeaseExpired(state) } => {
+                self.reached.insert("LeaseExpired".to_owned());
+                let mut units = self.units.iter_mut().rev();
+                let unit = units.find(|unit| unit.device.name == device);
+                if let Some(unit) = unit.filter(|unit| unit.device.stood.is_some()) {
+                    unit.device.stood = None;
+                    unit.expired = unit.device.lifecycle.state() == state;
                 }
             }
             MachineEvent::DeviceFenced { device, .. } => {
@@ -267,6 +285,9 @@ impl World {
                 return Some(format!("{left} of its deadlines are still armed"));
             }
         }
+        if current.held && report.machine == MachineState::Running {
+            return Some("a machine that was held runs".to_owned());
+        }
         if report.last_epoch.0 > current.first + 3 {
             return Some("it has more than four epochs".to_owned());
         }
@@ -292,9 +313,21 @@ impl World {
         self.fences_are_told(current, report).or_else(|| self.everybody_is_there(current, report))
     }
 
+    fn hooks_stopped(&self) -> Vec<Option<bool>> {
+        let stopped = |hook: &HookEnd| (!self.is_left_out(hook)).then_some(hook.stopped);
+        self.hooks.iter().map(stopped).collect()
+    }
+
+    fn is_held(&self) -> bool {
+        self.actor.state.as_ref().is_some_and(|state| {
+            // One that is taken over is called so until it is known what it is.
+            state.machine == MachineState::Held && !state.held.is_empty()
+        })
+    }
+
     /// The longest that a transition may take; see `docs/transitions.md`.
     fn longest(&self) -> Duration {
-        let Deadlines { first_phase, second_phase, undo, fence, .. } = Deadlines::default();
+        let Deadlines { first_phase, second_phase, undo, fence, .. } = self.case.deadlines();
         let many = |count: usize, time: Duration| time * u32::try_from(count).unwrap_or(u32::MAX);
         let hooks = many(self.hooks.len(), HOOK_BUDGET) + super::super::script::GAP;
         hooks + first_phase + second_phase + many(self.units.len(), fence) + undo * 2
@@ -336,19 +369,24 @@ impl World {
         };
         let found = |activity| current.originals.iter().any(|(_, s)| s.activity() == activity);
         let half = found(Activity::NoPeer) || found(Activity::Full) && found(Activity::Stopped);
-        if stops.is_none() && half {
+        if stops.is_none() && half && current.expired.is_empty() {
             return Some("they were neither all running nor all stopped before".to_owned());
         }
         for (i, unit) in self.units.iter().enumerate() {
             let Some(device) = unit.id.and_then(|id| state.devices.get(id)) else { continue };
-            let (is, does) = (unit.device.lifecycle.state(), unit.device.may_do());
+            let (is, does) = (unit.device.known(), unit.device.may_do());
             if device.standing != Standing::Ready || original(i).is_none() {
                 continue;
             }
-            if device.state != is {
+            // It may have been heard in one go that it has stopped, and that it has left again.
+            let heard = device.state == is || device.state == unit.device.lifecycle.state();
+            if !heard {
                 return Some(format!("device {i} is in {is}, and said to be in {}", device.state));
             }
             let fits = match stops {
+                // Nobody can know yet, or that was what it had come back to.
+                Some(true) if unit.device.stood.is_some() => true,
+                None if current.expired.contains(&i) => true,
                 Some(true) => does == Activity::Stopped,
                 Some(false) => does == Activity::Full,
                 None => {
@@ -389,8 +427,8 @@ impl World {
         let hooks = self.hooks.iter().zip(&current.hooks_were_stopped);
         for (hook, &was) in hooks.filter(|(hook, _)| !self.is_left_out(hook)) {
             let expected = match report.outcome {
-                Outcome::Done => stops,
-                Outcome::RolledBack => Some(was),
+                Outcome::Done => was.and(stops),
+                Outcome::RolledBack => was,
                 _ => None,
             };
             if expected.is_some_and(|expected| expected != hook.stopped) {
@@ -449,7 +487,7 @@ impl World {
         for device in &status.devices {
             let mut units = self.units.iter().rev();
             let Some(unit) = units.find(|unit| unit.device.name == device.name) else { continue };
-            let is = unit.device.lifecycle.state();
+            let is = unit.device.known();
             let lies = match (device.standing, device.state) {
                 (DeviceStanding::Ready, Some(state)) => status.operation.is_none() && state != is,
                 (DeviceStanding::Fenced | DeviceStanding::Restarting, _) => {
@@ -459,6 +497,14 @@ impl World {
             };
             if lies && !self.superseded {
                 wrong = Some(format!("{device:?} is not true: it is in {is}"));
+            }
+        }
+        let ready = |unit: &&Unit| self.standing(unit) == Some(Standing::Ready);
+        let runs = self.units.iter().filter(ready).find(|unit| unit.expired);
+        if let Some(unit) = runs.filter(|_| !self.superseded && status.operation.is_none()) {
+            let says = status.machine;
+            if says == MachineState::Stopped || status.stands {
+                wrong = Some(format!("the lease of {} is over: {says}", unit.device.name));
             }
         }
         if let Some(wrong) = wrong {

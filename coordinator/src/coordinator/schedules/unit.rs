@@ -31,6 +31,8 @@ pub(super) struct Unit {
     pub(super) counted: bool,
     /// The owner has taken it as it is.
     pub(super) accepted: bool,
+    /// The coordinator knows that its lease has run out.
+    pub(super) expired: bool,
     /// What it was told last by the transition under way, and not released from by an abort.
     pub(super) told: Option<(Epoch, Phase)>,
     pub(super) welcomed_by_another: bool,
@@ -55,6 +57,7 @@ impl Unit {
             was_ready: false,
             counted: false,
             accepted: false,
+            expired: false,
             told: None,
             welcomed_by_another: false,
             heard: Vec::new(),

@@ -10,7 +10,7 @@ use super::super::state::{HookEntry, Local};
 use super::action::{Action, Case};
 use super::inside::{Calls, HookEnd, LocalEnd};
 use super::unit::Unit;
-use crate::description::{Deadlines, DeviceSpec, MachineBuilder};
+use crate::description::{DeviceSpec, MachineBuilder};
 use crate::device::{Message as ToProcess, ProcessEvent};
 use crate::error::StartError;
 use crate::events::MachineEvent;
@@ -41,15 +41,20 @@ pub(super) const KILLED: Exit = Exit::Signal { signal: 9, core_dumped: false };
 pub(super) struct Current {
     pub(super) operation: Operation,
     pub(super) first: u64,
+    /// The machine was held when it began.
+    pub(super) held: bool,
     /// When it began, and how long the coordinator had been late by then.
     pub(super) began: (Duration, Duration),
     /// Where everybody who counts was, by the number of the process.
     pub(super) originals: Vec<(usize, MigrationState)>,
-    pub(super) hooks_were_stopped: Vec<bool>,
+    /// Whether each hook was called for a stop; `None` of one that hung, and was left out.
+    pub(super) hooks_were_stopped: Vec<Option<bool>>,
     /// Local devices that hang, and that the owner has taken as they are.
     pub(super) left_out: BTreeSet<ParticipantId>,
     /// Whom it has lost.
     pub(super) lost: BTreeSet<usize>,
+    /// Whose lease has run out since it began, or a little before.
+    pub(super) expired: BTreeSet<usize>,
     pub(super) hold_expired: bool,
 }
 
@@ -106,7 +111,7 @@ impl World {
         let specs: Vec<_> = named.map(|(at, kind)| spec(format!("d{at}"), *kind)).collect();
         let builder = MachineBuilder::new("vm")
             .devices(specs.clone())
-            .deadlines(Deadlines::default())
+            .deadlines(case.deadlines())
             .heartbeat(heartbeat)
             .on_failure(if case.stay_stopped {
                 OnFailure::StayStopped
@@ -222,6 +227,12 @@ impl World {
             }
             Action::Close(i) => self.units[i].device.close(),
             Action::Hang(i) => self.units[i].hung = true,
+            Action::Expire(i) => {
+                self.units[i].device.lease_expires();
+                if let Some(current) = &mut self.current {
+                    current.expired.insert(i);
+                }
+            }
             Action::SeeExit(i) => {
                 self.units[i].exit_seen = true;
                 let exit = self.units[i].exit.unwrap_or(Exit::Unknown);

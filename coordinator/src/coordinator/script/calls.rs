@@ -23,6 +23,8 @@ use std::time::Duration;
 pub enum Ask {
     /// [`Machine::pause`].
     Pause,
+    /// [`Machine::pause_leased`].
+    PauseLeased,
     /// [`Machine::resume`].
     Resume,
     /// [`Machine::launch_prepare_stop`], with [`Ask::GoOn`] or [`Ask::GiveUp`] to follow.
@@ -76,6 +78,9 @@ impl Answer {
 /// How long the owner may take between the phases of what is done in steps.
 pub(in super::super) const GAP: Duration = Duration::from_secs(1);
 
+/// How long devices stay stopped that were stopped with a lease.
+const LEASE: Duration = Duration::from_secs(1);
+
 const GO_ON: u8 = 1;
 const GIVE_UP: u8 = 2;
 
@@ -94,6 +99,7 @@ impl Call {
         let opened = Arc::clone(&gate);
         let future: Pin<Box<dyn Future<Output = Answer>>> = match ask {
             Ask::Pause => Box::pin(async move { stopped(machine.pause().await) }),
+            Ask::PauseLeased => Box::pin(async move { stopped(machine.pause_leased(LEASE).await) }),
             Ask::Resume => Box::pin(async move { ended(machine.resume().await) }),
             Ask::PauseInSteps => Box::pin(async move {
                 let preparing = match machine.launch_prepare_stop(GAP) {

@@ -49,6 +49,13 @@ pub(in super::super) struct Device {
     /// The most that it may do by its last answer, until it is started.
     pub(in super::super) promised: Activity,
     pub(in super::super) answers: Vec<Answered>,
+    /// The lease that runs.
+    #[cfg_attr(not(test), expect(dead_code, reason = "only schedules let leases run out"))]
+    pub(in super::super) lease: Option<Epoch>,
+    /// Where it stood when its lease ran out, until the coordinator says that it knows, or it is told
+    /// something else.
+    #[cfg_attr(not(test), expect(dead_code, reason = "only schedules let leases run out"))]
+    pub(in super::super) stood: Option<MigrationState>,
     /// It has ended by itself.
     pub(in super::super) ended: bool,
     /// What a rule of its own was broken by.
@@ -73,6 +80,8 @@ impl Device {
             does: Activity::Full,
             promised: Activity::Full,
             answers: Vec::new(),
+            lease: None,
+            stood: None,
             ended: false,
             wrong: None,
             memory: Vec::new(),
@@ -252,6 +261,23 @@ impl Device {
         }
     }
 
+    /// Its lease runs out.
+    #[cfg(test)]
+    pub(in super::super) fn lease_expires(&mut self) {
+        let Some(epoch) = self.lease.take() else { return };
+        self.stood = Some(self.lifecycle.state());
+        self.promised = Activity::NoPeer;
+        // What a lease leads to is nobody's command.
+        self.command = None;
+        self.step(Event::LeaseExpired(epoch));
+    }
+
+    /// Where it is, as far as a coordinator can know.
+    #[cfg(test)]
+    pub(in super::super) fn known(&self) -> MigrationState {
+        self.stood.unwrap_or(self.lifecycle.state())
+    }
+
     /// Another coordinator has it.
     #[cfg(test)]
     pub(in super::super) fn welcome(&mut self, term: Term) {
@@ -271,8 +297,11 @@ impl Device {
 
     fn carry_out(&mut self, effect: Effect) {
         match effect {
+            Effect::ArmLease(_, epoch) => self.lease = Some(epoch),
+            Effect::DisarmLease => self.lease = None,
             Effect::Begin(command) => {
                 self.command = Some(command);
+                self.stood = None;
                 if matches!(command.phase, Phase::PrepareStart | Phase::Start) {
                     self.promised = Activity::Full;
                 }

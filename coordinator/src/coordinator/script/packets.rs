@@ -351,7 +351,8 @@ fn file(memory: bool) -> Option<OwnedFd> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use standstill_protocol::message::{Heartbeat, MAX_FDS, MemoryAccepted};
+    use standstill_protocol::message::{DeviceEvent, Heartbeat, MAX_FDS, MemoryAccepted};
+    use standstill_protocol::migration::MigrationState;
 
     fn heartbeat() -> Step<'static> {
         let (sequence, progress, pending, dropped_logs) = (1, 0, false, 0);
@@ -412,6 +413,27 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn a_device_whose_lease_runs_out_and_has_none_is_fenced() {
+        let expired = |state| Step::Message(DeviceMessage::Event(DeviceEvent::LeaseExpired(state)));
+        let stopped = |ask| [Step::Greet, Step::Ask(ask), Step::Obey, Step::Obey];
+        for (ask, state, fenced) in [
+            (Ask::Pause, MigrationState::RunningP2p, 1),
+            (Ask::PauseLeased, MigrationState::RunningP2p, 0),
+            // No lease leads there from STOP.
+            (Ask::PauseLeased, MigrationState::Running, 1),
+            (Ask::PauseLeased, MigrationState::Error, 1),
+            // It was told to run by the resume, and changes nothing.
+            (Ask::Resume, MigrationState::RunningP2p, 0),
+        ] {
+            let steps = stopped(ask).into_iter().chain([expired(state), Step::Ask(Ask::Status)]);
+            assert_eq!(run(steps).fenced, fenced, "{ask:?}, {state}");
+        }
+        let twice = [expired(MigrationState::RunningP2p), expired(MigrationState::RunningP2p)];
+        let steps = stopped(Ask::PauseLeased).into_iter().chain(twice);
+        assert_eq!(run(steps).fenced, 0, "it is not in STOP any more, so it tells nothing new");
     }
 
     #[test]

@@ -94,6 +94,18 @@ fn any_other_command_ends_the_lease() {
 }
 
 #[test]
+fn what_overtakes_a_lease_that_has_run_out_may_be_given_up_and_it_is_told_all_the_same() {
+    use MigrationState as S;
+    let mut device = leased(S::Stop);
+    device.step(Event::LeaseExpired(Epoch(1)));
+    device.step(Event::Command(command(2, Phase::PrepareStop, S::Stop)));
+    device.step(Event::Abort(Abort { term: TERM, epoch: Epoch(2) }));
+    let told = device.step(Event::ArcDone);
+    assert_eq!(told, [Effect::Notify(DeviceEvent::LeaseExpired(S::RunningP2p))]);
+    assert_eq!(device.state(), S::RunningP2p);
+}
+
+#[test]
 fn leaving_stop_copy_makes_a_save_void() {
     use MigrationState as S;
     let mut device = device();

@@ -9,7 +9,7 @@ use super::{
     Aim, Asked, Effect, Mode, Participant, Stage, Standing, Timer, Transition, budget_of, stopped,
 };
 use crate::message::{Abort, Phase};
-use crate::migration::Activity;
+use crate::migration::{Activity, MigrationState};
 use crate::mutation::Mutation;
 
 impl Transition {
@@ -54,6 +54,39 @@ impl Transition {
         self.note(Subject::Participant(who), FailureKind::Lost(why));
         self.fence(index, why, out);
         if self.mode == Mode::Forward && !self.goes_on_without(&member) {
+            self.undo(out);
+        }
+    }
+
+    /// A participant has left STOP by itself, as its lease had promised. It is neither lost nor
+    /// stopped, so a stop that has not ended yet cannot end well any more.
+    pub(super) fn lease_expired(
+        &mut self,
+        who: ParticipantId,
+        state: MigrationState,
+        out: &mut Vec<Effect>,
+    ) {
+        let stood =
+            |p: &Participant| p.standing == Standing::Live && stopped(p.state) && p.state != state;
+        let Some(index) = self.index(who).filter(|&index| stood(&self.participants[index])) else {
+            self.history.strays += 1;
+            return;
+        };
+        if self.broken.is(Mutation::TakesWhoLeftStopForStopped) {
+            return;
+        }
+        let participant = &mut self.participants[index];
+        participant.state = state;
+        participant.moving = None;
+        if self.mode != Mode::Forward {
+            return;
+        }
+        let stops = matches!(self.plan.operation, Operation::Pause | Operation::SwitchOver);
+        if !self.told || participant.awaited.is_some() {
+            // It had left before it heard of this transition: every command ends a lease.
+            participant.original = state;
+        } else if stops && !stopped(state) {
+            self.note(Subject::Participant(who), FailureKind::LeaseExpired);
             self.undo(out);
         }
     }

@@ -24,14 +24,17 @@ impl Transition {
             let Some(target) = self.target(participant, aim) else { continue };
             let Member { id, lease_ns, .. } = participant.member;
             let budget_ns = budget_of(&participant.member, phase);
-            let forward = self.mode == Mode::Forward;
+            // A state that is half loaded is not to run, whoever waits for the device.
+            let leased = phase == Phase::Stop
+                && self.mode == Mode::Forward
+                && target != MigrationState::Resuming;
             let command = Command {
                 term: self.plan.term,
                 epoch: self.epoch,
                 phase,
                 target,
                 budget_ns,
-                lease_ns: if phase == Phase::Stop && forward { lease_ns } else { 0 },
+                lease_ns: if leased { lease_ns } else { 0 },
             };
             self.await_answer(index, Asked::Phase(phase), target);
             if !budgets.contains(&budget_ns) {

@@ -54,8 +54,8 @@ fn found(operation: Operation) -> BoxedStrategy<MigrationState> {
 
 fn member(operation: Operation, processes: bool) -> impl Strategy<Value = Member> {
     let kind = if processes { 0u32 } else { 1 };
-    (flags(), found(operation), 0u32..8, 0u32..4, 1u64..4, 1u64..4).prop_map(
-        move |(flags, state, local, optional, first, second)| Member {
+    (flags(), found(operation), 0u32..8, 0u32..4, 1u64..4, 1u64..4, 0u64..2).prop_map(
+        move |(flags, state, local, optional, first, second, lease_ns)| Member {
             id: ParticipantId(0),
             kind: if local < kind { MemberKind::Local } else { MemberKind::Process },
             state: if flags.has(state) { state } else { MigrationState::Stop },
@@ -65,7 +65,7 @@ fn member(operation: Operation, processes: bool) -> impl Strategy<Value = Member
             on_loss: if optional == 0 { OnLoss::ContinueWithout } else { OnLoss::Fail },
             first_ns: first * 100,
             second_ns: second * 100,
-            lease_ns: 0,
+            lease_ns,
         },
     )
 }
@@ -91,14 +91,15 @@ fn hooks(stopped: bool) -> impl Strategy<Value = Vec<Hook>> {
 
 fn faults() -> impl Strategy<Value = Faults> {
     let none = Just(Faults { stray: 1, ..Faults::default() });
-    let some = (0u32..3, 0u32..2, 0u32..3, 0u32..3, 0u32..2, 0u32..20, 0u32..3).prop_map(
-        |(crash, hang, fail, time, cancel, supersede, client)| Faults {
+    let some = (0u32..3, 0u32..2, 0u32..3, 0u32..3, 0u32..2, 0u32..20, 0u32..3, 0u32..4).prop_map(
+        |(crash, hang, fail, time, cancel, supersede, client, lease)| Faults {
             crash,
             hang,
             fail,
             time,
             cancel,
             client,
+            lease,
             stray: 2,
             supersede: u32::from(supersede == 0),
         },
@@ -230,7 +231,7 @@ fn ends(world: &World) {
     let everybody = left.len() == world.nodes.len();
     let at_end = |fits: fn(&World, &Member, MigrationState) -> bool| {
         for (member, state) in &left {
-            assert!(fits(world, member, *state), "{member:?} is in {state}");
+            assert!(fits(world, member, *state), "{member:?} is in {state}: {:?}", world.outcome);
         }
     };
     let hooks_as_found = || {
@@ -268,7 +269,9 @@ fn ends(world: &World) {
             match machine {
                 MachineState::Running => assert!(all(Activity::Full), "{left:?}"),
                 MachineState::Stopped => assert!(all(Activity::Stopped), "{left:?}"),
-                MachineState::Held => panic!("a degraded machine is not held"),
+                MachineState::Held | MachineState::LeaseExpired => {
+                    panic!("a degraded machine is neither held nor waits for its owner")
+                }
             }
         }
         Outcome::Held { reasons, .. } => {

@@ -22,6 +22,7 @@ pub(super) struct Faults {
     pub(super) cancel: u32,
     pub(super) supersede: u32,
     pub(super) client: u32,
+    pub(super) lease: u32,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -39,6 +40,8 @@ enum Action {
     Tick,
     Crash(usize),
     Hang(usize),
+    /// Its lease runs out.
+    Lease(usize),
     Client(usize),
     StrayAnswer,
     StrayCommand(usize),
@@ -114,6 +117,7 @@ impl World {
         self.nodes.retain(|node| node.fence != Fence::Proven);
         for node in &mut self.nodes {
             node.up.clear();
+            node.stood = None;
             node.member.state = node.state();
             node.member.on_loss = OnLoss::Fail;
             let orphan = OrphanPolicy::Keep;
@@ -216,6 +220,9 @@ impl World {
                 if process {
                     actions.push((faults.crash, Action::Crash(i)));
                     actions.push((faults.client, Action::Client(i)));
+                    if node.lease.is_some() {
+                        actions.push((faults.lease, Action::Lease(i)));
+                    }
                     if !node.read.is_empty() {
                         actions.push((faults.stray, Action::StrayCommand(i)));
                     }
@@ -283,6 +290,7 @@ impl World {
                 }
             }
             Action::Hang(i) => self.nodes[i].life = Life::Hung,
+            Action::Lease(i) => self.nodes[i].lease_expires(),
             Action::Client(i) => {
                 let states = MigrationState::ALL;
                 let request = match choice / 7 % 9 {
@@ -332,6 +340,22 @@ impl World {
                 Answer::Refused | Answer::Status { .. } => {}
             }
             self.heard.push(event);
+        }
+        if let Event::LeaseExpired(id, state) = event
+            && self.outcome.is_none()
+        {
+            let asked = self.transition.awaited().any(|awaited| awaited == id);
+            let (early, undone) = (self.told.is_empty() || asked, self.undone);
+            let node = self.node(id);
+            // An undo that is under way goes back to what was known when it began.
+            if !undone {
+                node.stood = None;
+            }
+            if !undone && early {
+                // It had left before it heard of this transition.
+                node.member.state = state;
+                self.plan.members = self.nodes.iter().map(|node| node.member).collect();
+            }
         }
         self.feed(event);
     }

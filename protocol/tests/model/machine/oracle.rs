@@ -108,7 +108,7 @@ pub(crate) fn is_true(world: &World, coordinator: &Coordinator, outcome: &Outcom
                         left_are(&|_, is: MigrationState| is.activity() == Activity::Full)
                     }
                     MachineState::Stopped => left_are(&stopped),
-                    MachineState::Held => false,
+                    MachineState::Held | MachineState::LeaseExpired => false,
                 }
         }
         Outcome::Held { reasons, fenced } => {

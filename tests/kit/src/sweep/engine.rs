@@ -204,7 +204,9 @@ impl<'a> Run<'a> {
         match self.machine().await? {
             MachineState::Held => return Ok(false),
             MachineState::Running => {}
-            MachineState::Stopped => self.stand_and_resume(round, pause).await?,
+            MachineState::Stopped | MachineState::LeaseExpired => {
+                self.stand_and_resume(round, pause).await?;
+            }
         }
         let state = self.machine().await?;
         if state != MachineState::Running {

@@ -365,7 +365,8 @@ pub fn in_words(step: &Step) -> Seen {
         (Ended::Stopped, _) => Seen::Stopped,
         (Ended::Degraded { .. }, MachineState::Running) => Seen::DegradedRunning,
         (Ended::Degraded { .. }, MachineState::Stopped) => Seen::DegradedStopped,
-        (Ended::Degraded { .. }, MachineState::Held) | (Ended::Held, _) => Seen::Held,
+        (Ended::Degraded { .. }, MachineState::Held | MachineState::LeaseExpired)
+        | (Ended::Held, _) => Seen::Held,
         (Ended::Refused(_), _) => Seen::Refused,
     }
 }
@@ -416,7 +417,10 @@ pub(super) fn from_its_act(round: u32, place: Place, observation: &Observation) 
 fn one_state(step: &Step, found: &mut Vec<Violation>) {
     let state = match step.machine {
         MachineState::Running => MigrationState::Running,
-        MachineState::Stopped | MachineState::Held => MigrationState::Stop,
+        // Nothing here gives a lease, so none may have run out.
+        MachineState::Stopped | MachineState::Held | MachineState::LeaseExpired => {
+            MigrationState::Stop
+        }
     };
     for survivor in &step.survivors {
         let answered = survivor.answered.is_none_or(|answered| answered == state);

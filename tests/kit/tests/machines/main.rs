@@ -25,6 +25,7 @@ mod invariant_4_concurrency;
 mod invariant_7_terms_and_epochs;
 mod invariant_8_bounded;
 mod joining;
+mod leases;
 mod left_behind;
 mod logs;
 mod losses;

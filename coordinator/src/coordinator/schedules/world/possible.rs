@@ -50,6 +50,7 @@ impl World {
         }
         if self.machine.is_some() && self.calls.len() < CALLS {
             may(4, Action::Ask(Ask::Pause));
+            may(2, Action::Ask(Ask::PauseLeased));
             may(4, Action::Ask(Ask::Resume));
             if !self.case.plain {
                 self.owner_actions(&mut may);
@@ -76,6 +77,7 @@ impl World {
                 may(6, Action::Welcomed(i));
             }
             may(faults.hang, Action::Hang(i));
+            may(2 * u32::from(unit.device.lease.is_some()), Action::Expire(i));
             if unit.device.is_open() && unit.device.lifecycle.term() > Term(0) {
                 may(faults.stray, Action::Stray(i, 0));
                 may(faults.garbage, Action::Garbage(i));

@@ -2,7 +2,9 @@
 
 use super::super::super::*;
 use crate::lifecycle::{self, Effect as Work, Lifecycle, Master};
-use crate::message::{Command, Epoch, OrphanPolicy, Phase, Refusal, RefusalKind, Term};
+use crate::message::{
+    Command, DeviceEvent, Epoch, OrphanPolicy, Phase, Refusal, RefusalKind, Term,
+};
 use crate::migration::{Activity, MigrationState, Next, next_state};
 use std::collections::VecDeque;
 
@@ -20,6 +22,10 @@ pub(in super::super) struct Node {
     /// A fence of it can be proven.
     pub(super) provable: bool,
     pub(super) read: Vec<Command>,
+    /// The lease that runs.
+    pub(super) lease: Option<Epoch>,
+    /// Where it stood when its lease ran out, until the coordinator hears of that.
+    pub(super) stood: Option<MigrationState>,
 }
 
 #[derive(Clone, Debug)]
@@ -44,9 +50,9 @@ pub(super) enum Fence {
 }
 
 /// A device that was brought to a state by an earlier transition of `term`.
-fn device_in(member: &Member, term: Term) -> Device {
+fn device_in(member: &Member, term: Term) -> (Device, Option<Epoch>) {
     if member.kind == MemberKind::Local {
-        return Device::Local { state: member.state, calls: VecDeque::new() };
+        return (Device::Local { state: member.state, calls: VecDeque::new() }, None);
     }
     let mut lifecycle = Lifecycle::new(member.flags);
     let orphan = OrphanPolicy::Keep;
@@ -56,27 +62,32 @@ fn device_in(member: &Member, term: Term) -> Device {
         Activity::NoPeer => Phase::PrepareStop,
         Activity::Stopped => Phase::Stop,
     };
-    let command =
-        Command { term, epoch: Epoch(1), phase, target: member.state, budget_ns: 0, lease_ns: 0 };
+    let (epoch, target, budget_ns) = (Epoch(1), member.state, 0);
+    let lease_ns = if phase == Phase::Stop { member.lease_ns } else { 0 };
+    let command = Command { term, epoch, phase, target, budget_ns, lease_ns };
     let mut effects = lifecycle.step(lifecycle::Event::Command(command));
     while effects.iter().any(|effect| matches!(effect, Work::Arc(_))) {
         effects = lifecycle.step(lifecycle::Event::ArcDone);
     }
     assert_eq!(lifecycle.state(), member.state);
-    Device::Process { lifecycle, work: None }
+    let lease = lifecycle.has_lease().then_some(epoch);
+    (Device::Process { lifecycle, work: None }, lease)
 }
 
 impl Node {
     pub(super) fn new(member: Member, term: Term, provable: bool) -> Self {
+        let (device, lease) = device_in(&member, term);
         Self {
             member,
-            device: device_in(&member, term),
+            device,
             down: VecDeque::new(),
             up: VecDeque::new(),
             life: Life::Alive,
             fence: Fence::None,
             provable,
             read: Vec::new(),
+            lease,
+            stood: None,
         }
     }
 
@@ -135,10 +146,34 @@ impl Node {
                     });
                     continue;
                 }
+                Work::ArmLease(_, epoch) => {
+                    self.lease = Some(epoch);
+                    continue;
+                }
+                Work::DisarmLease => {
+                    self.lease = None;
+                    continue;
+                }
+                Work::Begin(_) => {
+                    self.stood = None;
+                    continue;
+                }
+                Work::Notify(DeviceEvent::LeaseExpired(state)) => {
+                    self.up.push_back(Event::LeaseExpired(from, state));
+                    continue;
+                }
                 _ => continue,
             };
             let Command { term, epoch, phase, .. } = command;
             self.up.push_back(Event::Answer { from, term, epoch, phase, state, answer });
+        }
+    }
+
+    /// Its lease runs out.
+    pub(super) fn lease_expires(&mut self) {
+        if let Some(epoch) = self.lease.take() {
+            self.stood = Some(self.state());
+            self.step(lifecycle::Event::LeaseExpired(epoch));
         }
     }
 

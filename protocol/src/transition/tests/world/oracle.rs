@@ -83,10 +83,12 @@ impl World {
         }
     }
 
-    /// Where everybody is who still counts, and where it was at the beginning.
+    /// Where everybody is who still counts, as far as anybody can know, and where it was at the
+    /// beginning.
     pub(in super::super) fn left(&self) -> Vec<(Member, MigrationState)> {
         let live = |node: &&Node| self.transition.state(node.member.id).is_some();
-        self.nodes.iter().filter(live).map(|node| (node.member, node.state())).collect()
+        let is = |node: &Node| node.stood.unwrap_or(node.state());
+        self.nodes.iter().filter(live).map(|node| (node.member, is(node))).collect()
     }
 
     /// True if anybody was fenced, or was to be.

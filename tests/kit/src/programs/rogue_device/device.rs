@@ -12,7 +12,7 @@ use rustix::process::{Signal, getpid, kill_process};
 use standstill_protocol::channel::{DeviceEnd, RecvError};
 use standstill_protocol::lifecycle::{Effect, Event, Lifecycle, Stale};
 use standstill_protocol::message::{
-    Capabilities, Command, CoordinatorMessage, DeviceEvent, DeviceMessage, Evidence, Hello,
+    Capabilities, Command, CoordinatorMessage, DeviceEvent, DeviceMessage, Epoch, Evidence, Hello,
     MemoryAccepted, Reached, Refusal, RefusalKind, Refused, Timings, Welcome,
 };
 use std::collections::{HashMap, VecDeque};
@@ -66,6 +66,8 @@ pub(super) struct RogueDevice {
     /// `None` once it was closed on purpose.
     channel: Option<DeviceEnd>,
     lifecycle: Lifecycle,
+    /// When the lease of which stop runs out.
+    lease: Option<(Instant, Epoch)>,
     orphan: Orphan,
     trace: Option<TraceWriter>,
     /// What an arc that was begun waits for.
@@ -111,6 +113,7 @@ impl RogueDevice {
         let incarnation = began + 1;
         Ok(Self {
             lifecycle: Lifecycle::new(script.migration),
+            lease: None,
             orphan: Orphan::default(),
             script,
             channel: Some(channel),
@@ -139,6 +142,7 @@ impl RogueDevice {
             self.receive()?;
             self.meet_others()?;
             self.beat()?;
+            self.keep_lease()?;
         }
     }
 
@@ -377,7 +381,19 @@ impl RogueDevice {
                     self.end = Some(0);
                     None
                 }
-                // Nothing takes time here, there is no client, and no lease.
+                Effect::ArmLease(ns, epoch) => {
+                    self.lease = Some((Instant::now() + Duration::from_nanos(ns), epoch));
+                    None
+                }
+                Effect::DisarmLease => {
+                    self.lease = None;
+                    None
+                }
+                Effect::Notify(event) => {
+                    self.send(&DeviceMessage::Event(event))?;
+                    None
+                }
+                // Nothing takes time here, and there is no client.
                 _ => None,
             };
             if let Some(event) = next {
@@ -395,7 +411,8 @@ impl RogueDevice {
             _ => None,
         };
         let next_look = self.channel.is_none().then(|| Instant::now() + LOOK);
-        let others = [self.heartbeat.map(|(_, next)| next), next_look];
+        let lease = self.lease.map(|(end, _)| end);
+        let others = [self.heartbeat.map(|(_, next)| next), next_look, lease];
         let due = due.into_iter().chain(others.into_iter().flatten()).min();
         let left = due.map(|due| due.saturating_duration_since(Instant::now()));
         let timeout = left.and_then(|left| Timespec::try_from(left).ok());
@@ -500,5 +517,15 @@ impl RogueDevice {
             self.send(&heartbeat(self.heartbeats, self.pulse))?;
         }
         Ok(())
+    }
+
+    fn keep_lease(&mut self) -> Result<(), Error> {
+        match self.lease {
+            Some((end, epoch)) if end <= Instant::now() => {
+                self.lease = None;
+                self.feed(Event::LeaseExpired(epoch), None)
+            }
+            _ => Ok(()),
+        }
     }
 }

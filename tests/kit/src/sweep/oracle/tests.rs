@@ -13,7 +13,9 @@ fn judge() -> Judge {
 fn step(round: u32, act: Act, ended: Ended, machine: MachineState) -> Event {
     let state = match machine {
         MachineState::Running => MigrationState::Running,
-        MachineState::Stopped | MachineState::Held => MigrationState::Stop,
+        MachineState::Stopped | MachineState::Held | MachineState::LeaseExpired => {
+            MigrationState::Stop
+        }
     };
     let gone = match &ended {
         Ended::Degraded { fenced } => fenced.clone(),
