@@ -58,7 +58,7 @@ enum Command {
     /// Show where a machine and its devices are
     Status(status::StatusArgs),
     /// Stop all devices of a machine
-    Pause(transition::PlainArgs),
+    Pause(transition::PauseArgs),
     /// Start all devices of a machine again
     Resume(transition::PlainArgs),
     /// Give the pause or resume up that is under way: it is undone
@@ -122,8 +122,8 @@ fn main() -> ExitCode {
         Command::Run(args) => run::run(&args),
         Command::Check(args) => check::run(&args),
         Command::Status(args) => status::run(&args),
-        Command::Pause(args) => transition::move_to(&args, Request::Pause {}),
-        Command::Resume(args) => transition::move_to(&args, Request::Resume {}),
+        Command::Pause(args) => transition::pause(&args),
+        Command::Resume(args) => transition::resume(&args),
         Command::Cancel(args) => transition::cancel(&args),
         Command::Shutdown(args) => transition::shutdown(&args),
         Command::Add(args) => membership::add(&args),
@@ -189,6 +189,8 @@ mod tests {
             &["standstill", "run"],
             &["standstill", "run", "--attach=maybe", "vm0.toml"],
             &["standstill", "status", "--machine", "vm0", "--socket", "/run/s"],
+            &["standstill", "pause", "--lease", "soon"],
+            &["standstill", "resume", "--lease", "1s"],
             &["standstill", "add"],
             &["standstill", "add", "nic0.toml", "--name", "nic0"],
             &["standstill", "add", "--name", "nic0", "--set", "presence"],

@@ -46,7 +46,7 @@ pub(crate) enum Tone {
 pub(crate) fn tone(word: &str) -> Tone {
     match word {
         "running" | "ready" | "RUNNING" | "Done" => Tone::Good,
-        "held" | "lost" | "fenced" | "Held" => Tone::Bad,
+        "held" | "lease-expired" | "lost" | "fenced" | "Held" => Tone::Bad,
         "stopped" | "joining" | "leaving" | "starting" | "restarting" | "Degraded"
         | "RolledBack" | "Stopped" => Tone::Odd,
         _ => Tone::Plain,

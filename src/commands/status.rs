@@ -7,6 +7,7 @@ use crate::exit::Exit;
 use crate::operator::message::{Request, StatusReply};
 use clap::Args;
 use standstill::coordinator::report::Nanos;
+use standstill::protocol::transition::MachineState;
 use std::process::ExitCode;
 use std::time::{Duration, SystemTime};
 
@@ -38,6 +39,11 @@ fn shown(reply: &StatusReply) -> String {
     let mut text = format!("machine {}: {}", status.name, styled(&status.machine));
     if let Some(operation) = &status.operation {
         text.push_str(&format!(", a {operation} is under way"));
+    }
+    if status.machine == MachineState::LeaseExpired.to_string() {
+        text.push_str(
+            "\n  devices have left STOP; `standstill resume` starts all, `pause` stops them",
+        );
     }
     for reason in &status.held {
         text.push_str(&format!("\n  held: {reason}"));

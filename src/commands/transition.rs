@@ -23,6 +23,20 @@ pub(crate) struct PlainArgs {
     target: Target,
 }
 
+/// What follows `standstill pause`.
+#[derive(Args, Clone, Debug)]
+#[command(after_help = crate::exit::HELP)]
+pub(crate) struct PauseArgs {
+    #[command(flatten)]
+    target: Target,
+    /// Let the devices leave STOP by themselves if they are told nothing for so long, such as 3s
+    ///
+    /// For a VM that runs on meanwhile: its accesses to a stopped device wait. It must be shorter
+    /// than 5s, after which QEMU takes a device that does not answer for broken.
+    #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
+    lease: Option<Duration>,
+}
+
 /// What follows `standstill shutdown`.
 #[derive(Args, Clone, Debug)]
 #[command(after_help = crate::exit::HELP)]
@@ -34,14 +48,22 @@ pub(crate) struct ShutdownArgs {
     keep_devices: bool,
 }
 
-/// Pauses or resumes.
-pub(crate) fn move_to(args: &PlainArgs, request: Request) -> ExitCode {
-    finish(moved(args, request), args.target.json)
+/// Stops all devices.
+pub(crate) fn pause(args: &PauseArgs) -> ExitCode {
+    // What does not fit is too long in any case.
+    let ns = |lease: Duration| u64::try_from(lease.as_nanos()).unwrap_or(u64::MAX);
+    let request = Request::Pause { lease_ns: args.lease.map(ns) };
+    finish(moved(&args.target, request), args.target.json)
 }
 
-fn moved(args: &PlainArgs, request: Request) -> Result<Exit, CommandError> {
-    let reply: ReportReply = args.target.connect()?.ask(request)?;
-    if args.target.json {
+/// Starts all devices again.
+pub(crate) fn resume(args: &PlainArgs) -> ExitCode {
+    finish(moved(&args.target, Request::Resume {}), args.target.json)
+}
+
+fn moved(target: &Target, request: Request) -> Result<Exit, CommandError> {
+    let reply: ReportReply = target.connect()?.ask(request)?;
+    if target.json {
         json(&reply);
     } else {
         line(&reply.text);

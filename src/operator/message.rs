@@ -36,7 +36,11 @@ pub(crate) enum Request {
     /// Where the machine and its devices are: [`StatusReply`].
     Status {},
     /// Stop all devices: [`ReportReply`].
-    Pause {},
+    Pause {
+        /// They leave STOP by themselves when they were told nothing for so long, in nanoseconds.
+        #[serde(default, rename = "lease-ns", skip_serializing_if = "Option::is_none")]
+        lease_ns: Option<u64>,
+    },
     /// Start all devices: [`ReportReply`].
     Resume {},
     /// Undo the transition that is under way.
@@ -355,7 +359,7 @@ mod tests {
     fn all() -> Vec<Request> {
         vec![
             Request::Status {},
-            Request::Pause {},
+            Request::Pause { lease_ns: Some(3_000_000_000) },
             Request::Resume {},
             Request::Cancel {},
             Request::AcceptHold {},
@@ -408,6 +412,7 @@ mod tests {
             (r#"{"id":4,"request":"remove"}"#, Some(4), "missing field `device`"),
             (r#"{"id":4,"request":"remove","with":{"device":1}}"#, Some(4), "invalid type"),
             (r#"{"id":4,"request":"pause","with":{"now":1}}"#, Some(4), "unknown field `now`"),
+            (r#"{"id":4,"request":"pause","with":{"lease-ns":-1}}"#, Some(4), "invalid value"),
         ] {
             let (found, error) = RequestLine::parse(line.as_bytes()).unwrap_err();
             assert_eq!(found, id, "{line}");
@@ -422,7 +427,7 @@ mod tests {
         }
         match request {
             Request::Status {} => typed::<StatusReply>(ok),
-            Request::Pause {} | Request::Resume {} => typed::<ReportReply>(ok),
+            Request::Pause { .. } | Request::Resume {} => typed::<ReportReply>(ok),
             Request::Shutdown { .. } => typed::<ShutdownReply>(ok),
             Request::Remove { .. } => typed::<RemoveReply>(ok),
             Request::Report { .. } => typed::<ReportsReply>(ok),

@@ -37,6 +37,9 @@ const REFUSAL: Duration = Duration::from_millis(100);
 /// What goes wrong for a moment, such as no free file descriptor, is tried again after this.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
+/// QEMU waits so long for the answer to an access of its guest.
+const LEASE_LIMIT: Duration = Duration::from_secs(5);
+
 /// What to do about a machine that is held.
 pub(crate) const ADVICE_HELD: &str = "`standstill report` says what is not proven. If the VM does not \
                                       run elsewhere and nothing of a lost device can still write: \
@@ -180,6 +183,23 @@ async fn send_away(mut stream: UnixStream, problem: Problem) {
     let _ = tokio::time::timeout(REFUSAL, stream.write_all(&line)).await;
 }
 
+/// Whether a lease is one that a VMM lives with.
+fn check_lease(lease: Duration) -> Result<(), Problem> {
+    if lease.is_zero() {
+        return Err(problem(Code::BadRequest, "a lease of no time at all is none: leave it out"));
+    }
+    if lease >= LEASE_LIMIT {
+        let message = format!(
+            "a lease of {} is too long: it must be shorter than {}, after which QEMU takes a device \
+             that does not answer for broken",
+            humantime::format_duration(lease),
+            humantime::format_duration(LEASE_LIMIT),
+        );
+        return Err(problem(Code::BadRequest, message));
+    }
+    Ok(())
+}
+
 /// A problem without advice.
 pub(crate) fn problem(code: Code, message: impl Into<String>) -> Problem {
     Problem { code, message: message.into(), advice: None, report: None }
@@ -213,14 +233,7 @@ impl Responder for Operator {
     async fn answer(&self, request: Request) -> Body {
         match request {
             Request::Status {} => self.status().await.map_or_else(Body::Error, ok),
-            Request::Pause {} => match self.machine.pause().await {
-                Ok(stopped) => {
-                    let reply = self.history.report(stopped.report());
-                    stopped.leave_stopped();
-                    ok(&*reply)
-                }
-                Err(error) => Body::Error(self.problem(&error)),
-            },
+            Request::Pause { lease_ns } => self.pause(lease_ns).await.unwrap_or_else(Body::Error),
             Request::Resume {} => match self.machine.resume().await {
                 Ok(report) => ok(&*self.history.report(&report)),
                 Err(error) => Body::Error(self.problem(&error)),
@@ -268,6 +281,20 @@ impl Operator {
             orphan: self.file.orphan.name().to_owned(),
             last: self.history.last(),
         })
+    }
+
+    async fn pause(&self, lease_ns: Option<u64>) -> Result<Body, Problem> {
+        let stopped = match lease_ns.map(Duration::from_nanos) {
+            None => self.machine.pause().await,
+            Some(lease) => {
+                check_lease(lease)?;
+                self.machine.pause_leased(lease).await
+            }
+        };
+        let stopped = stopped.map_err(|error| self.problem(&error))?;
+        let reply = self.history.report(stopped.report());
+        stopped.leave_stopped();
+        Ok(ok(&*reply))
     }
 
     async fn shutdown(&self, keep: bool) -> Result<ShutdownReply, Problem> {

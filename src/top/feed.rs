@@ -38,7 +38,7 @@ impl Feed {
         let (target, inputs) = (self.target.clone(), self.inputs.clone());
         std::thread::spawn(move || {
             let request = match action {
-                Action::Pause => Request::Pause {},
+                Action::Pause => Request::Pause { lease_ns: None },
                 Action::Resume => Request::Resume {},
             };
             let answer = target.connect().and_then(|mut client| {

@@ -9,6 +9,7 @@ mod ending;
 mod files;
 mod fixture;
 mod hostile;
+mod leases;
 mod lifecycle;
 mod membership;
 mod metrics;
