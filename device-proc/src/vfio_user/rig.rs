@@ -13,7 +13,7 @@ use crate::device::{
 };
 use crate::gate::Gate;
 use crate::interrupt::Interrupts;
-use crate::memory::{MemoryMap, SharedMemory};
+use crate::memory::{DmaError, MemoryMap, SharedMemory, Span};
 use ractor::{Actor, ActorRef};
 use standstill_protocol::channel::{CoordinatorEnd, DeviceEnd};
 use standstill_protocol::message::{
@@ -43,6 +43,8 @@ pub(crate) const MEMORY_SIZE: u64 = 64 << 10;
 pub(crate) const COUNT: u64 = 0x10;
 /// What refuses all writes.
 pub(crate) const READ_ONLY: u64 = 0x20;
+/// A write here makes the device read 8 bytes at that address, before it returns.
+pub(crate) const READS_BY_MESSAGE: u64 = 0x30;
 /// Doorbells: one for any write, one for 7 alone.
 pub(crate) const BELLS: [Doorbell; 2] =
     [Doorbell::new(REGISTERS, 0x100), Doorbell::new(REGISTERS, 0x108).width(4).of_value(7)];
@@ -68,6 +70,7 @@ pub(crate) struct Diary {
     pub(crate) deeds: Mutex<Vec<Deed>>,
     pub(crate) reads_change: AtomicBool,
     pub(crate) fails_to_stop: AtomicBool,
+    pub(crate) read_by_message: Mutex<Option<Result<(), DmaError>>>,
     pub(crate) handles: Handles,
 }
 
@@ -99,7 +102,13 @@ impl Device for Diary {
         if offset == READ_ONLY {
             return Err(AccessError::NoRegister { offset, width: data.len() });
         }
-        self.note(Deed::Wrote(offset, u64::from_le_bytes(value)));
+        let value = u64::from_le_bytes(value);
+        self.note(Deed::Wrote(offset, value));
+        if offset == READS_BY_MESSAGE {
+            let access = self.handles.dma.try_access(&[Span::read(value, 8)]);
+            let read = access.and_then(|access| access.read(0, 0, &mut [0; 8]));
+            *self.read_by_message.lock().unwrap() = Some(read);
+        }
         Ok(())
     }
 
@@ -164,6 +173,7 @@ impl Rig {
             deeds: Mutex::default(),
             reads_change: AtomicBool::new(true),
             fails_to_stop: AtomicBool::new(false),
+            read_by_message: Mutex::default(),
             handles,
         };
         let bar = SharedMemory::create("rig", MEMORY_SIZE).unwrap();

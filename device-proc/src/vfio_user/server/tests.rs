@@ -1,3 +1,4 @@
+mod agreed;
 mod client;
 mod edge;
 mod logging;
