@@ -15,9 +15,10 @@
 //! its changes, so that another idleness is not taken for the same.
 //!
 //! If there is no such proof, the control thread asks ([`Station::ask`]), and the thread says when
-//! it is [done](Station::done). A thread that waits for the control thread itself, for the answer to
-//! what its client wants, could not: it says so ([`Station::asking`]) and counts as drained, since
-//! what comes behind that request waits for its end.
+//! it is [done](Station::done). A thread that waits for the control thread itself (for the answer to
+//! what its client wants) could not, and one that waits until its client reads would take as long as
+//! the client likes: it says so ([`Station::waiting`]) and counts as drained, since it does nothing to
+//! the device meanwhile, and what comes behind that waits for its end.
 //!
 //! # After the stop
 //!
@@ -41,7 +42,7 @@ use tokio::sync::Notify;
 const STATE: u64 = 0b11;
 const IDLE: u64 = 0;
 const BUSY: u64 = 1;
-const ASKING: u64 = 2;
+const WAITING: u64 = 2;
 const COUNT: u64 = STATE + 1;
 
 /// The threads that take what comes to a device from outside, as the control side sees them.
@@ -51,6 +52,8 @@ pub(crate) struct Edge {
     doorbells: OnceLock<Arc<Station>>,
     /// A lease holds the data socket.
     held: AtomicBool,
+    /// How often that began.
+    holds: AtomicU64,
     /// How often the device's contents were replaced; what was kept for others is void.
     contents: AtomicU64,
 }
@@ -92,7 +95,13 @@ impl Edge {
 
     /// From now on nothing is read from the data socket, but for what is still to be drained.
     pub(crate) fn hold(&self) {
+        self.holds.fetch_add(1, Ordering::SeqCst);
         self.held.store(true, Ordering::SeqCst);
+    }
+
+    /// How often a lease has held the data socket; whoever compares sees that one has come and gone.
+    pub(crate) fn holds(&self) -> u64 {
+        self.holds.load(Ordering::SeqCst)
     }
 
     /// Whether a lease holds the data socket.
@@ -155,7 +164,7 @@ impl Source {
 /// One thread that takes what comes from outside; see the [module](self).
 #[derive(Debug)]
 pub(crate) struct Station {
-    /// [`IDLE`], [`BUSY`] or [`ASKING`], and how often it has changed.
+    /// [`IDLE`], [`BUSY`] or [`WAITING`], and how often it has changed.
     word: AtomicU64,
     source: Mutex<Source>,
     /// The latest request to drain, and the latest one that was done.
@@ -208,9 +217,10 @@ impl Station {
         self.change(BUSY);
     }
 
-    /// It is about to wait for the control side.
-    pub(crate) fn asking(&self) {
-        self.change(ASKING);
+    /// It is about to wait for the control side, or for its client, and does nothing to the device
+    /// until it is busy again.
+    pub(crate) fn waiting(&self) {
+        self.change(WAITING);
         // Who asks after this sees the word.
         self.done(self.asked.load(Ordering::SeqCst));
     }
@@ -226,7 +236,7 @@ impl Station {
         let before = self.word.load(Ordering::SeqCst);
         match before & STATE {
             IDLE => !self.source().has_some() && self.word.load(Ordering::SeqCst) == before,
-            ASKING => true,
+            WAITING => true,
             _ => false,
         }
     }
@@ -238,15 +248,29 @@ impl Station {
         request
     }
 
-    async fn drained(&self, request: u64) {
+    async fn drained(&self, mut request: u64) {
         loop {
             // Made before the looks: from now on a wake-up is not missed.
             let told = self.told.notified();
-            if self.finished.load(Ordering::SeqCst) >= request || self.is_quiet() {
+            if self.is_done(request) {
                 return;
+            }
+            if self.is_quiet() {
+                // It is not to do after the stop what it was asked for before it. It can have seen the
+                // request already, but then it is busy.
+                self.done(request);
+                if self.is_quiet() {
+                    return;
+                }
+                request = self.ask();
             }
             told.await;
         }
+    }
+
+    /// Whether that request was done, by whomever.
+    pub(crate) fn is_done(&self, request: u64) -> bool {
+        self.finished.load(Ordering::SeqCst) >= request
     }
 
     /// The latest request, if it is not done.

@@ -247,8 +247,20 @@ impl Interrupts {
     /// From when this returns, no interrupt is raised until the [thaw](Self::thaw): they are
     /// latched. Completes without yielding if none is just being raised.
     pub async fn freeze(&self) {
-        self.shared.raising.close();
+        self.close();
         self.shared.raising.drained().await;
+    }
+
+    /// No interrupt begins to be raised until the [thaw](Self::thaw): they are latched. One that is
+    /// just being raised is not waited for.
+    pub(crate) fn close(&self) {
+        self.shared.raising.close();
+    }
+
+    /// What is being raised counts here.
+    #[cfg(test)]
+    pub(crate) fn raising(&self) -> &InFlight {
+        &self.shared.raising
     }
 
     /// Raises interrupts again, first those that were latched. Never waits.

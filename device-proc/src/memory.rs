@@ -45,7 +45,7 @@ pub use log::{
     LogError, LogRange, MAX_LOG_PAGE, MAX_LOG_PAGES, MAX_REPORT_PAGES, MIN_LOG_PAGE, Report,
     UnmapReportError,
 };
-pub use message::{Handling, MESSAGE_PATIENCE, MessageDma, MessageError, MessageLink};
+pub use message::{Handling, MESSAGE_PATIENCE, MessageDma, MessageError, MessageLink, Patience};
 pub use revoke::RevokeError;
 pub use shared::{MAX_SHARED_MEMORY, SharedAccessError, SharedMemory, SharedMemoryError};
 pub use span::{AccessKind, DmaError, MAX_SPANS, Span};
@@ -372,6 +372,7 @@ impl MemoryMap {
         if !window.users.close() {
             return Err(unknown);
         }
+        self.shared.messages.look_again();
         // It stays in the table meanwhile, so that nothing else can be mapped over it.
         if !window.users.drained_within(timeout) {
             let accesses = window.users.in_flight();
@@ -390,7 +391,7 @@ impl MemoryMap {
     /// all the same; its memory stays mapped until that use ends.
     pub fn unmap_all(&self, timeout: Duration) -> Result<(), UnmapError> {
         let all = self.shared.windows().clone();
-        let (_, result) = close_all(&all, timeout);
+        let (_, result) = self.shared.close_all(&all, timeout);
         self.remove(&all);
         result
     }
@@ -403,7 +404,7 @@ impl MemoryMap {
     /// [`UnmapError::Busy`] for the first one that was still in use at the end; all are open then.
     pub fn unmap_all_or_none(&self, timeout: Duration) -> Result<(), UnmapError> {
         let all = self.shared.windows().clone();
-        let (closed, result) = close_all(&all, timeout);
+        let (closed, result) = self.shared.close_all(&all, timeout);
         match result {
             Ok(()) => self.remove(&all),
             Err(_) => {
@@ -548,6 +549,26 @@ impl Shared {
         self.changes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Closes windows and waits for their users; says which ones nobody else had closed.
+    fn close_all<'a>(
+        &self,
+        all: &'a [Arc<Window>],
+        timeout: Duration,
+    ) -> (Vec<&'a Arc<Window>>, Result<(), UnmapError>) {
+        let begin = Instant::now();
+        let closed = all.iter().filter(|window| window.users.close()).collect();
+        self.messages.look_again();
+        let mut result = Ok(());
+        for window in all {
+            let rest = timeout.saturating_sub(begin.elapsed());
+            if !window.users.drained_within(rest) && result.is_ok() {
+                let (iova, accesses) = (window.spec.iova, window.users.in_flight());
+                result = Err(UnmapError::Busy { iova, accesses, waited: timeout });
+            }
+        }
+        (closed, result)
+    }
+
     /// The windows that have an address in this range.
     fn windows_in(&self, first: u64, last: u64) -> Vec<Arc<Window>> {
         let windows = self.windows();
@@ -594,24 +615,6 @@ fn check_file(spec: &WindowSpec, facts: &FileFacts) -> Result<(), MapError> {
         Some(end) if end <= facts.size => Ok(()),
         _ => Err(MapError::BeyondFile { spec: *spec, file_size: facts.size }),
     }
-}
-
-/// Closes windows and waits for their users; says which ones nobody else had closed.
-fn close_all(
-    all: &[Arc<Window>],
-    timeout: Duration,
-) -> (Vec<&Arc<Window>>, Result<(), UnmapError>) {
-    let begin = Instant::now();
-    let closed = all.iter().filter(|window| window.users.close()).collect();
-    let mut result = Ok(());
-    for window in all {
-        let rest = timeout.saturating_sub(begin.elapsed());
-        if !window.users.drained_within(rest) && result.is_ok() {
-            let (iova, accesses) = (window.spec.iova, window.users.in_flight());
-            result = Err(UnmapError::Busy { iova, accesses, waited: timeout });
-        }
-    }
-    (closed, result)
 }
 
 #[cfg(test)]

@@ -79,7 +79,7 @@ pub(super) async fn change_activity<D: Device>(
             at = back;
         }
         if !restored {
-            parts.force_stop().await;
+            parts.force_stop();
         }
         let failure = ArcFailure { refusal: failure.refusal, restored };
         return ArcOutcome { result: Err(failure), spent: way.spent };
@@ -190,12 +190,17 @@ impl<D: Device> Way<'_, D> {
         let failure = match self.hook(Hook::Stop, budget).await {
             Err(failure) => failure,
             Ok(()) => match self.close_gate(Scope::All, budget).await {
-                Ok(()) => {
-                    self.parts.interrupts.freeze().await;
-                    let lap = self.lap();
-                    self.spent.drain += lap;
-                    return Ok(());
-                }
+                Ok(()) => match self.freeze_interrupts(budget).await {
+                    Ok(()) => return Ok(()),
+                    Err(refusal) => {
+                        self.parts.gate.open(Scope::Ram);
+                        let restored = self.undo(Hook::Stop).await;
+                        if restored {
+                            self.parts.interrupts.thaw();
+                        }
+                        ArcFailure { refusal, restored }
+                    }
+                },
                 Err(refusal) => ArcFailure { refusal, restored: self.undo(Hook::Stop).await },
             },
         };
@@ -299,6 +304,20 @@ impl<D: Device> Way<'_, D> {
         }
     }
 
+    /// Whoever raises one writes to an eventfd of the client's, which can make that wait.
+    async fn freeze_interrupts(&mut self, budget: &Budget) -> Result<(), Refusal> {
+        let whole = budget.left_at(self.since);
+        let frozen = budget.bound(self.parts.interrupts.freeze()).await;
+        let lap = self.lap();
+        self.spent.drain += lap;
+        frozen.map_err(|given_up| {
+            drain_refusal(match given_up {
+                GivenUp::Late => format!("an interrupt is still being raised after {whole:?}"),
+                GivenUp::Overtaken => "freezing interrupts was overtaken by a later command".into(),
+            })
+        })
+    }
+
     fn open_accesses(&self) {
         self.parts.accesses.open();
         self.parts.edge.started();
@@ -312,7 +331,9 @@ impl<D: Device> Way<'_, D> {
             return Ok(());
         }
         let whole = budget.left_at(self.since);
+        let hurry = self.parts.client_stream.hurry();
         let drained = budget.bound(Box::pin(edge.drain())).await;
+        drop(hurry);
         let lap = self.lap();
         self.spent.drain += lap;
         drained.map_err(|given_up| self.accesses_refusal(given_up, whole))
@@ -368,7 +389,7 @@ pub(super) async fn reset<D: Device>(
     let result = way.reset(Arc::clone(&parts), from, to, is_saved, &budget).await;
     let spent = way.spent;
     if result.is_err() {
-        parts.force_stop().await;
+        parts.force_stop();
     }
     (result, spent)
 }

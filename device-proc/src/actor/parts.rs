@@ -157,11 +157,11 @@ impl<D: Device> Parts<D> {
     }
 
     /// Closes everything at once, without waiting for what is in flight: the device is unusable.
-    pub(crate) async fn force_stop(&self) {
+    pub(crate) fn force_stop(&self) {
         self.accesses.close();
         self.gate.ram().close();
         self.gate.peer().close();
-        self.interrupts.freeze().await;
+        self.interrupts.close();
     }
 
     /// What is open now; for tests and assertions.

@@ -10,7 +10,8 @@
 //! **Nothing left now.** While the device runs a stream is written in passes. A read that comes to
 //! the end of a pass is short; the next one begins another pass. Looking for what has changed takes
 //! time, and the transport has other things to do: a read in PRE_COPY waits for [`PASS_PATIENCE`]
-//! at most, and is short if nothing was found by then. In STOP_COPY a short read is the stream's end: a
+//! at most, and is short if nothing was found by then. While a stop waits for the transport
+//! ([`ClientStream::hurry`]) it does not wait, and begins no pass. In STOP_COPY a short read is the stream's end: a
 //! read that waits longer than [`STARVING`] while nothing but unchanged memory is found is given padding.
 //!
 //! **A hook that hangs** keeps the session's thread, and nothing else: reads and writes end with
@@ -26,6 +27,7 @@ use standstill_protocol::message::{Refusal, RefusalKind};
 use standstill_protocol::migration::MigrationState;
 use std::collections::VecDeque;
 use std::io::{self, ErrorKind, Read, Write};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::Builder;
 use std::time::{Duration, Instant};
@@ -53,7 +55,22 @@ pub(crate) struct MigrationSize {
 
 /// The client's state stream, while one is open.
 #[derive(Debug, Default)]
-pub(crate) struct ClientStream(Mutex<Option<Arc<Session>>>);
+pub(crate) struct ClientStream {
+    session: Mutex<Option<Arc<Session>>>,
+    /// How many stops wait for the transport, which reads.
+    hurries: AtomicUsize,
+}
+
+/// While it exists, reads in PRE_COPY do not wait.
+#[derive(Debug)]
+#[must_use = "the hurry ends when it is dropped"]
+pub(crate) struct Hurry<'a>(&'a ClientStream);
+
+impl Drop for Hurry<'_> {
+    fn drop(&mut self) {
+        self.0.hurries.fetch_sub(1, Ordering::SeqCst);
+    }
+}
 
 /// Which way a stream goes, and how far the device is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -116,7 +133,24 @@ struct SessionState {
 
 impl ClientStream {
     fn slot(&self) -> MutexGuard<'_, Option<Arc<Session>>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.session.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// From now on no read in PRE_COPY waits: what the device has written already is all that there
+    /// is.
+    pub(crate) fn hurry(&self) -> Hurry<'_> {
+        self.hurries.fetch_add(1, Ordering::SeqCst);
+        let session = self.slot().clone();
+        if let Some(session) = session {
+            // Whoever has not seen it sleeps by now.
+            drop(session.lock());
+            session.changed.notify_all();
+        }
+        Hurry(self)
+    }
+
+    fn is_in_a_hurry(&self) -> bool {
+        self.hurries.load(Ordering::SeqCst) > 0
     }
 
     fn session(&self, saving: bool) -> Result<Arc<Session>, Errno> {
@@ -185,8 +219,11 @@ impl ClientStream {
         patience: Duration,
     ) -> Result<usize, Errno> {
         let session = self.session(true)?;
+        if self.is_in_a_hurry() && session.is_waiting_to_begin() {
+            return Ok(0);
+        }
         session.start(parts, save)?;
-        session.read(data, Instant::now(), patience)
+        session.read(data, Instant::now(), patience, || self.is_in_a_hurry())
     }
 
     /// Writes all of `data`, or nothing.
@@ -335,9 +372,21 @@ impl Session {
         Ok(())
     }
 
-    fn read(&self, data: &mut [u8], begin: Instant, patience: Duration) -> Result<usize, Errno> {
+    /// Whether the first pass has still to begin.
+    fn is_waiting_to_begin(&self) -> bool {
+        let state = self.lock();
+        !state.started && state.stage == Stage::PreCopy
+    }
+
+    fn read(
+        &self,
+        data: &mut [u8],
+        begin: Instant,
+        patience: Duration,
+        hurries: impl Fn() -> bool,
+    ) -> Result<usize, Errno> {
         self.lock().reading_since = Some(begin);
-        let read = self.read_some(data, begin, patience);
+        let read = self.read_some(data, begin, patience, hurries);
         self.lock().reading_since = None;
         read
     }
@@ -347,9 +396,10 @@ impl Session {
         data: &mut [u8],
         begin: Instant,
         patience: Duration,
+        hurries: impl Fn() -> bool,
     ) -> Result<usize, Errno> {
         let mut state = self.lock();
-        if state.is_short && state.idle && state.stage == Stage::PreCopy {
+        if state.is_short && state.idle && state.stage == Stage::PreCopy && !hurries() {
             // The client was told that there was nothing left: it asks for more.
             state.idle = false;
             self.changed.notify_all();
@@ -377,6 +427,7 @@ impl Session {
             }
             self.changed.notify_all();
             let patience = match state.stage {
+                Stage::PreCopy if hurries() => Duration::ZERO,
                 Stage::PreCopy => patience.min(PASS_PATIENCE),
                 _ => patience,
             };

@@ -71,16 +71,34 @@ fn a_busy_thread_is_asked_once_and_done_when_it_says_so() {
 }
 
 #[test]
-fn a_thread_that_waits_for_the_control_side_counts_as_drained() {
+fn a_thread_that_waits_for_somebody_else_counts_as_drained() {
     let (edge, station) = edge();
     let mut drain = Box::pin(edge.drain());
     let mut context = Context::from_waker(Waker::noop());
     assert!(drain.as_mut().poll(&mut context).is_pending());
-    station.asking();
+    station.waiting();
     assert!(drain.as_mut().poll(&mut context).is_ready());
     assert!(edge.is_quiet());
     station.busy();
     assert!(!edge.is_quiet());
+}
+
+#[test]
+fn what_a_thread_need_not_do_any_more_is_not_asked_of_it_after_the_stop() {
+    for quiet in [Station::waiting, Station::idle] {
+        let (edge, station) = edge();
+        let mut drain = Box::pin(edge.drain());
+        let mut context = Context::from_waker(Waker::noop());
+        assert!(drain.as_mut().poll(&mut context).is_pending());
+        let request = station.request().unwrap();
+        quiet(&station);
+        // It says so without having seen that it was asked: the control side sees it by itself.
+        station.told.notify_waiters();
+        assert!(drain.as_mut().poll(&mut context).is_ready());
+        station.busy();
+        assert_eq!(station.request(), None);
+        assert!(station.is_done(request));
+    }
 }
 
 #[test]

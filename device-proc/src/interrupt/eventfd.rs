@@ -5,6 +5,7 @@
 
 use super::IrqError;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use rustix::io::{Errno, write};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -25,8 +26,8 @@ pub enum SetIrqsError {
         /// What it is.
         found: String,
     },
-    /// Nobody knows what an fd is.
-    #[error("SET_IRQS: the kind of an fd cannot be read")]
+    /// Nobody knows what an fd is, or it cannot be made non-blocking.
+    #[error("SET_IRQS: the kind of an fd cannot be read, or its flags cannot be set")]
     Io(#[source] io::Error),
 }
 
@@ -47,21 +48,29 @@ pub(super) struct EventFd(OwnedFd);
 
 impl EventFd {
     /// Accepts only a real eventfd: a write to a pipe or a terminal could block, or do anything.
+    ///
+    /// It does not block any more after this. That is a flag of the open file, which the client
+    /// shares: it finds its own fd non-blocking, too. No other way keeps a write from waiting for a
+    /// client that fills the counter.
     pub(super) fn new(fd: OwnedFd) -> Result<Self, SetIrqsError> {
         let link = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()))
             .map_err(SetIrqsError::Io)?;
-        if link.as_os_str() == EVENTFD_LINK {
-            Ok(Self(fd))
-        } else {
-            Err(SetIrqsError::NotEventfd { found: link.to_string_lossy().into_owned() })
+        if link.as_os_str() != EVENTFD_LINK {
+            return Err(SetIrqsError::NotEventfd { found: link.to_string_lossy().into_owned() });
         }
+        let failed = |error: Errno| SetIrqsError::Io(error.into());
+        let flags = fcntl_getfl(&fd).map_err(failed)?;
+        if !flags.contains(OFlags::NONBLOCK) {
+            fcntl_setfl(&fd, flags | OFlags::NONBLOCK).map_err(failed)?;
+        }
+        Ok(Self(fd))
     }
 
     /// Adds 1 to the counter. A counter that is full is signalled already.
     ///
-    /// The client may have left it blocking, and its flags are the client's too: so this asks
-    /// first. A client that fills the counter in between can block us; it hurts only its own
-    /// device, whose next stop then fails.
+    /// The flags are the client's too, which could make it block again: so this asks first. A client
+    /// that does that and fills the counter in between hurts only its own device, whose next stop is
+    /// refused.
     pub(super) fn signal(&self) {
         let mut fds = [PollFd::new(&self.0, PollFlags::OUT)];
         let now = Timespec { tv_sec: 0, tv_nsec: 0 };

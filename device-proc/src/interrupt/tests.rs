@@ -291,3 +291,23 @@ async fn an_interrupt_that_meets_the_thaw_is_not_left_behind() {
         assert_eq!(signalled(&fd), 1);
     }
 }
+
+#[test]
+fn an_eventfd_that_blocks_does_not_after_it_was_installed_and_a_full_one_is_no_error() {
+    use rustix::fs::{OFlags, fcntl_getfl};
+
+    let interrupts = device();
+    let blocking = eventfd(0, EventfdFlags::CLOEXEC).expect("eventfd");
+    let theirs = blocking.try_clone().expect("dup");
+    set(&interrupts, DATA_EVENTFD | ACTION_TRIGGER, MSIX, (0, 1), &[], vec![theirs])
+        .expect("installed");
+    let flags = fcntl_getfl(&blocking).expect("flags");
+    assert!(flags.contains(OFlags::NONBLOCK), "the open file is shared");
+    // No number fits beside this one.
+    write(&blocking, &(u64::MAX - 1).to_ne_bytes()).expect("filled");
+    interrupts.raise(0);
+    assert_eq!(interrupts.raised_by(0), 1);
+    assert_eq!(signalled(&blocking), u64::MAX - 1);
+    interrupts.raise(0);
+    assert_eq!(signalled(&blocking), 1);
+}

@@ -11,7 +11,8 @@
 //!
 //! **Bounded.** One call of an [`Access`](super::Access) waits for at most [`MESSAGE_PATIENCE`],
 //! however many messages it needs. When the client wants one of the transaction's windows back
-//! (`DMA_UNMAP`), no further message is sent for it.
+//! (`DMA_UNMAP`), no further message is sent for it, and what was asked is not waited for any more: a
+//! client may answer nothing before it has its window back. QEMU does not, and stands still meanwhile.
 //!
 //! **A transaction with such a window counts as a peer's**: a stop waits, in its first phase, for
 //! the answers to what was asked, and nothing is asked after it.
@@ -53,8 +54,9 @@ pub trait MessageDma: Send + Sync {
     /// # Errors
     ///
     /// [`MessageError`]; [`TimedOut`](MessageError::TimedOut) when the deadline has come, whatever
-    /// becomes of the message.
-    fn read(&self, iova: u64, to: &mut [u8], deadline: Instant) -> Result<(), MessageError>;
+    /// becomes of the message, and [`Unmapping`](MessageError::Unmapping) when it is not wanted any
+    /// more.
+    fn read(&self, iova: u64, to: &mut [u8], wait: Patience<'_>) -> Result<(), MessageError>;
 
     /// Writes `from.len()` bytes, 1 to [`max_transfer`](Self::max_transfer), to the client's memory,
     /// and waits until the client has done so.
@@ -62,7 +64,39 @@ pub trait MessageDma: Send + Sync {
     /// # Errors
     ///
     /// As [`read`](Self::read).
-    fn write(&self, iova: u64, from: &[u8], deadline: Instant) -> Result<(), MessageError>;
+    fn write(&self, iova: u64, from: &[u8], wait: Patience<'_>) -> Result<(), MessageError>;
+
+    /// Some of what is waited for may not be wanted any more: each call looks at its
+    /// [`Patience`] again. Never waits.
+    fn look_again(&self);
+}
+
+/// How long to wait for the client.
+#[derive(Clone, Copy)]
+pub struct Patience<'a> {
+    deadline: Instant,
+    spans: &'a Spans,
+}
+
+impl fmt::Debug for Patience<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Patience").field("deadline", &self.deadline).finish_non_exhaustive()
+    }
+}
+
+impl Patience<'_> {
+    /// Until then.
+    #[must_use]
+    pub fn deadline(&self) -> Instant {
+        self.deadline
+    }
+
+    /// Whether it is wanted: not once the client wants a window of the transaction back. That it has
+    /// changed is told by [`MessageDma::look_again`].
+    #[must_use]
+    pub fn is_wanted(&self) -> bool {
+        !self.spans.iter().any(Held::is_unmapping)
+    }
 }
 
 /// Why the client did not do what it was asked.
@@ -80,6 +114,9 @@ pub enum MessageError {
     /// It wants a window of the transaction back.
     #[error("the client is unmapping a window of the transaction")]
     Unmapping,
+    /// It resets the device.
+    #[error("the client resets the device")]
+    Resetting,
 }
 
 thread_local! {
@@ -141,6 +178,14 @@ impl Messages {
         }
         let link = self.link.read().unwrap_or_else(PoisonError::into_inner);
         link.clone().ok_or(DmaError::NoMemory { iova })
+    }
+
+    /// Windows were closed: whoever waits for the client looks whether they are its own.
+    pub(super) fn look_again(&self) {
+        let link = self.link.read().unwrap_or_else(PoisonError::into_inner).clone();
+        if let Some(link) = link {
+            link.client.look_again();
+        }
     }
 
     fn replace(&self, link: Option<Arc<Link>>) {
@@ -207,7 +252,7 @@ impl<'a> Exchange<'a> {
     pub(super) fn read(&self, mut iova: u64, to: &mut [u8]) -> Result<(), DmaError> {
         for part in to.chunks_mut(self.most) {
             let len = part.len() as u64;
-            self.one(iova, len, |client, deadline| client.read(iova, part, deadline))?;
+            self.one(iova, len, |client, wait| client.read(iova, part, wait))?;
             iova = iova.wrapping_add(len);
         }
         Ok(())
@@ -216,7 +261,7 @@ impl<'a> Exchange<'a> {
     pub(super) fn write(&self, mut iova: u64, from: &[u8]) -> Result<(), DmaError> {
         for part in from.chunks(self.most) {
             let len = part.len() as u64;
-            self.one(iova, len, |client, deadline| client.write(iova, part, deadline))?;
+            self.one(iova, len, |client, wait| client.write(iova, part, wait))?;
             iova = iova.wrapping_add(len);
         }
         Ok(())
@@ -254,19 +299,20 @@ impl<'a> Exchange<'a> {
         &self,
         iova: u64,
         len: u64,
-        message: impl FnOnce(&dyn MessageDma, Instant) -> Result<(), MessageError>,
+        message: impl FnOnce(&dyn MessageDma, Patience<'_>) -> Result<(), MessageError>,
     ) -> Result<(), DmaError> {
         if is_handling() {
             return Err(DmaError::InHandler { iova });
         }
+        let wait = Patience { deadline: self.deadline, spans: self.spans };
         let result = if self.link.gone.load(Ordering::Acquire) {
             Err(MessageError::Gone)
-        } else if self.spans.iter().any(Held::is_unmapping) {
+        } else if !wait.is_wanted() {
             Err(MessageError::Unmapping)
         } else if Instant::now() >= self.deadline {
             Err(MessageError::TimedOut)
         } else {
-            message(&*self.link.client, self.deadline)
+            message(&*self.link.client, wait)
         };
         result.map_err(|source| DmaError::Message { iova, len, source })
     }

@@ -50,6 +50,7 @@ impl MemoryMap {
         // All at once, so that they drain at the same time. One that is being unmapped is closed
         // already, by somebody who may give up and open it again.
         let closed: Vec<bool> = all.iter().map(|window| window.users.close()).collect();
+        self.shared.messages.look_again();
         let (mut gone, mut busy) = (Vec::new(), Vec::new());
         for (window, mut ours) in all.iter().zip(closed) {
             let drained = loop {

@@ -20,12 +20,18 @@
 //!
 //! Between two messages the thread looks whether the control side waits for it. If so it executes
 //! what has come until then: one snapshot of what it has read and what is in the socket. While a
-//! lease holds the socket it reads nothing. Posted writes that come while the device is stopped are
-//! [kept](super::kept); beyond their bound nothing is read either.
+//! lease holds the socket it reads nothing, and a request that only the control side can answer is put
+//! off until the start, with all that is behind it. Posted writes that come while the device is stopped
+//! are [kept](super::kept); beyond their bound nothing is read either. A reply for which the client
+//! makes no room keeps no stop waiting.
+//!
+//! # The end
+//!
+//! A client that has gone reads no replies, but what it had sent before that counts.
 
 use super::backlog::{Backlog, Waiting, refused_size};
 use super::doorbells::Doorbells;
-use super::endpoint::Endpoint;
+use super::endpoint::{Endpoint, LONGEST_WAIT};
 use super::kept::Kept;
 use super::link::{Came, Incoming, LinkError, Outgoing, Wait};
 use super::requests::Requests;
@@ -40,7 +46,7 @@ use standstill_vfio_user::wire::Kind;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::thread::Builder;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use thiserror::Error;
 
 /// How long the thread waits in the receive itself for the next message. The kernel's clock may
@@ -62,6 +68,9 @@ pub(super) enum Ended {
 /// How long the thread rests where it cannot wait.
 const REST: Duration = Duration::from_millis(100);
 
+/// How long is worked on what a client had sent before it went: others wait for this thread.
+const LAST_PATIENCE: Duration = LONGEST_WAIT;
+
 /// poll(2) fails where the process may have fewer fds than are polled, and does so at once.
 pub(super) fn rest_after_error() {
     std::thread::park_timeout(REST);
@@ -79,6 +88,10 @@ pub(super) struct Connection<'a, D> {
     requests: Option<(Arc<Requests>, MessageLink)>,
     /// What was read while another command was carried out.
     backlog: Backlog,
+    /// What is to be done before anything else, as soon as no lease holds the socket.
+    put_off: Option<Later>,
+    /// Since when it is known that the client has gone and reads no replies.
+    gone_since: Option<Instant>,
     reply: Reply<'a>,
     /// How many bytes of messages were taken.
     taken: u64,
@@ -101,6 +114,8 @@ impl<'a, D: Device> Connection<'a, D> {
             outgoing: Arc::new(Outgoing::new(client, Arc::clone(station))),
             requests: None,
             backlog: Backlog::default(),
+            put_off: None,
+            gone_since: None,
             reply: Reply::default(),
             taken: 0,
         })
@@ -188,7 +203,7 @@ impl<'a, D: Device> Connection<'a, D> {
             self.kept.carry_out(self.endpoint, &permit);
         }
         if let Some(request) = self.station.request() {
-            self.drain()?;
+            self.drain(request)?;
             self.station.done(request);
             return Ok(true);
         }
@@ -198,17 +213,24 @@ impl<'a, D: Device> Connection<'a, D> {
         self.station.keep();
         if self.is_held_back() && self.station.request().is_none() {
             self.poll(false);
+            if let Some(since) = &mut self.gone_since {
+                // Nobody can be served meanwhile anyway.
+                *since = Instant::now();
+            }
         }
         Ok(true)
     }
 
-    /// Executes what has come until now.
-    fn drain(&mut self) -> Result<(), Ended> {
+    /// Executes what has come until now, or until nobody waits for that any more.
+    fn drain(&mut self, request: u64) -> Result<(), Ended> {
         let there = self.incoming.snapshot().saturating_add(self.backlog.bytes());
         let end = self.taken.saturating_add(there);
-        while self.taken < end {
+        while (self.taken < end || self.put_off.is_some()) && !self.station.is_done(request) {
             // The rest of a message that is not whole yet comes after this.
             if !self.take_one()? && self.receive(Wait::No)? == Came::Nothing {
+                break;
+            }
+            if self.put_off.is_some() {
                 break;
             }
         }
@@ -228,6 +250,13 @@ impl<'a, D: Device> Connection<'a, D> {
     /// Takes one whole message, if there is one, and answers it.
     #[inline]
     fn take_one(&mut self) -> Result<bool, Ended> {
+        if let Some(later) = self.put_off.take() {
+            self.do_later(later)?;
+            return Ok(true);
+        }
+        if self.gone_since.is_some_and(|since| since.elapsed() >= LAST_PATIENCE) {
+            return Err(LinkError::Gone.into());
+        }
         if !self.backlog.is_empty() {
             return self.take_from_backlog();
         }
@@ -282,7 +311,7 @@ impl<'a, D: Device> Connection<'a, D> {
                 self.send()?;
                 return Err(Ended::NoVersion);
             }
-            Next::Later(later) => self.do_later(&later)?,
+            Next::Later(later) => self.do_later(later)?,
             // Nothing was asked.
             Next::Answer => tracing::debug!("a reply that nobody waits for"),
         }
@@ -295,7 +324,11 @@ impl<'a, D: Device> Connection<'a, D> {
         if let Some(header) = error.answer() {
             let mut bytes = Vec::new();
             header.encode(&mut bytes);
-            self.outgoing.send(&bytes, &[])?;
+            let sent = match self.gone_since {
+                None => self.outgoing.send(&bytes, &[]),
+                Some(_) => Ok(()),
+            };
+            self.after_sending(sent)?;
         }
         if !error.is_in_step() {
             return Err(error.into());
@@ -306,17 +339,41 @@ impl<'a, D: Device> Connection<'a, D> {
     }
 
     #[inline]
-    fn send(&self) -> Result<(), Ended> {
-        if self.reply.bytes().is_empty() {
+    fn send(&mut self) -> Result<(), Ended> {
+        if self.reply.bytes().is_empty() || self.gone_since.is_some() {
             return Ok(());
         }
-        Ok(self.outgoing.send(self.reply.bytes(), &self.reply.fds())?)
+        let sent = self.outgoing.send(self.reply.bytes(), &self.reply.fds());
+        self.after_sending(sent)
     }
 
-    fn do_later(&mut self, later: &Later) -> Result<(), Ended> {
+    #[inline]
+    fn after_sending(&mut self, sent: Result<(), LinkError>) -> Result<(), Ended> {
+        match sent {
+            Err(LinkError::Gone) => {
+                // What it had sent before still counts, and is followed by the end of the stream.
+                self.gone_since = Some(Instant::now());
+                Ok(())
+            }
+            sent => Ok(sent?),
+        }
+    }
+
+    fn do_later(&mut self, later: Later) -> Result<(), Ended> {
+        let edge = &self.endpoint.parts().edge;
+        let holds = edge.holds();
         if later.work.asks() {
             // It waits for the control side, which must not wait for it.
-            self.station.asking();
+            self.station.waiting();
+            if edge.is_held() {
+                self.station.busy();
+                self.put_off = Some(later);
+                return Ok(());
+            }
+        }
+        let resets = matches!(later.work, Work::Reset);
+        if resets {
+            self.set_resetting(true);
         }
         let done = if self.session.has_windows_without_file {
             self.carry_out_and_listen(&later.work)
@@ -324,9 +381,25 @@ impl<'a, D: Device> Connection<'a, D> {
             Ok(Session::carry_out(self.endpoint, &later.work))
         };
         self.station.busy();
+        if resets {
+            self.set_resetting(false);
+        }
         let done = done?;
-        self.session.finish(later, done, &mut self.reply);
+        if resets && done == Err(Errno::INVAL) && edge.holds() != holds {
+            // A stop with a lease was there before it, and nothing has changed.
+            self.put_off = Some(later);
+            return Ok(());
+        }
+        self.session.finish(&later, done, &mut self.reply);
         self.send()
+    }
+
+    fn set_resetting(&self, resetting: bool) {
+        if let Some((requests, _)) = &self.requests
+            && self.session.has_windows_without_file
+        {
+            requests.set_resetting(resetting);
+        }
     }
 
     /// Has a thread do it, and goes on reading meanwhile.
@@ -356,14 +429,17 @@ impl<'a, D: Device> Connection<'a, D> {
         })
     }
 
-    /// Reads until something has ended. Replies go to whom they are for, commands to the backlog.
+    /// Reads until something has ended, or the client has gone. Replies go to whom they are for,
+    /// commands to the backlog.
     fn listen_until(&mut self, end: &OwnedFd) -> Result<(), Ended> {
         // What was read together with the command.
         self.sort();
+        let mut is_gone = false;
         loop {
             let socket = self.incoming.socket();
             let mut both = [PollFd::new(end, PollFlags::IN), PollFd::new(&socket, PollFlags::IN)];
-            let polled = if self.backlog.is_full() { &mut both[..1] } else { &mut both[..] };
+            let only_end = is_gone || self.backlog.is_full();
+            let polled = if only_end { &mut both[..1] } else { &mut both[..] };
             match poll(polled, None) {
                 Ok(_) | Err(Errno::INTR) => {}
                 Err(error) => {
@@ -375,8 +451,20 @@ impl<'a, D: Device> Connection<'a, D> {
             if ended {
                 return Ok(());
             }
-            if readable && self.receive(Wait::No)? == Came::Some {
-                self.sort();
+            if !readable {
+                continue;
+            }
+            match self.incoming.receive(Wait::No) {
+                Ok(Came::Some) => self.sort(),
+                Ok(Came::Nothing) => {}
+                Err(LinkError::Gone) => {
+                    // Found again when what has come before it is done.
+                    is_gone = true;
+                    if let Some((requests, _)) = &self.requests {
+                        requests.gone();
+                    }
+                }
+                Err(error) => return Err(error.into()),
             }
         }
     }

@@ -15,17 +15,16 @@ use standstill_vfio_user::framing::{Framer, FramingLimits};
 use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use thiserror::Error;
 
 /// The most fds that can come with one message, and go with one.
 pub(super) const MAX_FDS: usize = 16;
 
-/// How long a client that reads nothing is waited for: it waits no longer for its replies itself.
+/// How long a client that reads nothing is waited for, since it last read something: it waits no longer
+/// for its replies itself.
 const SEND_PATIENCE: Duration = Duration::from_millis(4500);
-/// The same while a stop waits for the transport.
-const SEND_PATIENCE_OF_A_STOP: Duration = Duration::from_millis(100);
 
 /// A connection has ended, or is of no more use.
 #[derive(Debug, Error)]
@@ -142,42 +141,101 @@ pub(super) struct Outgoing {
     socket: Arc<OwnedFd>,
     /// Where a stop asks for the transport.
     station: Arc<Station>,
-    /// Held for the length of one message.
-    turn: Mutex<()>,
+    turn: Turn,
+}
+
+/// Lets one send at a time, for the length of one message.
+#[derive(Debug, Default)]
+struct Turn {
+    state: Mutex<TurnState>,
+    freed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct TurnState {
+    taken: bool,
+    /// How many sleep until it is free: to wake nobody costs a system call, too.
+    sleepers: usize,
+}
+
+/// Over when it is dropped.
+struct Taken<'a>(&'a Turn);
+
+impl Turn {
+    /// Waits for its turn; `None` if that has not come by the deadline.
+    fn take(&self, deadline: Option<Instant>) -> Option<Taken<'_>> {
+        let mut state = self.lock();
+        while state.taken {
+            let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+            if left.is_some_and(|left| left.is_zero()) {
+                return None;
+            }
+            state.sleepers += 1;
+            state = match left {
+                None => self.freed.wait(state).unwrap_or_else(PoisonError::into_inner),
+                Some(left) => {
+                    let waited = self.freed.wait_timeout(state, left);
+                    waited.unwrap_or_else(PoisonError::into_inner).0
+                }
+            };
+            state.sleepers -= 1;
+        }
+        state.taken = true;
+        Some(Taken(self))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, TurnState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Taken<'_> {
+    fn drop(&mut self) {
+        let mut state = self.0.lock();
+        state.taken = false;
+        let somebody_sleeps = state.sleepers > 0;
+        drop(state);
+        if somebody_sleeps {
+            self.0.freed.notify_one();
+        }
+    }
 }
 
 impl Outgoing {
     pub(super) fn new(socket: Arc<OwnedFd>, station: Arc<Station>) -> Self {
-        Self { socket, station, turn: Mutex::new(()) }
+        Self { socket, station, turn: Turn::default() }
     }
 
-    /// Sends a whole message. A client that does not read loses its connection.
+    /// Sends a whole message, from the transport's thread. A client that does not read loses its
+    /// connection; a stop does not wait for it.
     #[inline]
     pub(super) fn send(&self, message: &[u8], fds: &[BorrowedFd<'_>]) -> Result<(), LinkError> {
         self.send_by(message, fds, None)
     }
 
-    /// The same for somebody who has a deadline of their own.
+    /// The same for another thread, which has a deadline of its own.
     pub(super) fn send_by(
         &self,
         message: &[u8],
         fds: &[BorrowedFd<'_>],
         deadline: Option<Instant>,
     ) -> Result<(), LinkError> {
-        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        let _turn = self.turn.take(deadline).ok_or(LinkError::Late)?;
         let mut rest = message;
         let mut fds = fds;
-        let mut began = None;
+        // When the client had read as much as it has read now.
+        let mut since = None;
         while !rest.is_empty() {
             match self.try_send(rest, fds) {
                 Ok(sent) => {
                     rest = rest.get(sent..).unwrap_or_default();
                     fds = &[];
+                    since = None;
                 }
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => {
-                    let began = *began.get_or_insert_with(Instant::now);
-                    if let Err(error) = self.wait_for_room(began, deadline) {
+                    let since = *since.get_or_insert_with(Instant::now);
+                    if let Err(error) = self.wait_for_room(since, deadline) {
                         // Half a message leaves nothing to go on with.
                         let is_whole = rest.len() == message.len();
                         if !(is_whole && matches!(error, LinkError::Late)) {
@@ -210,15 +268,11 @@ impl Outgoing {
     }
 
     #[cold]
-    fn wait_for_room(&self, began: Instant, deadline: Option<Instant>) -> Result<(), LinkError> {
-        let patience = match self.station.request() {
-            Some(_) => SEND_PATIENCE_OF_A_STOP,
-            None => SEND_PATIENCE,
-        };
+    fn wait_for_room(&self, since: Instant, deadline: Option<Instant>) -> Result<(), LinkError> {
         let now = Instant::now();
-        let mut rest = patience.saturating_sub(now - began);
+        let mut rest = SEND_PATIENCE.saturating_sub(now - since);
         if rest.is_zero() {
-            return Err(LinkError::Stuck(patience));
+            return Err(LinkError::Stuck(SEND_PATIENCE));
         }
         if let Some(deadline) = deadline {
             rest = rest.min(deadline.saturating_duration_since(now));
@@ -226,10 +280,17 @@ impl Outgoing {
                 return Err(LinkError::Late);
             }
         }
-        // A stop can begin meanwhile.
-        let rest = Timespec::try_from(rest.min(SEND_PATIENCE_OF_A_STOP));
-        let rest = rest.map_err(|_| failed("the clock")(Errno::INVAL))?;
-        match poll(&mut [PollFd::new(&*self.socket, PollFlags::OUT)], Some(&rest)) {
+        let rest = Timespec::try_from(rest).map_err(|_| failed("the clock")(Errno::INVAL))?;
+        let is_transport = deadline.is_none();
+        if is_transport {
+            // What was answered is done, and what comes behind it is not begun before this ends.
+            self.station.waiting();
+        }
+        let polled = poll(&mut [PollFd::new(&*self.socket, PollFlags::OUT)], Some(&rest));
+        if is_transport {
+            self.station.busy();
+        }
+        match polled {
             Ok(_) | Err(Errno::INTR) => Ok(()),
             Err(error) => Err(failed("waiting for a client")(error)),
         }

@@ -6,7 +6,7 @@
 //! late one is never taken for another.
 
 use super::link::{LinkError, Outgoing};
-use crate::memory::{MessageDma, MessageError};
+use crate::memory::{MessageDma, MessageError, Patience};
 use rustix::io::Errno;
 use standstill_vfio_user::wire::{Command, DmaAccess, Header, Kind};
 use std::collections::HashMap;
@@ -31,6 +31,8 @@ pub(super) struct Requests {
 #[derive(Debug, Default)]
 struct Pending {
     gone: bool,
+    /// The client waits for the end of a reset, and may answer nothing before it.
+    resetting: bool,
     next: u16,
     sent: HashMap<u16, Sent>,
 }
@@ -60,6 +62,13 @@ impl Requests {
     /// The client has gone: whoever waits need not.
     pub(super) fn gone(&self) {
         self.pending().gone = true;
+        self.changed.notify_all();
+    }
+
+    /// The client resets the device, or has done so: meanwhile whoever waits need not, and nothing is
+    /// asked.
+    pub(super) fn set_resetting(&self, resetting: bool) {
+        self.pending().resetting = resetting;
         self.changed.notify_all();
     }
 
@@ -104,7 +113,7 @@ impl Requests {
         command: Command,
         access: DmaAccess,
         data: &[u8],
-        deadline: Instant,
+        patience: Patience<'_>,
     ) -> Result<Vec<u8>, MessageError> {
         let id = self.register(command, access)?;
         let mut message = Vec::new();
@@ -112,7 +121,7 @@ impl Requests {
             access.encode(body);
             body.extend_from_slice(data);
         });
-        if let Err(error) = self.outgoing.send_by(&message, &[], Some(deadline)) {
+        if let Err(error) = self.outgoing.send_by(&message, &[], Some(patience.deadline())) {
             self.pending().sent.remove(&id);
             let text = crate::log::with_causes(&error);
             tracing::warn!(error = text, "{command} is not sent");
@@ -121,7 +130,7 @@ impl Requests {
                 _ => MessageError::Gone,
             });
         }
-        self.wait(id, deadline)
+        self.wait(id, patience)
     }
 
     /// A free id for a request that is about to be sent.
@@ -129,6 +138,9 @@ impl Requests {
         let mut pending = self.pending();
         if pending.gone {
             return Err(MessageError::Gone);
+        }
+        if pending.resetting {
+            return Err(MessageError::Resetting);
         }
         if pending.sent.len() >= MOST {
             return Err(MessageError::TimedOut);
@@ -143,10 +155,10 @@ impl Requests {
         Ok(id)
     }
 
-    fn wait(&self, id: u16, deadline: Instant) -> Result<Vec<u8>, MessageError> {
+    fn wait(&self, id: u16, patience: Patience<'_>) -> Result<Vec<u8>, MessageError> {
         let mut pending = self.pending();
         loop {
-            let gone = pending.gone;
+            let (gone, resetting) = (pending.gone, pending.resetting);
             match pending.sent.get_mut(&id) {
                 Some(Sent { state: State::Answered(_), .. }) => {
                     return match pending.sent.remove(&id).map(|sent| sent.state) {
@@ -159,10 +171,17 @@ impl Requests {
                     return Err(MessageError::Gone);
                 }
                 Some(sent) => {
-                    let rest = deadline.saturating_duration_since(Instant::now());
-                    if rest.is_zero() {
+                    let rest = patience.deadline().saturating_duration_since(Instant::now());
+                    let given_up = if resetting {
+                        Some(MessageError::Resetting)
+                    } else if !patience.is_wanted() {
+                        Some(MessageError::Unmapping)
+                    } else {
+                        rest.is_zero().then_some(MessageError::TimedOut)
+                    };
+                    if let Some(why) = given_up {
                         sent.state = State::GivenUp;
-                        return Err(MessageError::TimedOut);
+                        return Err(why);
                     }
                     let slept = self.changed.wait_timeout(pending, rest);
                     pending = slept.unwrap_or_else(PoisonError::into_inner).0;
@@ -182,16 +201,22 @@ impl MessageDma for Requests {
         usize::try_from(self.limit).unwrap_or(usize::MAX)
     }
 
-    fn read(&self, iova: u64, to: &mut [u8], deadline: Instant) -> Result<(), MessageError> {
+    fn read(&self, iova: u64, to: &mut [u8], wait: Patience<'_>) -> Result<(), MessageError> {
         let access = DmaAccess { address: iova, count: to.len() as u64 };
-        let data = self.call(Command::DmaRead, access, &[], deadline)?;
+        let data = self.call(Command::DmaRead, access, &[], wait)?;
         // As many as were asked for: that was compared.
         to.copy_from_slice(data.get(..to.len()).ok_or(MessageError::Refused(Errno::PROTO))?);
         Ok(())
     }
 
-    fn write(&self, iova: u64, from: &[u8], deadline: Instant) -> Result<(), MessageError> {
+    fn write(&self, iova: u64, from: &[u8], wait: Patience<'_>) -> Result<(), MessageError> {
         let access = DmaAccess { address: iova, count: from.len() as u64 };
-        self.call(Command::DmaWrite, access, from, deadline).map(|_| ())
+        self.call(Command::DmaWrite, access, from, wait).map(|_| ())
+    }
+
+    fn look_again(&self) {
+        // Whoever has not seen it sleeps by now.
+        drop(self.pending());
+        self.changed.notify_all();
     }
 }

@@ -9,7 +9,7 @@ use crate::actor::introduction::Introduction;
 use crate::actor::parts::Parts;
 use crate::actor::{Arguments, DeviceActor};
 use crate::device::{
-    AccessError, Bar, Device, DeviceError, DeviceInfo, Doorbell, Handles, PciIdentity,
+    AccessError, Bar, Device, DeviceError, DeviceInfo, Doorbell, Handles, Pass, PciIdentity,
 };
 use crate::gate::Gate;
 use crate::interrupt::Interrupts;
@@ -27,7 +27,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Sender};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 use tokio::sync::oneshot;
@@ -45,6 +45,8 @@ pub(crate) const COUNT: u64 = 0x10;
 pub(crate) const READ_ONLY: u64 = 0x20;
 /// A write here makes the device read 8 bytes at that address, before it returns.
 pub(crate) const READS_BY_MESSAGE: u64 = 0x30;
+/// What is answered as soon as that is let through; see [`Diary::hold`].
+pub(crate) const SLOW: u64 = 0x40;
 /// Doorbells: one for any write, one for 7 alone.
 pub(crate) const BELLS: [Doorbell; 2] =
     [Doorbell::new(REGISTERS, 0x100), Doorbell::new(REGISTERS, 0x108).width(4).of_value(7)];
@@ -71,6 +73,12 @@ pub(crate) struct Diary {
     pub(crate) reads_change: AtomicBool,
     pub(crate) fails_to_stop: AtomicBool,
     pub(crate) read_by_message: Mutex<Option<Result<(), DmaError>>>,
+    pub(crate) hangs_at_stop: AtomicBool,
+    /// Whether what it saves while it runs is as slow as [`SLOW`].
+    pub(crate) saves_slowly: AtomicBool,
+    /// Whether reads of [`SLOW`] wait, and how many do.
+    slow: Mutex<(bool, usize)>,
+    changed: Condvar,
     pub(crate) handles: Handles,
 }
 
@@ -83,6 +91,34 @@ impl Diary {
         self.deeds.lock().unwrap().clone()
     }
 
+    /// From now on a read of [`SLOW`] waits.
+    pub(crate) fn hold(&self) {
+        self.slow.lock().unwrap().0 = true;
+    }
+
+    /// Waits until somebody reads it.
+    pub(crate) fn until_held(&self) {
+        let waited =
+            self.changed.wait_timeout_while(self.slow.lock().unwrap(), PATIENCE, |(_, readers)| {
+                *readers == 0
+            });
+        assert!(!waited.unwrap().1.timed_out(), "nobody reads");
+    }
+
+    /// It is answered.
+    pub(crate) fn let_through(&self) {
+        self.slow.lock().unwrap().0 = false;
+        self.changed.notify_all();
+    }
+
+    fn be_slow(&self) {
+        let mut slow = self.slow.lock().unwrap();
+        slow.1 += 1;
+        self.changed.notify_all();
+        let mut slow = self.changed.wait_while(slow, |(held, _)| *held).unwrap();
+        slow.1 -= 1;
+    }
+
     fn writes(&self) -> usize {
         let deeds = self.deeds.lock().unwrap();
         deeds.iter().filter(|deed| matches!(deed, Deed::Wrote(..))).count()
@@ -91,6 +127,9 @@ impl Diary {
 
 impl Device for Diary {
     fn region_read(&self, _: u32, offset: u64, data: &mut [u8]) -> Result<(), AccessError> {
+        if offset == SLOW {
+            self.be_slow();
+        }
         let value = if offset == COUNT { self.writes() as u64 } else { offset };
         data.copy_from_slice(&value.to_le_bytes()[..data.len()]);
         Ok(())
@@ -131,6 +170,9 @@ impl Device for Diary {
 
     async fn stop(&self, _: Duration) -> Result<(), DeviceError> {
         self.note(Deed::Stopped);
+        if self.hangs_at_stop.swap(false, Ordering::SeqCst) {
+            std::future::pending::<()>().await;
+        }
         if self.fails_to_stop.swap(false, Ordering::SeqCst) {
             return Err(DeviceError::new("as it was told"));
         }
@@ -143,6 +185,13 @@ impl Device for Diary {
     }
 
     fn save(&self, _: &mut dyn Write) -> Result<(), DeviceError> {
+        Ok(())
+    }
+
+    fn save_running(&self, _: Pass, _: &mut dyn Write) -> Result<(), DeviceError> {
+        if self.saves_slowly.load(Ordering::SeqCst) {
+            self.be_slow();
+        }
         Ok(())
     }
 
@@ -174,6 +223,10 @@ impl Rig {
             reads_change: AtomicBool::new(true),
             fails_to_stop: AtomicBool::new(false),
             read_by_message: Mutex::default(),
+            hangs_at_stop: AtomicBool::new(false),
+            saves_slowly: AtomicBool::new(false),
+            slow: Mutex::default(),
+            changed: Condvar::new(),
             handles,
         };
         let bar = SharedMemory::create("rig", MEMORY_SIZE).unwrap();

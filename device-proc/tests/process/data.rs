@@ -191,3 +191,24 @@ fn a_greeting_that_cannot_be_taken_is_refused_and_ends_that_connection_only() {
     client.write_u32(0, NUMBER, 7).unwrap();
     device.pause(1);
 }
+
+#[test]
+fn of_two_clients_at_once_one_is_served_and_the_other_when_that_has_gone() {
+    let device = Device::welcomed("");
+    let mut first = Client::connect(&device.socket());
+    let path = device.socket();
+    let (connected, wait) = std::sync::mpsc::channel();
+    let second = std::thread::spawn(move || {
+        let client = Client::connect(&path);
+        connected.send(()).unwrap();
+        client
+    });
+    for number in 0..50 {
+        first.write_u32(0, NUMBER, number).unwrap();
+        assert_eq!(first.read_u32(0, NUMBER), Ok(number));
+    }
+    assert!(wait.try_recv().is_err(), "no version for the second one yet");
+    drop(first);
+    let mut second = second.join().unwrap();
+    assert_eq!(second.read_u32(0, NUMBER), Ok(49));
+}

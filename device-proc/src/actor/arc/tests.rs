@@ -191,3 +191,25 @@ async fn a_reset_that_fails_leaves_everything_closed() {
     assert_eq!(result.unwrap_err().text, "reset: no");
     assert!(parts.is_at(Stopped) && parts.interrupts.is_frozen());
 }
+
+#[tokio::test]
+async fn an_interrupt_that_is_raised_for_ever_has_the_stop_refused_and_nothing_else() {
+    let parts = parts(&[]);
+    go(&parts, Full, NoPeer, LONG).await.0.unwrap();
+    let interrupts = parts.interrupts.clone();
+    let raised = interrupts.raising().try_enter().unwrap();
+    let (result, calls) = go(&parts, NoPeer, Stopped, Duration::from_millis(5)).await;
+    let failure = result.unwrap_err();
+    assert!(failure.restored);
+    assert_eq!(failure.refusal.kind, RefusalKind::Drain);
+    let expected = "an interrupt is still being raised after";
+    assert!(failure.refusal.text.starts_with(expected), "{}", failure.refusal.text);
+    assert_eq!(calls, ["stop", "prepare_start"]);
+    assert!(parts.is_at(NoPeer) && !parts.interrupts.is_frozen());
+    // Where undoing fails too, nothing is waited for.
+    parts.device.deeds.lock().unwrap().push(("prepare_start", Deed::Fails));
+    let (result, _) = go(&parts, NoPeer, Stopped, Duration::from_millis(5)).await;
+    assert!(!result.unwrap_err().restored);
+    assert!(parts.is_at(Stopped) && parts.interrupts.is_frozen());
+    drop(raised);
+}

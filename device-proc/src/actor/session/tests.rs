@@ -243,3 +243,36 @@ fn a_session_that_has_ended_leaves_no_thread() {
         std::thread::yield_now();
     }
 }
+
+#[test]
+fn while_a_stop_waits_for_the_transport_no_read_of_a_running_device_waits_or_begins_a_pass() {
+    let source = device();
+    moved(&source, MigrationState::PreCopy);
+    let hurry = source.client_stream.hurry();
+    assert_eq!(read(&source, 100), Ok(vec![]));
+    assert_eq!(source.client_stream.size(&source).dirty, 0, "the first pass has not begun");
+    drop(hurry);
+    let mut stream = first_pass(&source);
+    // Told that the pass has ended, the next read would begin another one.
+    while !source.client_stream.session(true).unwrap().lock().idle {
+        stream.extend(drain(&source, 1 << 20));
+    }
+    let passes = || source.client_stream.session(true).unwrap().lock().passes;
+    let before = passes();
+    {
+        let _hurry = source.client_stream.hurry();
+        stream.extend(drain(&source, 1 << 20));
+        stream.extend(drain(&source, 1 << 20));
+        let session = source.client_stream.session(true).unwrap();
+        assert!(session.lock().idle);
+    }
+    assert_eq!(passes(), before);
+    moved(&source, MigrationState::StopCopy);
+    let hurry = source.client_stream.hurry();
+    stream.extend(drain(&source, 1 << 20));
+    drop(hurry);
+    let target = device();
+    *target.device.contents.lock().unwrap() = vec![0; 5];
+    load_in_band(&target, &stream).unwrap();
+    assert_eq!(*target.device.contents.lock().unwrap(), b"state");
+}

@@ -54,17 +54,24 @@ impl Client {
     fn message(
         &self,
         message: (u64, usize, bool),
-        deadline: Instant,
+        wait: Patience<'_>,
         act: impl FnOnce(&mut [u8]),
     ) -> Result<(), MessageError> {
         let (iova, len, _) = message;
         assert!(len > 0 && len <= self.most.max(1), "{len} bytes in one message");
         self.asked.lock().expect("no panic").push(message);
         if self.silent.load(Ordering::Relaxed) {
-            let rest = deadline.saturating_duration_since(Instant::now());
+            let rest = wait.deadline().saturating_duration_since(Instant::now());
             let gone = self.gone.lock().expect("no panic");
-            let (gone, _) = self.changed.wait_timeout_while(gone, rest, |gone| !*gone).expect("");
-            return Err(if *gone { MessageError::Gone } else { MessageError::TimedOut });
+            let waits = |gone: &mut bool| !*gone && wait.is_wanted();
+            let (gone, _) = self.changed.wait_timeout_while(gone, rest, waits).expect("");
+            return Err(if *gone {
+                MessageError::Gone
+            } else if wait.is_wanted() {
+                MessageError::TimedOut
+            } else {
+                MessageError::Unmapping
+            });
         }
         if let Some(errno) = self.refuses {
             return Err(MessageError::Refused(errno));
@@ -80,12 +87,17 @@ impl MessageDma for Client {
         self.most
     }
 
-    fn read(&self, iova: u64, to: &mut [u8], deadline: Instant) -> Result<(), MessageError> {
-        self.message((iova, to.len(), false), deadline, |memory| to.copy_from_slice(memory))
+    fn read(&self, iova: u64, to: &mut [u8], wait: Patience<'_>) -> Result<(), MessageError> {
+        self.message((iova, to.len(), false), wait, |memory| to.copy_from_slice(memory))
     }
 
-    fn write(&self, iova: u64, from: &[u8], deadline: Instant) -> Result<(), MessageError> {
-        self.message((iova, from.len(), true), deadline, |memory| memory.copy_from_slice(from))
+    fn write(&self, iova: u64, from: &[u8], wait: Patience<'_>) -> Result<(), MessageError> {
+        self.message((iova, from.len(), true), wait, |memory| memory.copy_from_slice(from))
+    }
+
+    fn look_again(&self) {
+        drop(self.gone.lock().expect("no panic"));
+        self.changed.notify_all();
     }
 }
 
@@ -242,6 +254,38 @@ fn another_client_takes_the_place_of_the_one_before() {
     access.store_u64(0, 0, 2).expect("stored");
     assert_eq!(two.asked.lock().expect("no panic").len(), 1);
     assert_eq!(one.asked.lock().expect("no panic").len(), 0);
+}
+
+#[test]
+fn what_was_asked_is_not_waited_for_once_the_client_wants_a_window_back() {
+    let (map, _ram, _peer) = machine();
+    let client = Client::silent();
+    let _link = map.connect(Arc::clone(&client) as Arc<dyn MessageDma>);
+    let dma = map.dma();
+    // The window that is asked for, another one of the transaction, and all.
+    let takes: [fn(&MemoryMap) -> bool; 3] = [
+        |map| map.unmap(0x10000, 4 * PAGE, LONG).is_ok(),
+        |map| map.unmap(0x30000, 4 * PAGE, LONG).is_ok(),
+        |map| map.unmap_all(LONG).is_ok(),
+    ];
+    for (take, first) in takes.into_iter().zip([Some(0x10000), None, None]) {
+        thread::scope(|scope| {
+            let reading = scope.spawn(|| {
+                let message = Span::read(0x30000, 8);
+                let spans =
+                    first.map_or(vec![message], |first| vec![message, Span::read(first, 8)]);
+                let access = dma.access(&spans).expect("access");
+                failed(access.read(0, 0, &mut [0; 8]))
+            });
+            client.wait_until_asked();
+            assert!(take(&map), "nobody uses it any more");
+            assert_eq!(reading.join().expect("no panic"), MessageError::Unmapping);
+        });
+        client.asked.lock().expect("no panic").clear();
+        if !map.shared.windows().iter().any(|window| window.spec.iova == 0x30000) {
+            map.map(window(0x30000, 4 * PAGE), None).expect("mapped again");
+        }
+    }
 }
 
 #[test]

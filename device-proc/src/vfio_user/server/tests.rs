@@ -1,9 +1,12 @@
 mod agreed;
 mod client;
 mod edge;
+mod gone;
+mod lease;
 mod logging;
 mod masters;
 mod migration;
 mod ours;
 mod requests;
+mod slow;
 mod wire;

@@ -10,11 +10,11 @@ use standstill_protocol::migration::MigrationState as S;
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 
-const NO_LEASE: Duration = Duration::ZERO;
+pub(super) const NO_LEASE: Duration = Duration::ZERO;
 /// Longer than any test.
-const LEASE: Duration = Duration::from_secs(60);
+pub(super) const LEASE: Duration = Duration::from_secs(60);
 
-fn wrote(rig: &Rig) -> Vec<u64> {
+pub(super) fn wrote(rig: &Rig) -> Vec<u64> {
     let deeds = rig.device().deeds();
     let values = deeds.iter().filter_map(|deed| match deed {
         Deed::Wrote(_, value) => Some(*value),
@@ -28,6 +28,12 @@ fn wrote_before_the_stop(rig: &Rig) -> usize {
     let deeds = rig.device().deeds();
     let stop = deeds.iter().rposition(|deed| *deed == Deed::Stopped).unwrap();
     deeds[..stop].iter().filter(|deed| matches!(deed, Deed::Wrote(..))).count()
+}
+
+/// Whether the client gets nothing for a moment.
+pub(super) fn nothing_comes(client: &Client) -> bool {
+    let moment = Timespec { tv_sec: 0, tv_nsec: 5_000_000 };
+    poll(&mut [PollFd::new(&client.stream, PollFlags::IN)], Some(&moment)) == Ok(0)
 }
 
 #[test]
@@ -136,9 +142,7 @@ fn a_leased_stop_leaves_the_socket_alone_until_the_start() {
         let before = u32::try_from(wrote_before_the_stop(&rig)).unwrap();
         client.post_write(REGISTERS, 0, 2);
         client.send(&message(1, 9, 0, &super::client::access(REGISTERS, COUNT, 4)), &[]);
-        let moment = Timespec { tv_sec: 0, tv_nsec: 5_000_000 };
-        let looked = poll(&mut [PollFd::new(&client.stream, PollFlags::IN)], Some(&moment));
-        assert_eq!(looked, Ok(0), "configuration space and the others wait, too");
+        assert!(nothing_comes(&client), "configuration space and the others wait, too");
         assert_eq!(wrote(&rig).len(), usize::try_from(before).unwrap());
         rig.start(2 * epoch + 1);
         let count = client.receive().result().unwrap();
@@ -233,7 +237,7 @@ fn a_stop_in_the_middle_of_a_message_does_not_wait_for_its_end() {
 }
 
 /// The eventfds of the doorbells.
-fn bells(client: &mut Client) -> Vec<OwnedFd> {
+pub(super) fn bells(client: &mut Client) -> Vec<OwnedFd> {
     client.send(&message(1, 6, 0, &crate::fields!(4096_u32, 0_u32, REGISTERS, 0_u32)), &[]);
     let (answer, fds) = client.receive_with_fds();
     answer.result().unwrap();
@@ -241,11 +245,11 @@ fn bells(client: &mut Client) -> Vec<OwnedFd> {
     fds
 }
 
-fn ring(bell: &OwnedFd) {
+pub(super) fn ring(bell: &OwnedFd) {
     rustix::io::write(bell, &1_u64.to_ne_bytes()).unwrap();
 }
 
-fn rang(rig: &Rig) -> Vec<usize> {
+pub(super) fn rang(rig: &Rig) -> Vec<usize> {
     let deeds = rig.device().deeds();
     let rang = deeds.iter().filter_map(|deed| match deed {
         Deed::Rang(index) => Some(*index),
@@ -254,7 +258,7 @@ fn rang(rig: &Rig) -> Vec<usize> {
     rang.collect()
 }
 
-fn until(what: &str, is_so: impl Fn() -> bool) {
+pub(super) fn until(what: &str, is_so: impl Fn() -> bool) {
     let begin = std::time::Instant::now();
     while !is_so() {
         assert!(begin.elapsed() < PATIENCE, "{what}");

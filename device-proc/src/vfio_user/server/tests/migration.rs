@@ -1,6 +1,6 @@
 //! The migration states and the state stream, in band.
 
-use super::client::Client;
+use super::client::{Client, REGION_READ, access, message};
 use crate::fields;
 use crate::vfio_user::rig::{COUNT, Deed, MEMORY, MEMORY_SIZE, REGISTERS, Rig};
 use standstill_protocol::migration::{MigrationFlags, MigrationState as S, path};
@@ -309,7 +309,7 @@ fn how_much_there_is_to_save_can_be_asked_in_every_state() {
 fn what_was_rung_before_a_stop_in_band_is_told_before_it() {
     let rig = Rig::new();
     let mut client = Client::greeted(rig.connect());
-    client.send(&super::client::message(1, 6, 0, &fields!(4096_u32, 0_u32, REGISTERS, 0_u32)), &[]);
+    client.send(&message(1, 6, 0, &fields!(4096_u32, 0_u32, REGISTERS, 0_u32)), &[]);
     let (_, bells) = client.receive_with_fds();
     for round in 1..30 {
         rustix::io::write(&bells[0], &1_u64.to_ne_bytes()).unwrap();
@@ -320,4 +320,26 @@ fn what_was_rung_before_a_stop_in_band_is_told_before_it() {
         set(&mut client, S::Running).unwrap();
     }
     drop(client);
+}
+
+#[test]
+fn a_stop_in_band_that_fails_or_hangs_leaves_the_client_where_it_was() {
+    for hangs in [false, true] {
+        let rig = Rig::new();
+        let mut client = Client::greeted(rig.connect());
+        let device = rig.device();
+        let how = if hangs { &device.hangs_at_stop } else { &device.fails_to_stop };
+        how.store(true, std::sync::atomic::Ordering::SeqCst);
+        client.send(&message(1, FEATURE, 0, &set_body(S::Stop.value())), &[]);
+        client.send(&message(2, REGION_READ, 0, &access(7, 0, 4)), &[]);
+        let answers = [client.receive(), client.receive()];
+        let answers = answers.map(|answer| (answer.id, answer.error));
+        assert_eq!(answers, [(1, EIO), (2, 0)], "what is behind it is served");
+        assert_eq!(get(&mut client), S::RunningP2p);
+        assert_eq!(set(&mut client, S::Running), Ok(()));
+        client.write(REGISTERS, 0, 7).unwrap();
+        let deeds = rig.device().deeds();
+        assert_eq!(deeds, [Deed::Stopped, Deed::Started, Deed::Wrote(0, 7)]);
+        drop(client);
+    }
 }

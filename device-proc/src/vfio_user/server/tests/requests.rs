@@ -29,7 +29,11 @@ fn dma(rig: &Rig) -> Dma {
     rig.device().handles.dma.clone()
 }
 
-fn reading(rig: &Rig, iova: u64, length: usize) -> JoinHandle<Result<Vec<u8>, DmaError>> {
+pub(super) fn reading(
+    rig: &Rig,
+    iova: u64,
+    length: usize,
+) -> JoinHandle<Result<Vec<u8>, DmaError>> {
     let dma = dma(rig);
     std::thread::spawn(move || {
         let mut data = vec![0; length];
@@ -46,7 +50,7 @@ fn writing(rig: &Rig, iova: u64, data: &'static [u8]) -> JoinHandle<Result<(), D
 }
 
 /// The next message, which is a request: its id and its body.
-fn request(client: &mut Client, command: u16) -> (u16, Vec<u8>) {
+pub(super) fn request(client: &mut Client, command: u16) -> (u16, Vec<u8>) {
     let Answer { id, command: asked, flags, body, .. } = client.receive();
     assert_eq!((asked, flags), (command, 0));
     (id, body)
@@ -162,18 +166,33 @@ fn a_client_that_goes_leaves_nobody_waiting() {
 }
 
 #[test]
-fn an_unmapping_waits_for_the_replies_that_come_behind_it() {
+fn an_unmapping_and_a_reset_wait_for_no_reply_of_a_client_that_waits_for_them() {
     let (rig, mut client) = with_window();
+    let failed = |source: MessageError| Err(DmaError::Message { iova: 0x1_0000, len: 8, source });
+    for unmap in
+        [fields!(24_u32, 0_u32, 0x1_0000_u64, 0x1_0000_u64), fields!(24_u32, 2_u32, 0_u64, 0_u64)]
+    {
+        let read = reading(&rig, 0x1_0000, 8);
+        let (late, asked) = request(&mut client, DMA_READ);
+        client.send(&message(50, DMA_UNMAP, 0, &unmap), &[]);
+        client.send(&message(51, REGION_READ, 0, &access(REGISTERS, COUNT, 4)), &[]);
+        let answers = [client.receive(), client.receive()].map(|answer| (answer.id, answer.flags));
+        assert_eq!(answers, [(50, 1), (51, 1)], "in order");
+        assert_eq!(read.join().unwrap(), failed(MessageError::Unmapping));
+        assert_eq!(rig.parts.memory.windows(), 0);
+        answer_read(&mut client, late, &asked, 3);
+        let map = fields!(32_u32, 3_u32, 0_u64, 0x1_0000_u64, 0x1_0000_u64);
+        client.call(DMA_MAP, &map).unwrap();
+    }
+    let read = reading(&rig, 0x1_0000, 8);
+    let (late, asked) = request(&mut client, DMA_READ);
+    assert_eq!(client.call(RESET, &[]), Ok(vec![]));
+    assert_eq!(read.join().unwrap(), failed(MessageError::Resetting));
+    answer_read(&mut client, late, &asked, 4);
     let read = reading(&rig, 0x1_0000, 8);
     let (id, asked) = request(&mut client, DMA_READ);
-    let unmap = fields!(24_u32, 0_u32, 0x1_0000_u64, 0x1_0000_u64);
-    client.send(&message(50, DMA_UNMAP, 0, &unmap), &[]);
-    client.send(&message(51, REGION_READ, 0, &access(REGISTERS, COUNT, 4)), &[]);
-    answer_read(&mut client, id, &asked, 3);
-    assert_eq!(read.join().unwrap(), Ok(vec![3; 8]));
-    let answers = [client.receive(), client.receive()].map(|answer| (answer.id, answer.flags));
-    assert_eq!(answers, [(50, 1), (51, 1)], "in order");
-    assert_eq!(rig.parts.memory.windows(), 0);
+    answer_read(&mut client, id, &asked, 5);
+    assert_eq!(read.join().unwrap(), Ok(vec![5; 8]), "as before");
     drop(client);
 }
 
@@ -182,7 +201,7 @@ fn set_state(state: S) -> Vec<u8> {
 }
 
 #[test]
-fn a_stop_and_a_reset_in_band_wait_for_the_replies_that_come_behind_them() {
+fn a_stop_in_band_waits_for_the_replies_that_come_behind_it() {
     let (rig, mut client) = with_window();
     let read = reading(&rig, 0x1_0000, 8);
     let (id, asked) = request(&mut client, DMA_READ);
@@ -200,12 +219,9 @@ fn a_stop_and_a_reset_in_band_wait_for_the_replies_that_come_behind_them() {
     both.sort_by_key(|message| message.flags);
     let [asked, answer] = both;
     assert_eq!((asked.command, answer.id), (DMA_READ, 61));
-    client.send(&message(62, RESET, 0, &[]), &[]);
     answer_read(&mut client, asked.id, &asked.body, 5);
-    assert_eq!(client.receive().result(), Ok(vec![]));
     assert_eq!(read.join().unwrap(), Ok(vec![5; 8]));
-    let deeds = rig.device().deeds();
-    assert_eq!(deeds, [Deed::Wrote(0, 1), Deed::Started, Deed::Reset]);
+    assert_eq!(rig.device().deeds(), [Deed::Wrote(0, 1), Deed::Started]);
     drop(client);
 }
 
@@ -224,8 +240,8 @@ fn the_first_step_of_a_stop_waits_for_what_was_asked() {
 #[test]
 fn commands_that_come_meanwhile_keep_their_order_however_many() {
     let (rig, mut client) = with_window();
-    let read = reading(&rig, 0x1_0000, 8);
-    let (id, asked) = request(&mut client, DMA_READ);
+    let dma = dma(&rig);
+    let used = dma.access(&[Span::read(0x1_0000, 8)]).unwrap();
     let unmap = fields!(24_u32, 0_u32, 0x1_0000_u64, 0x1_0000_u64);
     client.send(&message(1, DMA_UNMAP, 0, &unmap), &[]);
     for value in 0..600 {
@@ -233,12 +249,40 @@ fn commands_that_come_meanwhile_keep_their_order_however_many() {
     }
     client.send(&message(2, 99, 0, &[]), &[]);
     client.send(&message(3, REGION_READ, 7, &[]), &[]);
-    answer_read(&mut client, id, &asked, 6);
-    assert_eq!(read.join().unwrap(), Ok(vec![6; 8]));
+    drop(used);
     let answers = [client.receive(), client.receive(), client.receive()];
     assert_eq!(answers.map(|answer| (answer.id, answer.error)), [(1, 0), (2, 22), (3, 22)]);
     assert_eq!(client.read(REGISTERS, COUNT), Ok(600));
     let expected: Vec<_> = (0..600).map(|value| Deed::Wrote(0, value)).collect();
+    assert_eq!(rig.device().deeds(), expected);
+    drop(client);
+}
+
+#[test]
+fn beyond_what_waits_nothing_is_read_and_nothing_is_lost_but_a_late_reply() {
+    let (rig, mut client) = with_window();
+    let map = fields!(32_u32, 3_u32, 0_u64, 0x2_0000_u64, 0x1_0000_u64);
+    client.call(DMA_MAP, &map).unwrap();
+    let dma = dma(&rig);
+    let used = dma.access(&[Span::read(0x1_0000, 8)]).unwrap();
+    let read = reading(&rig, 0x2_0000, 8);
+    let (id, asked) = request(&mut client, DMA_READ);
+    let unmap = fields!(24_u32, 0_u32, 0x1_0000_u64, 0x1_0000_u64);
+    client.send(&message(1, DMA_UNMAP, 0, &unmap), &[]);
+    // One by one: each has a place of its own in the socket, which is small.
+    let writer = client.stream.try_clone().unwrap();
+    let writing = std::thread::spawn(move || {
+        let mut client = Client::raw(writer);
+        (0..1500).for_each(|value| client.post_write(REGISTERS, 0, value));
+        answer_read(&mut client, id, &asked, 6);
+    });
+    let source = MessageError::TimedOut;
+    assert_eq!(read.join().unwrap(), Err(DmaError::Message { iova: 0x2_0000, len: 8, source }));
+    drop(used);
+    writing.join().unwrap();
+    assert_eq!(client.receive().id, 1);
+    assert_eq!(client.read(REGISTERS, COUNT), Ok(1500));
+    let expected: Vec<_> = (0..1500).map(|value| Deed::Wrote(0, value)).collect();
     assert_eq!(rig.device().deeds(), expected);
     drop(client);
 }
