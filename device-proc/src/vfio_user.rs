@@ -10,6 +10,7 @@
 //! | `requests` | what this end asks of the client: DMA by messages |
 //! | `backlog` | what has come while another message was carried out |
 //! | `kept` | posted writes that have come while the device is stopped |
+//! | `share` | how many of the process's fds a client may have |
 //! | `doorbells` | eventfds that stand for writes |
 //! | `endpoint` | what a client may do with a device, whatever transport it comes over |
 //!
@@ -40,5 +41,6 @@ mod requests;
 #[cfg_attr(fuzzing, expect(dead_code, reason = "a fuzz target needs a part of it"))]
 mod rig;
 mod session;
+mod share;
 
 pub use listener::ListenError;

@@ -10,6 +10,9 @@ const MOST: usize = 1024;
 /// How many bytes they have at most, but for one message.
 const MOST_BYTES: u64 = 1 << 20;
 
+/// How many fds come with them at most, but for one message: they are missing elsewhere.
+const MOST_FDS: usize = 64;
+
 /// A message of its own.
 #[derive(Debug)]
 pub(super) struct Waiting {
@@ -37,6 +40,7 @@ impl Waiting {
 pub(super) struct Backlog {
     messages: VecDeque<Result<Waiting, FramingError>>,
     bytes: u64,
+    fds: usize,
 }
 
 impl Backlog {
@@ -57,17 +61,20 @@ impl Backlog {
         };
         self.messages.len() >= MOST
             || self.bytes >= MOST_BYTES
+            || self.fds >= MOST_FDS
             || self.messages.back().is_some_and(is_last)
     }
 
     pub(super) fn push(&mut self, message: Result<Waiting, FramingError>) {
         self.bytes += size(&message);
+        self.fds += fds(&message);
         self.messages.push_back(message);
     }
 
     pub(super) fn pop(&mut self) -> Option<Result<Waiting, FramingError>> {
         let message = self.messages.pop_front()?;
         self.bytes -= size(&message);
+        self.fds -= fds(&message);
         Some(message)
     }
 }
@@ -79,6 +86,10 @@ fn size(message: &Result<Waiting, FramingError>) -> u64 {
     }
 }
 
+fn fds(message: &Result<Waiting, FramingError>) -> usize {
+    message.as_ref().map_or(0, |waiting| waiting.fds.len())
+}
+
 /// How many bytes of the stream a message had that is refused.
 pub(super) fn refused_size(error: &FramingError) -> u64 {
     match error {
@@ -86,5 +97,30 @@ pub(super) fn refused_size(error: &FramingError) -> u64 {
             header.size.into()
         }
         FramingError::Size { .. } | FramingError::Truncated { .. } => 0,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::event::{EventfdFlags, eventfd};
+
+    fn waiting(fds: usize) -> Result<Waiting, FramingError> {
+        let header = Header::command(1, standstill_vfio_user::wire::Command::DmaMap);
+        let fds = (0..fds).map(|_| eventfd(0, EventfdFlags::CLOEXEC).unwrap()).collect();
+        Ok(Waiting::new(Message { header, kind: Kind::Command, body: &[], fds }))
+    }
+
+    #[test]
+    fn fds_fill_it_too_and_are_counted_until_they_are_taken() {
+        let mut backlog = Backlog::default();
+        (0..3).for_each(|_| backlog.push(waiting(16)));
+        backlog.push(waiting(15));
+        assert!(!backlog.is_full());
+        backlog.push(waiting(1));
+        assert!(backlog.is_full());
+        let Some(Ok(mut first)) = backlog.pop() else { panic!("the first of five") };
+        assert_eq!(first.message().fds.len(), 16);
+        assert!(!backlog.is_full());
     }
 }

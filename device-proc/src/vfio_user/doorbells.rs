@@ -1,8 +1,8 @@
 //! Doorbells: eventfds that stand for writes into registers.
 //!
 //! A client gets one for each of the device's doorbells (`DEVICE_GET_REGION_IO_FDS`) and gives them
-//! to KVM; a thread here reads them and tells the device. Each client gets eventfds of its own; what
-//! it has rung before it goes still counts.
+//! to KVM; a thread here reads them and tells the device. Each client gets eventfds of its own, which
+//! are closed when it goes; what it has rung before that still counts, and is owed to the device.
 //!
 //! An eventfd keeps what is not read from it. So while the device is stopped, the thread reads
 //! nothing, and after the start it looks at all of them again. What was rung before a stop is told
@@ -14,6 +14,7 @@ use crate::edge::Station;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::{Errno, ReadWriteFlags, preadv2};
 use standstill_vfio_user::wire::{IoFd, IoFdKind};
+use std::collections::BTreeSet;
 use std::io::{self, IoSliceMut};
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -36,24 +37,47 @@ fn take(fd: &OwnedFd) -> bool {
     read.is_ok()
 }
 
+/// Which ones were rung, by index. Nothing is taken.
+fn rung(fds: &[Arc<OwnedFd>]) -> Vec<usize> {
+    let mut polled: Vec<_> = fds.iter().map(|fd| PollFd::new(&**fd, PollFlags::IN)).collect();
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    if let Err(error) = poll(&mut polled, Some(&now)) {
+        tracing::debug!(%error, "looking at the doorbells");
+        return Vec::new();
+    }
+    let is_rung = |fd: &PollFd<'_>| fd.revents().contains(PollFlags::IN);
+    polled.iter().enumerate().filter(|(_, fd)| is_rung(fd)).map(|(index, _)| index).collect()
+}
+
+/// Makes an eventfd readable.
+fn ring(fd: &OwnedFd) {
+    match rustix::io::write(fd, &1_u64.to_ne_bytes()) {
+        // A counter that is full is readable.
+        Ok(_) | Err(Errno::AGAIN) => {}
+        Err(error) => tracing::warn!(%error, "what a client has rung is lost"),
+    }
+}
+
 /// The doorbells of a device, and the eventfds of its present client.
 #[derive(Debug)]
 pub(super) struct Doorbells {
     list: Vec<Doorbell>,
-    ringing: Mutex<Vec<Ringing>>,
+    ringing: Mutex<Ringing>,
+    /// Readable while something is owed.
+    owed: Arc<OwnedFd>,
     station: Arc<Station>,
     /// Nobody listens any more.
     ended: AtomicBool,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
 
-/// An eventfd that is listened to.
-#[derive(Clone, Debug)]
+/// What is listened to.
+#[derive(Debug, Default)]
 struct Ringing {
-    index: usize,
-    fd: Arc<OwnedFd>,
-    /// Its client has gone: it counts until it is found silent.
-    retired: bool,
+    /// The eventfds of the present client, one for each doorbell.
+    fds: Vec<Arc<OwnedFd>>,
+    /// Which doorbells were rung by clients that have gone.
+    owed: BTreeSet<usize>,
 }
 
 impl Doorbells {
@@ -64,9 +88,11 @@ impl Doorbells {
             return Ok(None);
         }
         let station = Station::new()?;
+        let owed = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
         let doorbells = Arc::new(Self {
             list,
             ringing: Mutex::default(),
+            owed,
             station: Arc::clone(&station),
             ended: AtomicBool::new(false),
             thread: Mutex::default(),
@@ -81,19 +107,34 @@ impl Doorbells {
 
     /// A client has come. Without eventfds it has to send messages.
     pub(super) fn connected(&self) {
-        let fresh = (0..self.list.len()).map(|index| {
-            let fd = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-            Ok(Ringing { index, fd: Arc::new(fd), retired: false })
-        });
+        let fresh = self
+            .list
+            .iter()
+            .map(|_| Ok(Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?)));
         match fresh.collect::<Result<Vec<_>, Errno>>() {
-            Ok(fresh) => self.change(|ringing| ringing.extend(fresh)),
+            Ok(fresh) => self.replace(fresh),
             Err(error) => tracing::warn!(%error, "no eventfds for doorbells"),
         }
     }
 
-    /// The client has gone.
+    /// The client has gone: what it has rung is owed, and its eventfds are closed.
     pub(super) fn disconnected(&self) {
-        self.change(|ringing| ringing.iter_mut().for_each(|ringing| ringing.retired = true));
+        self.replace(Vec::new());
+    }
+
+    fn replace(&self, fresh: Vec<Arc<OwnedFd>>) {
+        let mut ringing = self.ringing();
+        let old = std::mem::replace(&mut ringing.fds, fresh);
+        let rung = rung(&old);
+        if !rung.is_empty() {
+            ringing.owed.extend(rung);
+            // Before the old ones are forgotten: whoever looks finds either.
+            ring(&self.owed);
+        }
+        let sources: Vec<_> = ringing.fds.iter().chain([&self.owed]).map(Arc::clone).collect();
+        self.station.take_from_eventfds(&sources);
+        drop(ringing);
+        self.station.ring();
     }
 
     /// Ends the thread.
@@ -108,10 +149,8 @@ impl Doorbells {
     /// The doorbells of a region, and their eventfds.
     pub(super) fn of_region(&self, region: u32) -> (Vec<IoFd>, Vec<Arc<OwnedFd>>) {
         let ringing = self.ringing();
-        let ours = ringing.iter().filter(|ringing| !ringing.retired).filter_map(|ringing| {
-            let doorbell = self.list.get(ringing.index)?;
-            (doorbell.bar == region).then_some((doorbell, &ringing.fd))
-        });
+        let both = self.list.iter().zip(&ringing.fds);
+        let ours = both.filter(|(doorbell, _)| doorbell.bar == region);
         let entries = (0..).zip(ours).map(|(fd_index, (doorbell, fd))| {
             let kind = IoFdKind::IoEventFd {
                 flags: if doorbell.value.is_some() { DATAMATCH } else { 0 },
@@ -123,16 +162,7 @@ impl Doorbells {
         entries.unzip()
     }
 
-    fn change(&self, change: impl FnOnce(&mut Vec<Ringing>)) {
-        let mut ringing = self.ringing();
-        change(&mut ringing);
-        let fds: Vec<_> = ringing.iter().map(|ringing| Arc::clone(&ringing.fd)).collect();
-        self.station.take_from_eventfds(&fds);
-        drop(ringing);
-        self.station.ring();
-    }
-
-    fn ringing(&self) -> MutexGuard<'_, Vec<Ringing>> {
+    fn ringing(&self) -> MutexGuard<'_, Ringing> {
         self.ringing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -160,45 +190,44 @@ impl Doorbells {
 
     /// Tells the device what was rung. False if something was and the device is stopped.
     fn scan<D: Device>(&self, endpoint: &Endpoint<D>) -> bool {
-        let ringing = self.ringing().clone();
-        let mut polled: Vec<_> =
-            ringing.iter().map(|ringing| PollFd::new(&*ringing.fd, PollFlags::IN)).collect();
-        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-        if let Err(error) = poll(&mut polled, Some(&now)) {
-            tracing::debug!(%error, "looking at the doorbells");
+        let (fds, owes) = {
+            let ringing = self.ringing();
+            (ringing.fds.clone(), !ringing.owed.is_empty())
+        };
+        let rung = rung(&fds);
+        if rung.is_empty() && !owes {
             return true;
         }
-        let rung: Vec<_> = polled.iter().map(|fd| fd.revents().contains(PollFlags::IN)).collect();
-        let mut told = true;
-        for (ringing, _) in ringing.iter().zip(&rung).filter(|(_, rung)| **rung) {
-            let Some(_permit) = endpoint.enter() else {
-                told = false;
-                break;
-            };
-            if take(&ringing.fd) {
-                endpoint.parts().device.doorbell(ringing.index);
+        let Some(_permit) = endpoint.enter() else {
+            return false;
+        };
+        let device = &endpoint.parts().device;
+        for index in rung {
+            if fds.get(index).is_some_and(|fd| self.take_rung(index, fd)) {
+                device.doorbell(index);
             }
         }
-        // A retired one that was silent is silent for ever, as far as its client is concerned.
-        let silent = |ringing: &Ringing, rung: bool| ringing.retired && !rung;
-        if ringing.iter().zip(&rung).any(|(ringing, rung)| silent(ringing, *rung)) {
-            let gone: Vec<_> = ringing
-                .iter()
-                .zip(&rung)
-                .filter(|(ringing, rung)| silent(ringing, **rung))
-                .map(|(ringing, _)| Arc::clone(&ringing.fd))
-                .collect();
-            let is_gone = |ringing: &Ringing| gone.iter().any(|fd| Arc::ptr_eq(fd, &ringing.fd));
-            self.change(|ringing| ringing.retain(|ringing| !is_gone(ringing)));
-        }
-        told
+        // What was not taken because its client has gone meanwhile is among it.
+        self.take_owed().into_iter().for_each(|index| device.doorbell(index));
+        true
+    }
+
+    fn take_owed(&self) -> BTreeSet<usize> {
+        let mut ringing = self.ringing();
+        take(&self.owed);
+        std::mem::take(&mut ringing.owed)
+    }
+
+    /// Takes what was rung, if this is still the eventfd of that doorbell: else it is owed.
+    fn take_rung(&self, index: usize, fd: &Arc<OwnedFd>) -> bool {
+        let ringing = self.ringing();
+        ringing.fds.get(index).is_some_and(|present| Arc::ptr_eq(present, fd)) && take(fd)
     }
 
     /// Waits until something is rung, if that counts, or the control side wants something.
     fn wait(&self, for_doorbells: bool) {
-        let ringing = if for_doorbells { self.ringing().clone() } else { Vec::new() };
-        let mut polled: Vec<_> =
-            ringing.iter().map(|ringing| PollFd::new(&*ringing.fd, PollFlags::IN)).collect();
+        let fds = if for_doorbells { self.ringing().fds.clone() } else { Vec::new() };
+        let mut polled: Vec<_> = fds.iter().map(|fd| PollFd::new(&**fd, PollFlags::IN)).collect();
         let alarm = self.station.alarm();
         polled.push(PollFd::new(&alarm, PollFlags::IN));
         match poll(&mut polled, None) {

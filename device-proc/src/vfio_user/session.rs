@@ -16,6 +16,7 @@ use super::doorbells::Doorbells;
 use super::endpoint::{Endpoint, LONGEST_ACCESS, refusal_errno};
 use super::kept::Kept;
 use super::link::MAX_FDS;
+use super::share;
 use crate::device::Device;
 use crate::memory::{MAX_WINDOWS, PAGE, WindowSpec};
 use rustix::io::Errno;
@@ -251,10 +252,12 @@ impl<'a, D: Device> Session<'a, D> {
                 reply.set(header, |body| WriteMulti::encode_reply(done, body));
             }
             Request::SetIrqs { request, data } => {
+                share::check(&fds)?;
                 self.endpoint.set_irqs(&request, data, fds)?;
                 reply.set(header, |_| ());
             }
             Request::DmaMap(map) => {
+                share::check(&fds)?;
                 self.dma_map(map, fds.into_iter().next())?;
                 reply.set(header, |_| ());
             }

@@ -12,6 +12,7 @@ mod data;
 mod dirty;
 #[cfg(feature = "fault-injection")]
 mod faults;
+mod fds;
 mod foreign;
 mod greeting;
 mod revoke;

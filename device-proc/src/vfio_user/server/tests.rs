@@ -1,6 +1,7 @@
 mod agreed;
 mod client;
 mod edge;
+mod fds;
 mod gone;
 mod lease;
 mod logging;
