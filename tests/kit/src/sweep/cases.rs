@@ -100,17 +100,12 @@ pub fn outside(times: &Times) -> Vec<Cause> {
 }
 
 /// Nothing more of a resource, for a device that is at work and for one that stands. What comes of that is known
-/// of devices that need nothing in a transition, as those of our runtime.
+/// of devices that need none of it in a transition, as those of our runtime. Memory is not among them: when a
+/// process asks for more is a matter of its allocator.
 #[must_use]
 pub fn limits() -> Vec<Cause> {
-    let resources = [
-        Resource::AddressSpace,
-        Resource::Data,
-        Resource::Files,
-        Resource::Processes,
-        Resource::FileSize,
-        Resource::LockedMemory,
-    ];
+    let resources =
+        [Resource::Files, Resource::Processes, Resource::FileSize, Resource::LockedMemory];
     let of = |moment| {
         let limit = |resource| OutsideAction::Limit(Limit { resource, value: 0 });
         let outside = move |resource| Outside { moment, action: limit(resource) };
