@@ -270,6 +270,7 @@ fn plans(args: &ChaosArgs, seed: u64, judge: &Judge) -> Vec<Plan> {
         plans.extend(cases::sweep(&swept, SWEPT, policies, expected, times));
         plans.extend(cases::sweep_of_hooks(SWEPT, expected, times));
         plans.extend(cases::sweep_of_coordinators(SWEPT));
+        plans.extend(cases::sweep_of_queries(SWEPT, times));
     }
     let rounds = args.rounds.unwrap_or(if args.sweep { 0 } else { ROUNDS });
     let mut seeded = Seeded::new(seed, args.devices, ROUNDS_OF_ONE, &causes, expected, times);

@@ -38,7 +38,7 @@ answered while others have not; *command* and *answer*: the packet is on its way
 `restart` it is as with `rollback`, and the device comes back; its *hello again* is the one after that
 loss, in one process or *each time*. Of *kill-coordinator*, *stop-coordinator* (it comes back when another
 one has the machine) and *short-stop-coordinator* it is said, under `rollback` alone, since no policy plays
-a part, how the [take-over](take-over.md) ends. The words of the faults are those of
+a part, how the [take-over](take-over.md) ends; and so of faults at its *query*. The words of the faults are those of
 [fault injection](fault-injection.md).
 ";
 

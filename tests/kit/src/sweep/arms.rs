@@ -74,7 +74,7 @@ impl Arms {
             },
         };
         let faults: Vec<_> = plan.faults.iter().map(armed).collect();
-        let greets = faults.iter().any(|fault| fault.hello().is_some());
+        let greets = faults.iter().any(|fault| fault.in_environment().is_some());
         Ok(Self {
             faults,
             relays: BTreeMap::new(),
@@ -93,11 +93,13 @@ impl Arms {
         Ok(spec)
     }
 
-    /// Arms what comes at a Hello from that round on, for these faults.
+    /// Arms what comes at a Hello from that round on, for these faults; and what comes at a query, for which
+    /// there is a coordinator only later that nobody can tell anything.
     fn arm_hellos(&mut self, round: u32, these: impl Fn(&Armed) -> bool) -> Result<(), RunError> {
         for (at, fault) in self.faults.iter_mut().enumerate() {
-            if let Some(hello) = fault.hello()
-                && (fault.round, fault.armed, fault.over) == (round, false, false)
+            if let Some(hello) = fault.in_environment()
+                && (fault.round == round || hello.point == Point::Query)
+                && (fault.armed, fault.over) == (false, false)
                 && these(fault)
             {
                 self.greetings.arm(fault.device, at, hello)?;
@@ -179,7 +181,7 @@ impl Arms {
             for (at, fault) in self.faults.iter().enumerate() {
                 let Cause::Inside(inside) = &fault.cause else { continue };
                 let now = (fault.device, fault.round, fault.over) == (number, round, false);
-                if now && fault.hello().is_none() {
+                if now && fault.in_environment().is_none() {
                     told.push(at);
                     faults.push(*inside);
                 }
@@ -236,7 +238,7 @@ impl Arms {
             }
         }
         for (at, fault) in self.faults.iter_mut().enumerate() {
-            if fault.hello().is_some() && fault.armed {
+            if fault.in_environment().is_some() && fault.armed {
                 fault.fired |= self.greetings.fired(fault.device, at);
             }
         }
@@ -424,10 +426,12 @@ impl Arms {
 }
 
 impl Armed {
-    /// The fault, if it comes at a Hello.
-    fn hello(&self) -> Option<Fault> {
+    /// The fault, if its process has to have it from the beginning: at a Hello, and at a query.
+    fn in_environment(&self) -> Option<Fault> {
         match &self.cause {
-            Cause::Inside(fault) if fault.point == Point::Hello => Some(*fault),
+            Cause::Inside(fault) if matches!(fault.point, Point::Hello | Point::Query) => {
+                Some(*fault)
+            }
             Cause::Inside(_) | Cause::Outside(_) => None,
         }
     }

@@ -75,7 +75,9 @@ impl Sweep {
     #[cfg(feature = "fault-injection")]
     pub fn everything() -> Result<Self, TableError> {
         let times = Times::default();
-        Self::of(&[cases::inside(&times), cases::outside(&times)].concat())
+        let mut sweep = Self::of(&[cases::inside(&times), cases::outside(&times)].concat())?;
+        sweep.plans.extend(cases::sweep_of_queries(3, &times));
+        Ok(sweep)
     }
 
     fn of(causes: &[crate::plan::Cause]) -> Result<Self, TableError> {

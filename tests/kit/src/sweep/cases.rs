@@ -22,14 +22,8 @@ const REFUSAL: i32 = 16;
 /// More messages than anybody may send in a second.
 const FLOOD: u32 = 3000;
 
-/// Everything that a device process can do wrong while its machine is paused and resumed.
-#[must_use]
-pub fn inside(times: &Times) -> Vec<Cause> {
-    let points = PHASES
-        .into_iter()
-        .flat_map(|phase| [Point::Receipt(phase), Point::BeforeAck(phase), Point::AfterAck(phase)])
-        .chain([Point::Mmio, Point::Dma, Point::DmaInFlight, Point::Memory, Point::Shutdown])
-        .chain([Point::Hello]);
+/// Everything that a device process can do wrong.
+fn actions(times: &Times) -> Vec<Action> {
     let short = u32::try_from(times.short.as_millis()).unwrap_or(u32::MAX);
     let forgeries = [
         Forgery::LowerTerm,
@@ -41,7 +35,7 @@ pub fn inside(times: &Times) -> Vec<Cause> {
         Forgery::Declaration,
     ];
     let packets = [Packet::Garbage, Packet::Empty, Packet::Truncated, Packet::Oversized];
-    let actions: Vec<_> = [
+    [
         Action::Exit(1),
         Action::Abort,
         Action::Segv,
@@ -61,7 +55,18 @@ pub fn inside(times: &Times) -> Vec<Cause> {
     .into_iter()
     .chain(forgeries.map(Action::Forge))
     .chain(packets.map(Action::Send))
-    .collect();
+    .collect()
+}
+
+/// Everything that a device process can do wrong while its machine is paused and resumed.
+#[must_use]
+pub fn inside(times: &Times) -> Vec<Cause> {
+    let points = PHASES
+        .into_iter()
+        .flat_map(|phase| [Point::Receipt(phase), Point::BeforeAck(phase), Point::AfterAck(phase)])
+        .chain([Point::Mmio, Point::Dma, Point::DmaInFlight, Point::Memory, Point::Shutdown])
+        .chain([Point::Hello]);
+    let actions = actions(times);
     points
         .flat_map(|point| actions.iter().map(move |&action| Fault::new(point, action)))
         .filter(Fault::is_possible)
@@ -141,6 +146,27 @@ pub fn sweep_of_coordinators(devices: u16) -> Vec<Plan> {
         Plan::new(devices).inject(first(device, cause))
     };
     all.iter().enumerate().map(plan).collect()
+}
+
+/// Everything that a device process can do wrong when the coordinator that takes its machine over asks it where
+/// it is.
+#[must_use]
+pub fn queries(times: &Times) -> Vec<Cause> {
+    let query = |action| Fault::new(Point::Query, action);
+    let faults = actions(times).into_iter().map(query).filter(Fault::is_possible);
+    faults.map(Cause::Inside).collect()
+}
+
+/// Machines whose coordinator is lost while they run, and of which one device does wrong when it is asked: the
+/// next one in the next plan. What comes of it is the same under every policy.
+#[must_use]
+pub fn sweep_of_queries(devices: u16, times: &Times) -> Vec<Plan> {
+    let plan = |(at, cause): (u16, &Cause)| {
+        let device = at % devices.max(1);
+        let (moment, action) = (Moment::Running, OutsideAction::KillCoordinator);
+        Plan::new(devices).outside(device, moment, action).inject(first(device, cause))
+    };
+    (0..).zip(&queries(times)).map(plan).collect()
 }
 
 /// A fault of a device in the first round.
@@ -327,6 +353,7 @@ mod tests {
         let (expected, times) = (Expected::ours().unwrap(), Times::default());
         for policy in ALL {
             let causes = [inside(&times), outside(&times), coordinators(), limits()].concat();
+            let causes = [causes, queries(&times)].concat();
             for cause in &causes {
                 let word = nature::word(cause, &times);
                 let place = nature::place(&first(0, cause)).unwrap();

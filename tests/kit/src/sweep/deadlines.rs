@@ -8,9 +8,9 @@ use standstill_coordinator::Deadlines;
 use standstill_protocol::fault::{Action, Point};
 use std::time::Duration;
 
-/// How many short deadlines a device has for its Hello if one will be silent there: those that greet have
-/// to begin, on CPUs that have much to do.
-const HELLOS: u32 = 10;
+/// How many short deadlines devices have for their Hello, or to answer a query, if one will be silent there:
+/// those that greet have to begin, and all have the same deadline, on CPUs that have much to do.
+pub(super) const HELLOS: u32 = 10;
 
 /// Deadlines that nobody misses who is not made to.
 pub(super) fn deadlines(plan: &Plan, times: &Times) -> Deadlines {
@@ -25,9 +25,13 @@ pub(super) fn deadlines(plan: &Plan, times: &Times) -> Deadlines {
         nature(&injection.cause, times) == Nature::Silent
             && matches!(&injection.cause, Cause::Inside(fault) if fault.point == Point::Hello)
     });
+    let silent_at_query = plan.faults.iter().any(|injection| {
+        nature(&injection.cause, times) == Nature::Silent
+            && matches!(&injection.cause, Cause::Inside(fault) if fault.point == Point::Query)
+    });
     Deadlines {
         hello: if silent_at_hello { HELLOS * times.short } else { times.long },
-        first_phase: times.long,
+        first_phase: if silent_at_query { HELLOS * times.short } else { times.long },
         second_phase: times.long,
         undo: 4 * times.long,
         fence: times.long,

@@ -1,4 +1,5 @@
-//! Faults at a device's Hello: they have to be in its process before anybody can tell it anything.
+//! Faults at a device's Hello, and at the query of a take-over: they have to be in its process before anybody
+//! can tell it anything, and where nobody can who has only just taken it over.
 //!
 //! Each device of such a plan is started by a shell, which finds in a folder what its process is armed
 //! with, puts it [into the environment](standstill_protocol::fault::VARIABLE), and becomes the device.
@@ -7,7 +8,7 @@ use super::engine::RunError;
 use crate::Processes;
 use rustix::process::Pid;
 use standstill_coordinator::DeviceSpec;
-use standstill_protocol::fault::{Armament, Fault, JournalLine, VARIABLE};
+use standstill_protocol::fault::{Armament, Fault, JournalLine, Point, VARIABLE};
 use std::io;
 use std::path::PathBuf;
 use tempfile::TempDir;
@@ -58,7 +59,10 @@ impl Greetings {
     /// `number` is that of the fault in its plan.
     pub(super) fn arm(&self, device: usize, number: usize, fault: Fault) -> Result<(), RunError> {
         let Some(own) = self.of(device) else { return Ok(()) };
-        let faults = vec![Fault { nth: 1, ..fault }];
+        // Every device of a machine that is kept is asked once when that has started: the next query is the
+        // take-over's.
+        let nth = if fault.point == Point::Query { 2 } else { 1 };
+        let faults = vec![Fault { nth, ..fault }];
         let armament = Armament { journal: journal(&own, number), faults };
         let text = serde_json::to_string(&armament).map_err(io::Error::other).map_err(failed)?;
         let kind = if fault.nth == 0 { "each" } else { "once" };

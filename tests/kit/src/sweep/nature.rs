@@ -179,6 +179,9 @@ pub(super) const HELLO_AGAIN: &str = "hello again";
 /// The column of those in every process that does.
 pub(super) const HELLO_EACH_TIME: &str = "hello each time";
 
+/// The column of those at the query of a take-over.
+pub(super) const QUERY: &str = "query";
+
 /// The row place of faults after an ack that was the last one of its phase.
 pub(super) const AFTER_LAST_ACK: &str = "after-last-ack";
 /// The row place of what is done with an answer under way that is the last one of its phase.
@@ -204,7 +207,8 @@ pub fn place(injection: &Injection) -> Option<Place> {
                 0 => HELLO_EACH_TIME,
                 _ => HELLO_AGAIN,
             }),
-            Point::Query | Point::Saving | Point::Loading => None,
+            Point::Query => apart(QUERY),
+            Point::Saving | Point::Loading => None,
         },
         Cause::Outside(outside) => match outside.moment {
             Moment::Running => apart("running"),
@@ -244,6 +248,14 @@ pub(super) fn leads_to_hello(death: &Injection, fault: &Injection) -> bool {
         && fault.round > 1
         && death.cause == Cause::Outside(kill)
         && (death.device, death.round) == (fault.device, fault.round)
+}
+
+/// Whether `loss` is there so that its machine is taken over, and a device is asked, with the fault that it
+/// has then.
+pub(super) fn leads_to_query(loss: &Injection, fault: &Injection) -> bool {
+    let kill = Outside { moment: Moment::Running, action: OutsideAction::KillCoordinator };
+    let query = matches!(&fault.cause, Cause::Inside(fault) if fault.point == Point::Query);
+    query && loss.cause == Cause::Outside(kill) && loss.round == fault.round
 }
 
 /// Whether somebody else's answer is held back in the phase after whose ack this fault comes: it is

@@ -16,6 +16,7 @@ mod fired;
 mod tests;
 
 use super::Times;
+use super::deadlines::HELLOS;
 use super::expected::{Course, Expected, Seen, trim};
 use super::nature::{self, AFTER_LAST_ACK, LAST_ANSWER, Nature, Place, nature};
 use super::observation::{Act, Ended, Event, Observation, Step};
@@ -294,6 +295,9 @@ impl Judge {
         };
         let wait = |injection: &Injection| match (nature(&injection.cause, times), &injection.cause)
         {
+            (Nature::Silent, Cause::Inside(Fault { point: Point::Query, .. })) => {
+                HELLOS * times.short
+            }
             (Nature::Silent, _) => one,
             (_, Cause::Inside(Fault { action: Action::DelayMs(ms), .. })) => {
                 4 * Duration::from_millis((*ms).into())

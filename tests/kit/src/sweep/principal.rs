@@ -83,11 +83,13 @@ pub(super) fn hook_nature(fault: &HookFault, times: &Times) -> HookNature {
 }
 
 /// The faults without those that only help another one to come where it is to: that hold an answer back
-/// meanwhile, or end a process so that the next one greets.
+/// meanwhile, end a process so that the next one greets, or a coordinator so that another one asks.
 pub(super) fn principals(plan: &Plan) -> Vec<Principal<'_>> {
     let helps = |injection: &Injection| {
         let helps = |other| {
-            nature::holds_others_back(injection, other) || nature::leads_to_hello(injection, other)
+            nature::holds_others_back(injection, other)
+                || nature::leads_to_hello(injection, other)
+                || nature::leads_to_query(injection, other)
         };
         plan.faults.iter().any(helps)
     };

@@ -3,7 +3,7 @@
 use super::Times;
 use super::batch::Tried;
 use super::expected::{Course, Expected, Seen, trim};
-use super::nature::{self, HELLO, HELLO_AGAIN, HELLO_EACH_TIME, Place};
+use super::nature::{self, HELLO, HELLO_AGAIN, HELLO_EACH_TIME, Place, QUERY};
 use super::observation::Event;
 use super::oracle;
 use super::principal::{HOOK_ON_START, HOOK_ON_STOP, Principal, principals};
@@ -47,10 +47,11 @@ struct Cell {
 }
 
 /// The columns of the tables of [`Tally::to_markdown`].
-const COLUMNS: [&[&str]; 4] = [
+const COLUMNS: [&[&str]; 5] = [
     &["PrepareStop", "Stop", "PrepareStart", "Start"],
     &["running", "stopped", "mmio", "dma", "dma-in-flight", "memory", "shutdown"],
     &[HELLO],
+    &[QUERY],
     &[HOOK_ON_STOP, HOOK_ON_START],
 ];
 

@@ -13,7 +13,7 @@ use crate::sweep::Times;
 use crate::sweep::arms::{Arms, PATIENCE};
 use crate::sweep::deadlines::deadlines;
 use crate::sweep::hooks::Hooks;
-use crate::sweep::nature::NOT_ALONE;
+use crate::sweep::nature::{NOT_ALONE, hits_the_coordinator, leads_to_query};
 use crate::sweep::observation::{Act, Ended, Event, Observation, Step};
 use crate::sweep::subject::{Bench, Look, Rig};
 use crate::{Processes, process};
@@ -28,13 +28,22 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
-/// The fault of a coordinator, if it is the only one of its plan: its round, its moment and what it is.
+/// The fault of a coordinator, if it is the only one of its plan, or leads to the only other one: its round,
+/// its moment and what it is.
 fn only_fault(plan: &Plan) -> Option<(u32, Moment, OutsideAction)> {
-    match (&plan.faults[..], &plan.hooks[..]) {
-        ([Injection { round, cause: Cause::Outside(outside), .. }], []) => {
-            Some((*round, outside.moment, outside.action))
-        }
+    let (own, others): (Vec<_>, Vec<&Injection>) =
+        plan.faults.iter().partition(|fault| hits_the_coordinator(&fault.cause));
+    match (&own[..], &others[..], &plan.hooks[..]) {
+        ([own], [], []) => of(own),
+        ([own], [other], []) if leads_to_query(own, other) => of(own),
         _ => None,
+    }
+}
+
+fn of(fault: &Injection) -> Option<(u32, Moment, OutsideAction)> {
+    match &fault.cause {
+        Cause::Outside(outside) => Some((fault.round, outside.moment, outside.action)),
+        Cause::Inside(_) => None,
     }
 }
 
@@ -324,7 +333,8 @@ impl<'a> Piloted<'a> {
                 run.seen.late.extend(late.into_iter().map(|what| (round, what)));
             }
         }
-        run.traffic(round).await?;
+        run.recover(round).await?;
+        run.back_to_work(round).await?;
         Ok(run)
     }
 

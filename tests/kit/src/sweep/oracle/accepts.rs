@@ -3,7 +3,8 @@
 use super::Judge;
 use crate::plan::{Cause, Injection, Plan, PlanError};
 use crate::sweep::nature::{
-    HELLO, HELLO_AGAIN, HELLO_EACH_TIME, NOT_ALONE, Nature, hits_the_coordinator, nature, place,
+    HELLO, HELLO_AGAIN, HELLO_EACH_TIME, NOT_ALONE, Nature, hits_the_coordinator, leads_to_query,
+    nature, place,
 };
 use crate::sweep::principal::{Principal, principals};
 use standstill_protocol::fault::{Fault, Point};
@@ -45,6 +46,16 @@ impl Judge {
         let own = |fault: &Injection| hits_the_coordinator(&fault.cause);
         if plan.faults.iter().any(own) && principals(plan).len() > 1 {
             return Some(NOT_ALONE);
+        }
+        if let Principal::Device(injection) = fault
+            && let Cause::Inside(Fault { point: Point::Query, nth, .. }) = injection.cause
+        {
+            let asked = plan.faults.iter().any(|other| leads_to_query(other, injection));
+            return match nth {
+                _ if !asked => Some("no coordinator is lost in that round while the machine runs"),
+                0 | 1 => None,
+                _ => Some("a take-over asks once"),
+            };
         }
         match fault {
             Principal::Device(injection) => self.objection_at_hello(plan, injection),

@@ -129,7 +129,7 @@ fn a_machine_without_faults_must_be_done() {
 
 #[test]
 fn a_fault_that_the_table_does_not_know_is_told() {
-    let violations = found(|plan, _| *plan = fault(Point::Query, Action::Abort));
+    let violations = found(|plan, _| *plan = fault(Point::Saving, Action::Abort));
     assert!(matches!(violations[..], [Violation::NotInTheTable(_)]), "{violations:?}");
 }
 
@@ -281,7 +281,7 @@ fn with_several_faults_none_is_done_in_which_one_was_silent_or_refused() {
 #[test]
 fn what_the_table_says_nothing_of_is_refused() {
     let refused = |plan: &Plan| judge().accepts(plan).unwrap_err().to_string();
-    for point in [Point::Query, Point::Saving, Point::Loading] {
+    for point in [Point::Saving, Point::Loading] {
         let text = refused(&fault(point, Action::Abort));
         assert!(text.contains("never gets there"), "{text}");
     }
@@ -295,6 +295,12 @@ fn what_the_table_says_nothing_of_is_refused() {
     assert!(text.contains("SIGKILL for the coordinator") && text.contains("together"), "{text}");
     let too = coordinator.hook(HookPlace::After, Call::Stop, HookAction::Fail);
     assert!(refused(&too).contains("together"));
+    // A query comes in a take-over alone.
+    let query = fault(Point::Query, Action::Abort);
+    assert!(refused(&query).contains("no coordinator is lost"));
+    let (running, kill) = (Moment::Running, OutsideAction::KillCoordinator);
+    judge().accepts(&query.clone().outside(2, running, kill)).unwrap();
+    assert!(refused(&query.outside(2, Moment::Stopped, kill)).contains("together"));
     let forever = OutsideAction::StopCoordinatorMs(60_000);
     let late = Plan::new(3).outside(1, Moment::Answer(Phase::Stop), forever);
     assert!(refused(&late).contains("says nothing"));
