@@ -15,6 +15,7 @@ use standstill::device_proc::memory::SharedMemory;
 use standstill::protocol::channel::CoordinatorEnd;
 use standstill::protocol::message::{DeviceMessage, Hello};
 use standstill::protocol::migration::MigrationState;
+use standstill_testkit::deadlines_of;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -80,16 +81,7 @@ impl Description {
 
 /// Deadlines that never run out.
 pub(crate) fn deadlines() -> Deadlines {
-    Deadlines {
-        hello: LONG,
-        first_phase: LONG,
-        second_phase: LONG,
-        undo: 4 * LONG,
-        fence: LONG,
-        memory: LONG,
-        stall: LONG,
-        silence: LONG,
-    }
+    deadlines_of(LONG)
 }
 
 /// The coordinator that is lost: does what it is told, line by line.

@@ -3,6 +3,7 @@
 use crate::driver;
 use standstill::coordinator::blocking::Machine;
 use standstill::coordinator::{Deadlines, DeviceSpec, MachineBuilder};
+use standstill_testkit::deadlines_of;
 use standstill_testkit::qemu::{Guest, Qemu};
 use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
@@ -144,14 +145,5 @@ pub(crate) fn name(engine: usize) -> String {
 
 /// Deadlines that never run out.
 fn deadlines() -> Deadlines {
-    Deadlines {
-        hello: LONG,
-        first_phase: LONG,
-        second_phase: LONG,
-        undo: 4 * LONG,
-        fence: LONG,
-        memory: LONG,
-        stall: LONG,
-        silence: LONG,
-    }
+    deadlines_of(LONG)
 }

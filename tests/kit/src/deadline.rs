@@ -2,6 +2,7 @@
 
 #![expect(clippy::panic, reason = "a check fails by a panic")]
 
+use standstill_coordinator::Deadlines;
 use std::time::{Duration, Instant};
 
 /// What a call may take beyond its deadline; long, since tests run on busy machines.
@@ -22,4 +23,20 @@ pub async fn within<F: Future>(deadline: Duration, what: &str, call: F) -> F::Ou
     let took = began.elapsed();
     assert!(took <= limit, "{what} took {took:?}; its deadline is {deadline:?}");
     output
+}
+
+/// Deadlines of a machine that are all as long as this, but for that of an undo, which has several
+/// phases: for tests in which none of them runs out.
+#[must_use]
+pub fn deadlines_of(longest: Duration) -> Deadlines {
+    Deadlines {
+        hello: longest,
+        first_phase: longest,
+        second_phase: longest,
+        undo: 4 * longest,
+        fence: longest,
+        memory: longest,
+        stall: longest,
+        silence: longest,
+    }
 }

@@ -71,7 +71,7 @@ pub mod script;
 pub mod sweep;
 pub mod trace;
 
-pub use deadline::{GRACE, within};
+pub use deadline::{GRACE, deadlines_of, within};
 pub use gate::{Gate, GateKey};
 pub use machine::{TestMachine, TestMachineBuilder};
 pub use participant::{TracedHook, TracedLocal};

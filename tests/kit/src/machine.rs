@@ -42,7 +42,7 @@
 #![expect(clippy::panic, reason = "a check fails by a panic")]
 
 use crate::chain;
-use crate::deadline::within;
+use crate::deadline::{deadlines_of, within};
 use crate::outside::data::{DataRelay, Framing};
 use crate::outside::{FaultyHook, HookFaults, Relay, RelayError, signals};
 use crate::participant::{TracedHook, TracedLocal};
@@ -53,8 +53,8 @@ use crate::trace::Trace;
 use rustix::fs::MemfdFlags;
 use rustix::process::Pid;
 use standstill_coordinator::{
-    Deadlines, DeviceSpec, Hook, HookSpec, LocalDevice, LossPolicy, Machine, MachineBuilder,
-    MachineError, OnFailure, RestartPolicy, Slot, StartError,
+    DeviceSpec, Hook, HookSpec, LocalDevice, LossPolicy, Machine, MachineBuilder, MachineError,
+    OnFailure, RestartPolicy, Slot, StartError,
 };
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -137,16 +137,7 @@ impl Policy {
 
 impl TestMachineBuilder {
     fn new() -> io::Result<Self> {
-        let deadlines = Deadlines {
-            hello: LONG,
-            first_phase: LONG,
-            second_phase: LONG,
-            undo: 4 * LONG,
-            fence: LONG,
-            memory: LONG,
-            stall: LONG,
-            silence: LONG,
-        };
+        let deadlines = deadlines_of(LONG);
         Ok(Self {
             // A socket's path is short.
             folder: tempfile::Builder::new().prefix("vm-").tempdir()?,

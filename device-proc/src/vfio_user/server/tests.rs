@@ -10,4 +10,5 @@ mod migration;
 mod ours;
 mod requests;
 mod slow;
+mod windows;
 mod wire;

@@ -6,7 +6,7 @@ use standstill_coordinator::{Deadlines, DeviceSpec, Machine, MachineBuilder, Out
 use standstill_protocol::message::Phase;
 use standstill_protocol::migration::MigrationState;
 use standstill_protocol::transition::MachineState;
-use standstill_testkit::{Script, Trace, within};
+use standstill_testkit::{Script, Trace, deadlines_of, within};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -19,16 +19,7 @@ pub(crate) const PHASES: [Phase; 4] =
     [Phase::PrepareStop, Phase::Stop, Phase::PrepareStart, Phase::Start];
 
 pub(crate) fn deadlines() -> Deadlines {
-    Deadlines {
-        hello: LONG,
-        first_phase: LONG,
-        second_phase: LONG,
-        undo: LONG,
-        fence: LONG,
-        memory: LONG,
-        stall: LONG,
-        silence: LONG,
-    }
+    deadlines_of(LONG)
 }
 
 pub(crate) fn builder() -> MachineBuilder {

@@ -3,7 +3,7 @@
 use rustix::process::Pid;
 use standstill_coordinator::report::TransitionReport;
 use standstill_coordinator::{Deadlines, DeviceSpec, Machine, MachineError};
-use standstill_testkit::{Script, Trace};
+use standstill_testkit::{Script, Trace, deadlines_of};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,16 +13,7 @@ pub(crate) const SHORT: Duration = Duration::from_millis(600);
 pub(crate) const LONG: Duration = Duration::from_secs(30);
 
 pub(crate) fn deadlines() -> Deadlines {
-    Deadlines {
-        hello: LONG,
-        first_phase: LONG,
-        second_phase: LONG,
-        undo: LONG,
-        fence: LONG,
-        memory: LONG,
-        stall: LONG,
-        silence: LONG,
-    }
+    deadlines_of(LONG)
 }
 
 /// An honest device.

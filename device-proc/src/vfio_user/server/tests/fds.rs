@@ -12,7 +12,7 @@ const DMA_MAP: u16 = 2;
 const GET_INFO: u16 = 4;
 
 /// The names of this process's fds. Other tests open some, too.
-fn names() -> Vec<PathBuf> {
+pub(super) fn names() -> Vec<PathBuf> {
     let fds = std::fs::read_dir("/proc/self/fd").unwrap();
     // One that was closed meanwhile has no name.
     fds.filter_map(|fd| std::fs::read_link(fd.unwrap().path()).ok()).collect()
