@@ -50,11 +50,17 @@ pub(in super::super) struct Device {
     pub(in super::super) promised: Activity,
     pub(in super::super) answers: Vec<Answered>,
     /// The lease that runs.
-    #[cfg_attr(not(test), expect(dead_code, reason = "only schedules let leases run out"))]
+    #[cfg_attr(
+        not(any(test, fuzzing)),
+        expect(dead_code, reason = "only schedules let leases run out")
+    )]
     pub(in super::super) lease: Option<Epoch>,
     /// Where it stood when its lease ran out, until the coordinator says that it knows, or it is told
     /// something else.
-    #[cfg_attr(not(test), expect(dead_code, reason = "only schedules let leases run out"))]
+    #[cfg_attr(
+        not(any(test, fuzzing)),
+        expect(dead_code, reason = "only schedules let leases run out")
+    )]
     pub(in super::super) stood: Option<MigrationState>,
     /// It has ended by itself.
     pub(in super::super) ended: bool,
