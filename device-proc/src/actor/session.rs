@@ -196,11 +196,11 @@ impl ClientStream {
     /// have been read already. Says whether a stream goes on: that of a device that runs.
     pub(crate) fn before_reset(&self) -> bool {
         let Some(session) = self.slot().clone() else { return false };
-        if session.lock().stage == Stage::PreCopy {
-            return true;
-        }
-        if session.lock().stage == Stage::StopCopy {
-            session.decide(Err(StreamError::Reset));
+        let stage = session.lock().stage;
+        match stage {
+            Stage::PreCopy => return true,
+            Stage::StopCopy => session.decide(Err(StreamError::Reset)),
+            Stage::Resuming => {}
         }
         session.close();
         false

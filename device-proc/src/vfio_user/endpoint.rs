@@ -133,21 +133,10 @@ impl<D: Device> Endpoint<D> {
         offset: u64,
         data: &mut [u8],
     ) -> Result<(), Errno> {
-        let target = self.find(region, offset, data.len())?;
-        match target {
-            Region::Config => {
-                return self.parts.config().read(offset, data).map_err(|_| Errno::INVAL);
-            }
-            Region::Raw(raw) if region == CONFIG_REGION => return raw.read(region, offset, data),
-            _ => {}
-        }
-        match target {
-            Region::Config => Ok(()),
+        match self.find(region, offset, data.len())? {
+            Region::Config => self.parts.config().read(offset, data).map_err(|_| Errno::INVAL),
             Region::Registers(bar) => {
-                if permit.is_none() && self.parts.device.reads_have_side_effects() {
-                    debug!(region, offset, "read refused: the device is stopped");
-                    return Err(Errno::INVAL);
-                }
+                self.check_read(permit, region, offset)?;
                 check_width(data.len())?;
                 #[cfg(feature = "fault-injection")]
                 crate::fault::reach(standstill_protocol::fault::Point::Mmio);
@@ -161,16 +150,29 @@ impl<D: Device> Endpoint<D> {
                 Ok(())
             }
             Region::Memory(memory) => read_memory(memory, offset, data),
+            Region::Raw(raw) if region == CONFIG_REGION => raw.read(region, offset, data),
             Region::Raw(raw) => {
-                if permit.is_none() && self.parts.device.reads_have_side_effects() {
-                    debug!(region, offset, "read refused: the device is stopped");
-                    return Err(Errno::INVAL);
-                }
+                self.check_read(permit, region, offset)?;
                 #[cfg(feature = "fault-injection")]
                 crate::fault::reach(standstill_protocol::fault::Point::Mmio);
                 raw.read(region, offset, data)
             }
         }
+    }
+
+    /// Whether the device may be asked now, or is stopped and could change by it.
+    #[inline]
+    fn check_read(
+        &self,
+        permit: Option<&Permit<'_>>,
+        region: u32,
+        offset: u64,
+    ) -> Result<(), Errno> {
+        if permit.is_none() && self.parts.device.reads_have_side_effects() {
+            debug!(region, offset, "read refused: the device is stopped");
+            return Err(Errno::INVAL);
+        }
+        Ok(())
     }
 
     /// Writes to a region, with what [`enter`](Self::enter) has given.
@@ -182,19 +184,12 @@ impl<D: Device> Endpoint<D> {
         data: &[u8],
     ) -> Result<(), Errno> {
         let target = self.find(region, offset, data.len())?;
-        match target {
-            Region::Config => {
-                return self.parts.config().write(offset, data).map_err(|_| Errno::INVAL);
-            }
-            Region::Raw(raw) if region == CONFIG_REGION => return raw.write(region, offset, data),
-            _ => {}
-        }
         if permit.is_none() && self.is_gated(region) {
             debug!(region, offset, "write refused: the device is stopped");
             return Err(Errno::INVAL);
         }
         match target {
-            Region::Config => Ok(()),
+            Region::Config => self.parts.config().write(offset, data).map_err(|_| Errno::INVAL),
             Region::Registers(bar) => {
                 check_width(data.len())?;
                 #[cfg(feature = "fault-injection")]
@@ -209,6 +204,7 @@ impl<D: Device> Endpoint<D> {
                 Ok(())
             }
             Region::Memory(memory) => write_memory(memory, offset, data),
+            Region::Raw(raw) if region == CONFIG_REGION => raw.write(region, offset, data),
             Region::Raw(raw) => {
                 #[cfg(feature = "fault-injection")]
                 crate::fault::reach(standstill_protocol::fault::Point::Mmio);
