@@ -131,16 +131,10 @@ fn a_machine_does_not_wait_for_ever_for_one_that_does_not_show_that_it_outlives_
     let optional = action::Kind { optional: true, ..kind };
     let case = action::Case {
         devices: vec![kind, optional, kind],
-        hooks: Vec::new(),
-        locals: 0,
-        stay_stopped: false,
-        hurried: false,
-        heartbeats: false,
         kept: true,
-        taken_over: false,
         faults: action::Faults { hang: 1, time: 1, ..action::Faults::default() },
         plain: true,
-        steps: 0,
+        ..action::Case::default()
     };
     let actions = [action::Action::Hang(1), action::Action::Greet(0), action::Action::Hang(0)];
     let run = search::replay(&case, &actions, Slips::default(), true).unwrap();
@@ -159,16 +153,8 @@ fn half() -> (action::Case, Vec<action::Action>) {
     let unprovable = action::Kind { unprovable: true, ..kind };
     let case = action::Case {
         devices: vec![kind, kind, unprovable],
-        hooks: Vec::new(),
-        locals: 0,
-        stay_stopped: false,
-        hurried: false,
-        heartbeats: false,
-        kept: false,
-        taken_over: false,
         faults: action::Faults { crash: 1, hang: 1, time: 1, ..action::Faults::default() },
-        plain: false,
-        steps: 0,
+        ..action::Case::default()
     };
     let started = [Greet(0), Greet(1), Greet(2), Watch, Handle, Read(0), Read(1), Read(2)];
     let held = [Asks(Ask::Pause), Handle, Crash(2), SeeExit(2), Handle, Tick, Handle, Hang(1)];
@@ -192,19 +178,7 @@ fn half_expired() -> (action::Case, Vec<action::Action>) {
     use super::script::packets::Ask;
     use action::Action::{Arc, Ask as Asks, Expire, Greet, Handle, Read, Watch};
     let kind = action::Kind::default();
-    let case = action::Case {
-        devices: vec![kind, kind],
-        hooks: Vec::new(),
-        locals: 0,
-        stay_stopped: false,
-        hurried: false,
-        heartbeats: false,
-        kept: false,
-        taken_over: false,
-        faults: action::Faults::default(),
-        plain: false,
-        steps: 0,
-    };
+    let case = action::Case { devices: vec![kind, kind], ..action::Case::default() };
     let started = [Greet(0), Greet(1), Watch, Handle, Read(0), Read(1)];
     let phase = [Read(0), Read(1), Arc(0), Arc(1), Watch, Handle];
     let expired = [Expire(0), Arc(0), Watch, Handle, Asks(Ask::Status), Handle];
@@ -236,15 +210,9 @@ fn a_machine_that_a_hold_has_left_running_is_not_started_by_a_pause_that_fails()
     let case = action::Case {
         devices: vec![kind, kind],
         hooks: vec![(Slot::Before, Slot::After)],
-        locals: 0,
-        stay_stopped: false,
         hurried: true,
-        heartbeats: false,
-        kept: false,
-        taken_over: false,
         faults: action::Faults { crash: 1, time: 1, ..action::Faults::default() },
-        plain: false,
-        steps: 0,
+        ..action::Case::default()
     };
     let started = [Greet(0), Greet(1), Watch, Handle, Read(0), Read(1)];
     let held = [Asks(Ask::Pause), Handle, Asks(Ask::Cancel), Handle, Tick, Handle, Tick, Handle];

@@ -89,7 +89,7 @@ pub(super) struct Kind {
 }
 
 /// Everything that is chosen before a schedule begins.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub(super) struct Case {
     pub(super) devices: Vec<Kind>,
     pub(super) hooks: Vec<(Slot, Slot)>,
