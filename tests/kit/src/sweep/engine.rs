@@ -101,6 +101,37 @@ struct Run<'a> {
 }
 
 impl<'a> Run<'a> {
+    /// A machine of which this is the status, without hooks, and of which nothing was seen yet.
+    fn of(
+        plan: &'a Plan,
+        times: &'a Times,
+        (machine, events): (Machine, Events),
+        status: &Status,
+        bench: Bench,
+        arms: Arms,
+    ) -> Self {
+        Self {
+            plan,
+            times,
+            machine,
+            bench,
+            arms,
+            hooks: Hooks::default(),
+            events,
+            names: status.devices.iter().map(|device| device.name.clone()).collect(),
+            incarnations: status.devices.iter().map(|device| device.incarnation).collect(),
+            gone: BTreeSet::new(),
+            removed: BTreeSet::new(),
+            given_up: BTreeSet::new(),
+            to_remove: BTreeSet::new(),
+            to_restore: BTreeSet::new(),
+            processes: vec![Processes::of(status)],
+            fired_before: BTreeSet::new(),
+            seen: Observation::default(),
+            _kept: None,
+        }
+    }
+
     /// A machine that is connected and works.
     async fn start(
         subject: Arc<dyn Subject>,
@@ -152,24 +183,8 @@ impl<'a> Run<'a> {
             declared.map_err(cannot(what))?;
         }
         let mut run = Self {
-            plan,
-            times,
-            machine,
-            bench: Bench::new(rig),
-            arms,
             hooks,
-            events,
-            names: status.devices.iter().map(|device| device.name.clone()).collect(),
-            incarnations: status.devices.iter().map(|device| device.incarnation).collect(),
-            gone: BTreeSet::new(),
-            removed: BTreeSet::new(),
-            given_up: BTreeSet::new(),
-            to_remove: BTreeSet::new(),
-            to_restore: BTreeSet::new(),
-            processes: vec![Processes::of(&status)],
-            fired_before: BTreeSet::new(),
-            seen: Observation::default(),
-            _kept: None,
+            ..Self::of(plan, times, (machine, events), &status, Bench::new(rig), arms)
         };
         run.behind_relays(None)?;
         run.bench.with("connect to the devices", |rig| rig.connect()).await?;

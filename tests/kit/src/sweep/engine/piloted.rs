@@ -9,14 +9,13 @@
 use super::{Begun, INTERVAL, Run, RunError, STILL, cannot, late, within};
 use crate::pilot::{Course, CourseDevice, Pilot, SUPERSEDED, Signal};
 use crate::plan::{Cause, Injection, Moment, OutsideAction, Plan};
+use crate::process;
 use crate::sweep::Times;
 use crate::sweep::arms::{Arms, PATIENCE};
 use crate::sweep::deadlines::deadlines;
-use crate::sweep::hooks::Hooks;
 use crate::sweep::nature::{NOT_ALONE, hits_the_coordinator, leads_to_query};
 use crate::sweep::observation::{Act, Ended, Event, Observation, Step};
 use crate::sweep::subject::{Bench, Look, Rig};
-use crate::{Processes, process};
 use standstill_coordinator::record::MachineRecord;
 use standstill_coordinator::{DeviceSpec, TakenOver};
 use standstill_protocol::message::Phase;
@@ -297,24 +296,9 @@ impl<'a> Piloted<'a> {
         let Self { plan, times, bench, arms, seen, kept, pilot, .. } = self;
         drop(pilot);
         let mut run = Run {
-            plan,
-            times,
-            machine,
-            bench,
-            arms,
-            hooks: Hooks::default(),
-            events,
-            names: status.devices.iter().map(|device| device.name.clone()).collect(),
-            incarnations: status.devices.iter().map(|device| device.incarnation).collect(),
-            gone: BTreeSet::new(),
-            removed: BTreeSet::new(),
-            given_up: BTreeSet::new(),
-            to_remove: BTreeSet::new(),
-            to_restore: BTreeSet::new(),
-            processes: vec![Processes::of(&status)],
-            fired_before: BTreeSet::new(),
             seen,
             _kept: Some(kept),
+            ..Run::of(plan, times, (machine, events), &status, bench, arms)
         };
         run.behind_relays(None)?;
         let ended = Ended::of(&Ok(Arc::clone(&report)), &run.names);
