@@ -12,6 +12,7 @@
 //! - [`actor`]: control messages to lifecycle to device;
 //! - [`registers`]: registers that are read, written, saved and loaded;
 //! - [`vfio_user`]: the transport towards the VMM;
+//! - [`vhost_user`]: the transport for backends of the `vhost-user-backend` crate;
 //! - [`devices`]: reference devices.
 
 pub mod actor;
@@ -29,6 +30,7 @@ pub mod pci;
 pub mod registers;
 pub mod serve;
 pub mod vfio_user;
+pub mod vhost_user;
 
 pub use serve::{ServeOptions, serve};
 
