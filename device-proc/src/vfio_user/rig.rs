@@ -64,6 +64,8 @@ pub(crate) enum Deed {
     Started,
     /// It was reset.
     Reset,
+    /// It was asked for what it can save while it runs.
+    Saved(Pass),
 }
 
 /// A device that notes what is done to it.
@@ -76,6 +78,8 @@ pub(crate) struct Diary {
     pub(crate) hangs_at_stop: AtomicBool,
     /// Whether what it saves while it runs is as slow as [`SLOW`].
     pub(crate) saves_slowly: AtomicBool,
+    /// Whether it has something to save while it runs.
+    pub(crate) saves_running: AtomicBool,
     /// Whether reads of [`SLOW`] wait, and how many do.
     slow: Mutex<(bool, usize)>,
     changed: Condvar,
@@ -188,11 +192,19 @@ impl Device for Diary {
         Ok(())
     }
 
-    fn save_running(&self, _: Pass, _: &mut dyn Write) -> Result<(), DeviceError> {
+    fn save_running(&self, pass: Pass, to: &mut dyn Write) -> Result<(), DeviceError> {
+        self.note(Deed::Saved(pass));
         if self.saves_slowly.load(Ordering::SeqCst) {
             self.be_slow();
         }
+        if self.saves_running.load(Ordering::SeqCst) {
+            to.write_all(b"a page of the diary").map_err(DeviceError::new)?;
+        }
         Ok(())
+    }
+
+    fn load_running(&self, _: Pass, from: &mut dyn Read) -> Result<(), DeviceError> {
+        from.read_to_end(&mut Vec::new()).map(|_| ()).map_err(DeviceError::new)
     }
 
     fn load(&self, _: &mut dyn Read) -> Result<(), DeviceError> {
@@ -225,6 +237,7 @@ impl Rig {
             read_by_message: Mutex::default(),
             hangs_at_stop: AtomicBool::new(false),
             saves_slowly: AtomicBool::new(false),
+            saves_running: AtomicBool::new(false),
             slow: Mutex::default(),
             changed: Condvar::new(),
             handles,

@@ -70,6 +70,7 @@ pub use error::{ClientError, ConnectError, EndError, SetStateError, StateStreamE
 pub use regions::Region;
 pub use service::{DmaTarget, NoDma};
 
+use crate::Deadline;
 use crate::connection::{Receiver, Sender, connect};
 use crate::framing::FramingLimits;
 use crate::wire::{
@@ -83,7 +84,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// How long an answer may take, if nobody says otherwise.
 pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -188,7 +189,7 @@ impl Builder {
             max_fds: usize::try_from(self.capabilities.max_msg_fds()).unwrap_or(0),
         };
         let (mut receiver, mut sender) = connect(socket, limits)?;
-        let deadline = Instant::now() + self.timeout;
+        let deadline = Deadline::within(self.timeout);
         let version = negotiate(&mut receiver, &mut sender, self.capabilities, deadline)?;
         let server = version.capabilities;
         let max_data_xfer_size = server.max_data_xfer_size().min(own_limit);
@@ -213,12 +214,12 @@ fn negotiate(
     receiver: &mut Receiver,
     sender: &mut Sender,
     capabilities: Capabilities,
-    deadline: Instant,
+    mut deadline: Deadline,
 ) -> Result<Version, ConnectError> {
     let header = Header::command(0, Command::Version);
     let ours = Version::new(capabilities);
-    sender.send(&header, &[], &[], Some(deadline), |body| ours.encode(body))?;
-    let answer = receiver.receive(Some(deadline))?;
+    sender.send_by(&header, &[], &[], &mut deadline, |body| ours.encode(body))?;
+    let answer = receiver.receive_by(&mut deadline)?;
     let Header { id, command, .. } = answer.header;
     match answer.kind {
         Kind::Done | Kind::Refused(_) if (id, command) == (header.id, header.command) => {}
@@ -320,11 +321,8 @@ impl Client {
         &self.link.exchange
     }
 
-    fn deadline(&self) -> Instant {
-        let now = Instant::now();
-        // For ever is a century.
-        let century = Duration::from_secs(100 * 365 * 86400);
-        now.checked_add(self.timeout).unwrap_or_else(|| now + century)
+    fn deadline(&self) -> Deadline {
+        Deadline::within(self.timeout)
     }
 
     /// A command without data or fds, and its answer.
@@ -347,8 +345,8 @@ impl Client {
         body: impl FnOnce(&mut Vec<u8>),
         parse: impl FnOnce(&[u8], Vec<OwnedFd>) -> Result<R, WireError>,
     ) -> Result<R, ClientError> {
-        let deadline = self.deadline();
-        let ticket = self.exchange().start(command, data, fds, deadline, body)?;
-        ticket.finish(deadline, parse)
+        let mut deadline = self.deadline();
+        let ticket = self.exchange().start(command, data, fds, &mut deadline, body)?;
+        ticket.finish(&mut deadline, parse)
     }
 }

@@ -5,7 +5,7 @@
 //! [`Framer`], so that a short message takes one `recvmsg`, and many that wait take one as well.
 //! Buffers are used again: with short messages without fds nothing is allocated.
 //!
-//! Each call returns by its deadline; `None` is as long as it takes. A socket that is non-blocking
+//! Each call returns by its [deadline](Deadline); `None` is as long as it takes. A socket that is non-blocking
 //! is waited for all the same. SIGPIPE is never raised. Received fds have CLOEXEC, and more of them
 //! than agreed never reach this process, but for the one or two that the kernel's alignment lets in:
 //! those are closed.
@@ -15,7 +15,7 @@
 //! use standstill_vfio_user::framing::FramingLimits;
 //! use standstill_vfio_user::wire::{Command, Header};
 //! use std::os::unix::net::UnixStream;
-//! use std::time::{Duration, Instant};
+//! use std::time::Duration;
 //!
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! let (client, server) = UnixStream::pair()?;
@@ -33,6 +33,7 @@
 #[cfg(test)]
 mod tests;
 
+use crate::deadline::Deadline;
 use crate::framing::{Framer, FramingError, FramingLimits, Message};
 use crate::wire::{Header, MAX_MSG_FDS};
 use rustix::cmsg_space;
@@ -47,7 +48,7 @@ use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use thiserror::Error;
 
 /// How long a receive with a deadline may block without looking at it. Whoever has more time than
@@ -158,7 +159,16 @@ impl Receiver {
     ///
     /// [`ReceiveError`], which knows whether the next call can have another message.
     #[inline]
-    pub fn receive(&mut self, deadline: Option<Instant>) -> Result<Message<'_>, ReceiveError> {
+    pub fn receive(&mut self, deadline: impl Into<Deadline>) -> Result<Message<'_>, ReceiveError> {
+        self.receive_by(&mut deadline.into())
+    }
+
+    /// The same for a call that has more to wait for.
+    #[inline]
+    pub(crate) fn receive_by(
+        &mut self,
+        deadline: &mut Deadline,
+    ) -> Result<Message<'_>, ReceiveError> {
         while !self.framer.is_ready() {
             self.read_by(deadline)?;
         }
@@ -192,24 +202,31 @@ impl Receiver {
     }
 
     /// Reads what has come, and waits for something to come if nothing has.
-    fn read_by(&mut self, deadline: Option<Instant>) -> Result<(), ReceiveError> {
-        let left = |deadline: Instant| deadline.saturating_duration_since(Instant::now());
-        let block = deadline.is_none_or(|deadline| left(deadline) >= BLOCK);
-        if block && self.wakes != deadline.is_some() {
-            let timeout = deadline.map(|_| BLOCK);
+    fn read_by(&mut self, deadline: &mut Deadline) -> Result<(), ReceiveError> {
+        let block = deadline.has(BLOCK);
+        if block && self.wakes != deadline.is_finite() {
+            let timeout = deadline.is_finite().then_some(BLOCK);
             set_socket_timeout(&self.socket, Timeout::Recv, timeout)
                 .map_err(|error| ReceiveError::Io(error.into()))?;
-            self.wakes = deadline.is_some();
+            self.wakes = deadline.is_finite();
         }
         let flags = if block { RecvFlags::empty() } else { RecvFlags::DONTWAIT };
         match self.read(flags) {
             Err(ReceiveError::Deadline) => {}
             done => return done,
         }
-        // Nothing for a while, or the socket does not block.
+        self.read_late(block, deadline)
+    }
+
+    /// Nothing has come for a while, or the socket does not block.
+    #[cold]
+    fn read_late(&mut self, blocked: bool, deadline: &mut Deadline) -> Result<(), ReceiveError> {
+        if blocked {
+            deadline.has_waited(BLOCK);
+        }
         wait(&self.socket, PollFlags::IN, deadline).map_err(ReceiveError::Io)?;
         match self.read(RecvFlags::DONTWAIT) {
-            Err(ReceiveError::Deadline) if deadline.is_none_or(|at| !left(at).is_zero()) => Ok(()),
+            Err(ReceiveError::Deadline) if !deadline.is_over() => Ok(()),
             done => done,
         }
     }
@@ -279,7 +296,19 @@ impl Sender {
         header: &Header,
         data: &[u8],
         fds: &[BorrowedFd<'_>],
-        deadline: Option<Instant>,
+        deadline: impl Into<Deadline>,
+        body: impl FnOnce(&mut Vec<u8>),
+    ) -> Result<(), SendError> {
+        self.send_by(header, data, fds, &mut deadline.into(), body)
+    }
+
+    /// The same for a call that has more to wait for.
+    pub(crate) fn send_by(
+        &mut self,
+        header: &Header,
+        data: &[u8],
+        fds: &[BorrowedFd<'_>],
+        deadline: &mut Deadline,
         body: impl FnOnce(&mut Vec<u8>),
     ) -> Result<(), SendError> {
         if self.broken {
@@ -354,10 +383,9 @@ impl Sender {
 }
 
 /// Waits until the socket is ready or the deadline has passed; false in that case.
-fn wait(socket: &OwnedFd, ready: PollFlags, deadline: Option<Instant>) -> io::Result<bool> {
+fn wait(socket: &OwnedFd, ready: PollFlags, deadline: &mut Deadline) -> io::Result<bool> {
     loop {
-        let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
-        let timeout = left.map(|left| Timespec {
+        let timeout = deadline.left().map(|left| Timespec {
             tv_sec: i64::try_from(left.as_secs()).unwrap_or(i64::MAX),
             tv_nsec: left.subsec_nanos().into(),
         });

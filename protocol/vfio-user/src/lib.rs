@@ -13,5 +13,8 @@
 
 pub mod client;
 pub mod connection;
+mod deadline;
 pub mod framing;
 pub mod wire;
+
+pub use deadline::Deadline;

@@ -28,6 +28,7 @@
 use super::error::{ClientError, EndError};
 use super::pending::{Answer, For, Pending, outcome};
 use super::turn::Turn;
+use crate::Deadline;
 use crate::connection::{ReceiveError, Receiver, SendError, Sender};
 use crate::framing::Message;
 use crate::wire::{Command, Header, WireError};
@@ -38,7 +39,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// How long the service stays away from the socket after a request.
 pub(super) const TICK: Duration = Duration::from_millis(1);
@@ -149,7 +150,7 @@ impl Exchange {
         command: Command,
         data: &[u8],
         fds: &[BorrowedFd<'_>],
-        deadline: Instant,
+        deadline: &mut Deadline,
         body: impl FnOnce(&mut Vec<u8>),
     ) -> Result<Ticket<'_>, ClientError> {
         let mut state = self.lock();
@@ -176,10 +177,12 @@ impl Exchange {
         command: Command,
         data: &[u8],
         fds: &[BorrowedFd<'_>],
-        deadline: Instant,
+        deadline: &mut Deadline,
         body: impl FnOnce(&mut Vec<u8>),
     ) -> Result<(), ClientError> {
-        let send = |sender: &mut Sender| sender.send(header, data, fds, Some(deadline), body);
+        let send = |sender: &mut Sender, deadline: &mut Deadline| {
+            sender.send_by(header, data, fds, deadline, body)
+        };
         match self.sender.with(deadline, send) {
             Some(Ok(())) => Ok(()),
             None | Some(Err(SendError::Deadline)) => Err(ClientError::Deadline { command }),
@@ -192,7 +195,7 @@ impl Exchange {
         &self,
         command: Command,
         data: &[u8],
-        deadline: Instant,
+        deadline: &mut Deadline,
         body: impl FnOnce(&mut Vec<u8>),
     ) -> Result<(), ClientError> {
         if let Some(end) = &self.lock().ended {
@@ -395,7 +398,7 @@ impl Ticket<'_> {
     /// Waits for the answer, and takes it apart.
     pub(super) fn finish<R>(
         mut self,
-        deadline: Instant,
+        deadline: &mut Deadline,
         parse: impl FnOnce(&[u8], Vec<OwnedFd>) -> Result<R, WireError>,
     ) -> Result<R, ClientError> {
         let (exchange, command) = (self.exchange, self.command);
@@ -441,13 +444,16 @@ impl Ticket<'_> {
                 }
                 continue;
             }
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
+            let left = deadline.left();
+            if left.is_some_and(|left| left.is_zero()) {
                 return self.leave(state, ClientError::Deadline { command });
             }
             state.pending.set_sleeper(self.id, Some(thread::current()));
             drop(state);
-            thread::park_timeout(left);
+            match left {
+                Some(left) => thread::park_timeout(left),
+                None => thread::park(),
+            }
             state = exchange.lock();
             state.pending.set_sleeper(self.id, None);
         };
@@ -478,13 +484,13 @@ impl Ticket<'_> {
     /// Reads for all, until the answer to this request has come.
     fn lead<R>(
         &self,
-        deadline: Instant,
+        deadline: &mut Deadline,
         parse: &mut impl FnMut(&[u8], Vec<OwnedFd>) -> Option<Result<R, WireError>>,
     ) -> Led<R> {
         let exchange = self.exchange;
         let mut receiver = exchange.receiver.lock().unwrap_or_else(PoisonError::into_inner);
         loop {
-            let message = match receiver.receive(Some(deadline)) {
+            let message = match receiver.receive_by(deadline) {
                 Ok(message) => message,
                 Err(ReceiveError::Deadline) => return Led::Deadline,
                 Err(error) => {
@@ -510,6 +516,10 @@ impl Ticket<'_> {
                     }
                     if exchange.is_stalled() {
                         return Led::Stalled;
+                    }
+                    // A server that always has something else to say does not keep the caller.
+                    if deadline.is_over() {
+                        return Led::Deadline;
                     }
                 }
             }

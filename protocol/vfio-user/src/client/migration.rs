@@ -91,7 +91,7 @@ impl Client {
         let mut chunk = Vec::new();
         loop {
             chunk.clear();
-            let answer = asked.finish(self.deadline(), |body, _| {
+            let answer = asked.finish(&mut self.deadline(), |body, _| {
                 chunk.extend_from_slice(MigData::decode_data(body, size)?);
                 Ok(())
             });
@@ -112,7 +112,7 @@ impl Client {
 
     fn ask_state(&self, size: u32) -> Result<Ticket<'_>, ClientError> {
         let ask = |body: &mut Vec<u8>| MigData { size }.encode(body);
-        self.exchange().start(Command::MigDataRead, &[], &[], self.deadline(), ask)
+        self.exchange().start(Command::MigDataRead, &[], &[], &mut self.deadline(), ask)
     }
 
     /// Writes a device's state, all that `from` has; returns how many bytes that were. The device
@@ -130,7 +130,7 @@ impl Client {
             // The server takes the last one meanwhile.
             let read = fill(from, &mut chunk);
             if let Some(sent) = sent.take() {
-                sent.finish(self.deadline(), |_, _| Ok(())).map_err(failed(done))?;
+                sent.finish(&mut self.deadline(), |_, _| Ok(())).map_err(failed(done))?;
             }
             let count = read.map_err(|source| StateStreamError::Io { done, source })?;
             let Some(data @ [_, ..]) = chunk.get(..count) else {
@@ -139,7 +139,8 @@ impl Client {
             let header = MigData { size: u32::try_from(count).unwrap_or(u32::MAX) };
             let ask = |body: &mut Vec<u8>| header.encode(body);
             let exchange = self.exchange();
-            let ticket = exchange.start(Command::MigDataWrite, data, &[], self.deadline(), ask);
+            let ticket =
+                exchange.start(Command::MigDataWrite, data, &[], &mut self.deadline(), ask);
             sent = Some(ticket.map_err(failed(done))?);
             done = done.saturating_add(count as u64);
         }

@@ -166,7 +166,7 @@ impl Client {
         for (start, end, access) in pieces(region, offset, data.len(), self.max_data_xfer_size()) {
             let data = data.get(start..end).unwrap_or_default();
             let ask = |body: &mut Vec<u8>| access.encode(body);
-            self.exchange().post(Command::RegionWrite, data, self.deadline(), ask)?;
+            self.exchange().post(Command::RegionWrite, data, &mut self.deadline(), ask)?;
         }
         Ok(())
     }
@@ -197,7 +197,7 @@ impl Client {
     pub fn region_write_multi_posted(&self, writes: &[SmallWrite]) -> Result<(), ClientError> {
         self.check_write_multi(writes)?;
         let ask = |body: &mut Vec<u8>| WriteMulti::encode(writes, body);
-        self.exchange().post(Command::RegionWriteMulti, &[], self.deadline(), ask)
+        self.exchange().post(Command::RegionWriteMulti, &[], &mut self.deadline(), ask)
     }
 
     fn check_write_multi(&self, writes: &[SmallWrite]) -> Result<(), ClientError> {

@@ -2,8 +2,9 @@
 
 use super::error::EndError;
 use super::exchange::{Exchange, Incoming};
+use crate::Deadline;
 use crate::wire::{Command, DmaAccess, Errno, Header, Kind, WireError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// The memory that a server reaches by messages, because it has no fd of it.
 ///
@@ -69,7 +70,7 @@ pub(super) fn run(exchange: &Exchange, target: &mut dyn DmaTarget, limit: u32, p
                 (header.refusal(errno), None)
             }
         };
-        if answer(exchange, &reply, access, &data, Instant::now() + patience).is_err() {
+        if answer(exchange, &reply, access, &data, &mut Deadline::within(patience)).is_err() {
             break;
         }
     }
@@ -80,7 +81,7 @@ fn answer(
     reply: &Header,
     access: Option<DmaAccess>,
     data: &[u8],
-    deadline: Instant,
+    deadline: &mut Deadline,
 ) -> Result<(), super::ClientError> {
     let sent = exchange.send(reply, Command::DmaRead, data, &[], deadline, |body| {
         if let Some(access) = access {

@@ -11,6 +11,7 @@ use super::*;
 use crate::wire::{Errno, RegionAccess, RegionInfo};
 use std::os::fd::AsFd;
 use std::sync::mpsc;
+use std::time::Instant;
 
 /// For what should not be waited for: long, for busy machines.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -31,8 +32,8 @@ impl Peer {
         Self { receiver, sender }
     }
 
-    fn deadline() -> Option<Instant> {
-        Some(Instant::now() + PATIENCE)
+    fn deadline() -> Deadline {
+        Deadline::within(PATIENCE)
     }
 
     fn hear(&mut self) -> Heard {

@@ -1,7 +1,7 @@
 //! Something that one thread uses at a time, with a deadline for those that wait.
 
+use crate::Deadline;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
 
 /// Like a mutex; but it can be waited for until a deadline.
 #[derive(Debug)]
@@ -45,24 +45,32 @@ impl<T> Turn<T> {
     }
 
     /// Uses it; `None` if others have done so until the deadline.
-    pub(super) fn with<R>(&self, deadline: Instant, run: impl FnOnce(&mut T) -> R) -> Option<R> {
+    pub(super) fn with<R>(
+        &self,
+        deadline: &mut Deadline,
+        run: impl FnOnce(&mut T, &mut Deadline) -> R,
+    ) -> Option<R> {
         let mut place = self.lock();
         while place.value.is_none() {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
+            if deadline.is_over() {
                 // One of those that wait may have been woken for nothing.
                 self.free.notify_one();
                 return None;
             }
             place.waiting += 1;
-            let woken = self.free.wait_timeout(place, left);
-            place = woken.unwrap_or_else(PoisonError::into_inner).0;
+            place = match deadline.left() {
+                Some(left) => {
+                    let woken = self.free.wait_timeout(place, left);
+                    woken.unwrap_or_else(PoisonError::into_inner).0
+                }
+                None => self.free.wait(place).unwrap_or_else(PoisonError::into_inner),
+            };
             place.waiting -= 1;
         }
         let value = place.value.take();
         drop(place);
         let mut guard = Guard { turn: self, value };
-        guard.value.as_mut().map(run)
+        guard.value.as_mut().map(|value| run(value, deadline))
     }
 }
 
@@ -71,22 +79,27 @@ mod tests {
     use super::*;
     use std::sync::mpsc;
     use std::thread;
-    use std::time::Duration;
+    use std::time::{Duration, Instant};
+
+    fn at_once() -> Deadline {
+        Deadline::within(Duration::ZERO)
+    }
 
     #[test]
     fn one_at_a_time_and_none_is_forgotten() {
         let turn = Turn::new(0_u64);
-        let deadline = Instant::now() + Duration::from_secs(30);
+        let mut deadline = Deadline::from(Instant::now() + Duration::from_secs(30));
         thread::scope(|scope| {
             for _ in 0..4 {
                 scope.spawn(|| {
+                    let mut deadline = deadline;
                     for _ in 0..1000 {
-                        turn.with(deadline, |count| *count += 1).expect("in time");
+                        turn.with(&mut deadline, |count, _| *count += 1).expect("in time");
                     }
                 });
             }
         });
-        assert_eq!(turn.with(deadline, |count| *count), Some(4000));
+        assert_eq!(turn.with(&mut deadline, |count, _| *count), Some(4000));
     }
 
     #[test]
@@ -97,23 +110,24 @@ mod tests {
         thread::scope(|scope| {
             let turn = &turn;
             scope.spawn(move || {
-                turn.with(Instant::now(), |()| {
+                turn.with(&mut at_once(), |(), _| {
                     taken.send(()).expect("heard");
                     is_done.recv().expect("told");
                 })
             });
             is_taken.recv().expect("taken");
-            assert_eq!(turn.with(Instant::now() + Duration::from_millis(5), |()| ()), None);
+            let mut soon = Deadline::within(Duration::from_millis(5));
+            assert_eq!(turn.with(&mut soon, |(), _| ()), None);
             done.send(()).expect("heard");
         });
-        assert_eq!(turn.with(Instant::now(), |()| ()), Some(()));
+        assert_eq!(turn.with(&mut at_once(), |(), _| ()), Some(()));
     }
 
     #[test]
     fn a_panic_gives_it_back() {
         let turn = Turn::new(1);
-        let run = || turn.with(Instant::now(), |_| panic!("as asked"));
+        let run = || turn.with(&mut at_once(), |_, _| panic!("as asked"));
         let _: Result<Option<()>, _> = std::panic::catch_unwind(std::panic::AssertUnwindSafe(run));
-        assert_eq!(turn.with(Instant::now(), |value| *value), Some(1));
+        assert_eq!(turn.with(&mut at_once(), |value, _| *value), Some(1));
     }
 }

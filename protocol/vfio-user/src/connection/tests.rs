@@ -6,15 +6,16 @@ use std::io::{Read, Write};
 use std::net::Shutdown as Half;
 use std::os::unix::net::UnixStream;
 use std::thread;
+use std::time::Instant;
 
 const LIMITS: FramingLimits = FramingLimits { max_message: 4 << 20, max_fds: 4 };
 
-fn soon() -> Option<Instant> {
-    Some(Instant::now() + Duration::from_secs(30))
+fn soon() -> Deadline {
+    Deadline::within(Duration::from_secs(30))
 }
 
-fn at_once() -> Option<Instant> {
-    Some(Instant::now())
+fn at_once() -> Deadline {
+    Deadline::within(Duration::ZERO)
 }
 
 /// A connection, and the bare socket of its peer.
@@ -151,7 +152,7 @@ fn nothing_in_time_is_told_and_the_next_one_comes() {
     // Longer than a receive blocks, and shorter.
     for wait in [BLOCK + Duration::from_millis(20), Duration::from_millis(20)] {
         let begin = Instant::now();
-        let error = receiver.receive(Some(begin + wait)).expect_err("nothing");
+        let error = receiver.receive(begin + wait).expect_err("nothing");
         assert!(matches!(error, ReceiveError::Deadline) && error.is_in_step());
         assert!(begin.elapsed() >= wait);
     }
@@ -166,7 +167,7 @@ fn a_socket_that_does_not_block_is_waited_for() {
     let (mut receiver, _sender) = connect(ours, LIMITS).expect("a socket");
     thread::scope(|scope| {
         scope.spawn(|| peer.write_all(&message(1, b"body")).expect("written"));
-        assert_eq!(receiver.receive(None).expect("received").header.id, 1);
+        assert_eq!(receiver.receive(Deadline::never()).expect("received").header.id, 1);
     });
 }
 
@@ -237,6 +238,6 @@ fn whoever_waits_is_woken_by_a_shutdown() {
     let (mut receiver, sender, _peer) = pair();
     thread::scope(|scope| {
         scope.spawn(|| sender.shutdown());
-        assert!(matches!(receiver.receive(None), Err(ReceiveError::Closed)));
+        assert!(matches!(receiver.receive(Deadline::never()), Err(ReceiveError::Closed)));
     });
 }

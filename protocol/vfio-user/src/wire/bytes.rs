@@ -68,14 +68,17 @@ pub(super) trait Put {
 }
 
 impl Put for Vec<u8> {
+    #[inline]
     fn put_u16(&mut self, value: u16) {
         self.extend_from_slice(&value.to_ne_bytes());
     }
 
+    #[inline]
     fn put_u32(&mut self, value: u32) {
         self.extend_from_slice(&value.to_ne_bytes());
     }
 
+    #[inline]
     fn put_u64(&mut self, value: u64) {
         self.extend_from_slice(&value.to_ne_bytes());
     }

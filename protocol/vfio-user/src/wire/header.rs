@@ -115,7 +115,9 @@ impl Header {
     }
 
     /// Appends the header alone, with its size as it is.
+    #[inline]
     pub fn encode(&self, out: &mut Vec<u8>) {
+        out.reserve(HEADER_SIZE);
         out.put_u16(self.id);
         out.put_u16(self.command);
         out.put_u32(self.size);

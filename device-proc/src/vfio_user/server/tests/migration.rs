@@ -1,9 +1,11 @@
 //! The migration states and the state stream, in band.
 
 use super::client::{Client, REGION_READ, access, message};
+use crate::device::Pass;
 use crate::fields;
 use crate::vfio_user::rig::{COUNT, Deed, MEMORY, MEMORY_SIZE, REGISTERS, Rig};
 use standstill_protocol::migration::{MigrationFlags, MigrationState as S, path};
+use std::sync::atomic::Ordering;
 
 const RESET: u16 = 13;
 const FEATURE: u16 = 16;
@@ -55,7 +57,8 @@ pub(super) fn write(client: &mut Client, data: &[u8]) -> Result<(), u32> {
     client.call(DATA_WRITE, &body).map(|reply| assert!(reply.is_empty()))
 }
 
-/// The device's state, read in pieces of that many bytes; the client is in STOP_COPY.
+/// What there is of the device's state now, read in pieces of that many bytes; in STOP_COPY that is the
+/// rest.
 pub(super) fn save(client: &mut Client, piece: u32) -> Vec<u8> {
     let mut all = Vec::new();
     loop {
@@ -185,14 +188,7 @@ fn a_state_is_read_in_one_process_and_written_in_another() {
     }
     client.write(7, 0x10, 0xfeb0_0000).unwrap();
     set(&mut client, S::PreCopy).unwrap();
-    let mut saved = Vec::new();
-    loop {
-        let data = read(&mut client, 5000).unwrap();
-        saved.extend(&data);
-        if data.len() < 5000 {
-            break;
-        }
-    }
+    let mut saved = save(&mut client, 5000);
     client.write(MEMORY, 8192, 0xc0ffee).unwrap();
     set(&mut client, S::StopCopy).unwrap();
     saved.extend(save(&mut client, 5000));
@@ -265,6 +261,44 @@ fn a_reset_keeps_the_state_of_a_device_that_runs_and_ends_resuming() {
 }
 
 #[test]
+fn a_reset_while_the_device_pre_copies_starts_the_stream_over() {
+    let source = Rig::with_flags(MigrationFlags::ALL);
+    source.device().saves_running.store(true, Ordering::SeqCst);
+    let passes = || {
+        let saved = |deed: &Deed| match deed {
+            Deed::Saved(pass) => Some(*pass),
+            _ => None,
+        };
+        source.device().deeds().iter().filter_map(saved).collect::<Vec<_>>()
+    };
+    let mut client = Client::greeted(source.connect());
+    client.write(MEMORY, 4096, 0x5a5a).unwrap();
+    set(&mut client, S::PreCopy).unwrap();
+    let mut stream = save(&mut client, 5000);
+    while passes().len() < 3 {
+        stream.extend(save(&mut client, 5000));
+    }
+    let before = passes();
+    assert_eq!(before[0], Pass::First);
+    assert!(before[1..].iter().all(|pass| *pass == Pass::Later), "{before:?}");
+    assert_eq!(client.call(RESET, &[]), Ok(vec![]));
+    while passes().len() < before.len() + 2 {
+        stream.extend(save(&mut client, 5000));
+    }
+    assert_eq!(passes()[before.len()..][..2], [Pass::First, Pass::Later], "{:?}", passes());
+    set(&mut client, S::StopCopy).unwrap();
+    stream.extend(save(&mut client, 5000));
+
+    let target = Rig::with_flags(MigrationFlags::ALL);
+    let mut client = Client::greeted(target.connect());
+    set(&mut client, S::Resuming).unwrap();
+    load(&mut client, &stream);
+    set(&mut client, S::Running).unwrap();
+    assert_eq!(client.read(MEMORY, 4096), Ok(0x5a5a));
+    drop(client);
+}
+
+#[test]
 fn both_masters_have_their_say_and_the_client_sees_its_own_position() {
     let rig = Rig::new();
     let mut client = Client::greeted(rig.connect());
@@ -329,7 +363,7 @@ fn a_stop_in_band_that_fails_or_hangs_leaves_the_client_where_it_was() {
         let mut client = Client::greeted(rig.connect());
         let device = rig.device();
         let how = if hangs { &device.hangs_at_stop } else { &device.fails_to_stop };
-        how.store(true, std::sync::atomic::Ordering::SeqCst);
+        how.store(true, Ordering::SeqCst);
         client.send(&message(1, FEATURE, 0, &set_body(S::Stop.value())), &[]);
         client.send(&message(2, REGION_READ, 0, &access(7, 0, 4)), &[]);
         let answers = [client.receive(), client.receive()];

@@ -6,7 +6,10 @@ use crate::fields;
 use crate::vfio_user::rig::{COUNT, MEMORY, REGISTERS, Rig};
 use rustix::net::{RecvFlags, recv};
 use standstill_protocol::migration::{MigrationFlags, MigrationState as S};
+use std::io::Read;
 use std::sync::atomic::Ordering;
+use std::thread;
+use std::time::Duration;
 
 const REGION_READ: u16 = 9;
 const FEATURE: u16 = 16;
@@ -62,7 +65,7 @@ fn a_lease_that_comes_while_a_reply_waits_for_room_holds_what_is_behind_it() {
     ask_for_much(&rig, &mut client);
     rig.stop(2, LEASE);
     // What had been asked before the stop is answered by and by, and nothing of it is refused.
-    let reading = std::thread::spawn(move || {
+    let reading = thread::spawn(move || {
         read_much(&mut client);
         client
     });
@@ -125,5 +128,27 @@ fn reads_of_a_state_that_does_not_come_keep_no_device_from_stopping() {
         assert_eq!(answer.result().map(|body| body.len()), Ok(108));
     }
     rig.start(3);
+    drop(client);
+}
+
+#[test]
+#[expect(clippy::disallowed_methods, reason = "to be slow is what is asked of this client")]
+fn a_client_that_goes_on_reading_is_waited_for_however_long_its_reply_takes() {
+    let rig = Rig::new();
+    let mut client = Client::greeted(rig.connect());
+    let body = fields!(16_u32, 2_u32 | 1 << 17, S::StopCopy.value(), u32::MAX);
+    client.call(FEATURE, &body).unwrap();
+    // As long as was asked for, which is several times what fits into the socket.
+    let size = 1_u32 << 20;
+    client.send(&message(1, DATA_READ, 0, &fields!(8 + size, size)), &[]);
+    let mut reply = vec![0; 16 + 8 + (1 << 20)];
+    let (first, rest) = reply.split_at_mut(600 << 10);
+    // All in all longer than a client is waited for that reads nothing.
+    for piece in first.chunks_mut(200 << 10) {
+        client.stream.read_exact(piece).unwrap();
+        thread::sleep(Duration::from_secs(2));
+    }
+    client.stream.read_exact(rest).unwrap();
+    assert!(client.read(7, 0).is_ok());
     drop(client);
 }

@@ -144,13 +144,14 @@ fn it_is_served_when_a_slow_caller_reads_it() {
     session_of(builder(), script, |client| {
         let deadline = Instant::now() + PATIENCE;
         let exchange = client.exchange();
-        let ticket = exchange.start(Command::Reset, &[], &[], deadline, |_| ()).expect("sent");
+        let ticket =
+            exchange.start(Command::Reset, &[], &[], &mut deadline.into(), |_| ()).expect("sent");
         while !exchange.service_is_at_socket() {
             assert!(Instant::now() < deadline, "the service never goes to the socket");
             thread::yield_now();
         }
         thread::scope(|scope| {
-            let waits = scope.spawn(|| ticket.finish(deadline, |_, _| Ok(())));
+            let waits = scope.spawn(|| ticket.finish(&mut deadline.into(), |_, _| Ok(())));
             begun.send(()).expect("heard");
             waits.join().expect("no panic").expect("reset");
         });
