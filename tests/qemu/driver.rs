@@ -38,13 +38,38 @@ const COMMAND: u64 = 4;
 const MEMORY_SPACE: u16 = 1 << 1;
 const BUS_MASTER: u16 = 1 << 2;
 
-/// What the guest is to do; see [`drive`].
+/// What the guest is to do: a [`Role`].
 pub(crate) const VARIABLE: &str = "STANDSTILL_TEST_DRIVER";
+
+/// What the driver does; see [`drive`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Role {
+    /// Drives all engines, round by round.
+    Rounds,
+    /// The same, and before each round it has the engine find that it may do no DMA.
+    BusMaster,
+}
+
+impl Role {
+    /// What [`VARIABLE`] is.
+    pub(crate) fn word(self) -> &'static str {
+        match self {
+            Self::Rounds => "rounds",
+            Self::BusMaster => "bus-master",
+        }
+    }
+
+    /// What the variable says.
+    pub(crate) fn of_guest() -> Option<Self> {
+        let word = std::env::var(VARIABLE).ok()?;
+        [Self::Rounds, Self::BusMaster].into_iter().find(|role| role.word() == word)
+    }
+}
 
 /// Drives all engines: the last of them goes round and round if there are several, the others copy round by
 /// round.
 #[expect(clippy::print_stdout, reason = "the test outside goes by what is on the console")]
-pub(crate) fn drive() {
+pub(crate) fn drive(role: Role) {
     let mut engines: Vec<_> = found().iter().map(|path| Engine::open(path)).collect();
     for engine in &engines {
         let Engine { name, physical, .. } = engine;
@@ -60,6 +85,9 @@ pub(crate) fn drive() {
     }
     for round in 1.. {
         for engine in &engines {
+            if role == Role::BusMaster {
+                engine.finds_no_memory();
+            }
             engine.round(round);
         }
         println!("round {round} is checked");
@@ -83,6 +111,7 @@ fn found() -> Vec<PathBuf> {
 /// One engine, mapped.
 struct Engine {
     name: String,
+    config: File,
     registers: MmapRegion,
     memory: MmapRegion,
     page: MmapRegion,
@@ -94,10 +123,6 @@ impl Engine {
     fn open(path: &Path) -> Self {
         fs::write(path.join("enable"), "1").unwrap();
         let config = File::options().read(true).write(true).open(path.join("config")).unwrap();
-        let mut command = [0; 2];
-        config.read_exact_at(&mut command, COMMAND).unwrap();
-        let command = u16::from_le_bytes(command) | MEMORY_SPACE | BUS_MASTER;
-        config.write_all_at(&command.to_le_bytes(), COMMAND).unwrap();
         let bar = |number: u32| {
             let path = path.join(format!("resource{number}"));
             let file = File::options().read(true).write(true).open(path).unwrap();
@@ -107,10 +132,35 @@ impl Engine {
         let (page, physical) = huge_page();
         let name = path.file_name().unwrap().to_string_lossy().into_owned();
         let (registers, memory) = (bar(REGISTER_BAR), bar(MEMORY_BAR));
-        let engine = Self { name, registers, memory, page, physical };
+        let engine = Self { name, config, registers, memory, page, physical };
+        engine.set_bus_master(true);
         assert_eq!(engine.read(ID), ID_VALUE, "{}", engine.name);
         assert_eq!(engine.read(MEMORY_SIZE), u32::try_from(engine.memory.size()).unwrap());
         engine
+    }
+
+    /// Lets it do DMA, or not; it answers in any case.
+    fn set_bus_master(&self, on: bool) {
+        let mut command = [0; 2];
+        self.config.read_exact_at(&mut command, COMMAND).unwrap();
+        let command = (u16::from_le_bytes(command) | MEMORY_SPACE) & !BUS_MASTER;
+        let command = if on { command | BUS_MASTER } else { command };
+        self.config.write_all_at(&command.to_le_bytes(), COMMAND).unwrap();
+    }
+
+    /// Gives it a descriptor while it may do no DMA: it halts, and says that it cannot read its ring.
+    fn finds_no_memory(&self) {
+        self.set_bus_master(false);
+        self.prepare(2);
+        self.write(CONTROL, CONTROL_RUN);
+        self.write(DOORBELL, 1);
+        let end = Instant::now() + PATIENCE;
+        while self.read(STATUS) & STATUS_HALTED == 0 {
+            assert!(Instant::now() < end, "{} does not halt", self.name);
+        }
+        let code = self.read(STATUS) >> STATUS_ERROR_SHIFT;
+        assert_eq!(code, ErrorCode::Ring as u32, "{}", self.name);
+        self.set_bus_master(true);
     }
 
     fn read(&self, register: u64) -> u32 {

@@ -1,10 +1,11 @@
 //! A machine of copy engines, and a guest that drives them.
 
-use crate::driver;
+use crate::driver::{self, Role};
 use standstill::coordinator::blocking::Machine;
 use standstill::coordinator::{Deadlines, DeviceSpec, MachineBuilder};
 use standstill_testkit::deadlines_of;
-use standstill_testkit::qemu::{Guest, Qemu};
+use standstill_testkit::qemu::{Guest, GuestBuilder, Qemu};
+use std::ops::Deref;
 use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
@@ -18,6 +19,11 @@ pub(crate) const LONG: Duration = Duration::from_secs(120);
 pub(crate) struct Vm {
     // First: QEMU must not see its devices die.
     pub(crate) guest: Guest,
+    host: Host,
+}
+
+/// All but the guest.
+pub(crate) struct Host {
     pub(crate) machine: Machine,
     qemu: Qemu,
     engines: usize,
@@ -25,14 +31,18 @@ pub(crate) struct Vm {
     folder: TempDir,
 }
 
-impl Vm {
-    /// A guest that drives this many engines. `None` if tests with QEMU are left out.
-    pub(crate) fn start(engines: usize) -> Option<Self> {
-        Self::start_with(engines, &[])
-    }
+// Most of what a test does with it is done with the machine.
+impl Deref for Vm {
+    type Target = Host;
 
-    /// The same with these arguments for each engine.
-    pub(crate) fn start_with(engines: usize, arguments: &[&str]) -> Option<Self> {
+    fn deref(&self) -> &Host {
+        &self.host
+    }
+}
+
+impl Host {
+    /// This many engines. `None` if tests with QEMU are left out.
+    fn start(engines: usize, arguments: &[&str]) -> Option<Self> {
         let qemu = Qemu::for_tests()?;
         let folder = tempfile::Builder::new().prefix("vm-").tempdir().unwrap();
         let device = |number| {
@@ -43,16 +53,57 @@ impl Vm {
         };
         let builder = MachineBuilder::new("vm0").deadlines(deadlines());
         let machine = builder.devices((0..engines).map(device)).start_blocking().unwrap();
-        let guest = boot(&qemu, &machine, engines, &folder);
-        Some(Self { guest, machine, qemu, engines, folder })
+        Some(Self { machine, qemu, engines, folder })
+    }
+
+    /// A guest that drives the engines.
+    fn guest(&self, role: Role) -> GuestBuilder<'_> {
+        let mut guest = self.qemu.guest();
+        for number in 0..self.engines {
+            guest = guest.vfio_user(&name(number), &self.folder.path().join(name(number)));
+        }
+        guest.program("/bin/driver", std::env::current_exe().unwrap()).init(&format!(
+            "echo 4 > /proc/sys/vm/nr_hugepages
+             {}={} RUST_BACKTRACE=0 driver --exact driver_in_the_guest --nocapture",
+            driver::VARIABLE,
+            role.word()
+        ))
+    }
+
+    /// A guest that drives the engines, which reach its RAM.
+    fn boot(&self) -> Guest {
+        let guest = self.guest(Role::Rounds).start().unwrap();
+        self.machine.declare_ram(guest.memory()).unwrap();
+        guest
+    }
+}
+
+impl Vm {
+    /// A guest that drives this many engines. `None` if tests with QEMU are left out.
+    pub(crate) fn start(engines: usize) -> Option<Self> {
+        Self::start_with(engines, &[])
+    }
+
+    /// The same with these arguments for each engine.
+    pub(crate) fn start_with(engines: usize, arguments: &[&str]) -> Option<Self> {
+        let host = Host::start(engines, arguments)?;
+        let guest = host.boot();
+        Some(Self { guest, host })
+    }
+
+    /// One engine, and a guest whose RAM the engine reaches only by asking QEMU for it.
+    pub(crate) fn start_by_messages(role: Role) -> Option<Self> {
+        let host = Host::start(1, &[])?;
+        let guest = host.guest(role).anonymous_memory().start().unwrap();
+        Some(Self { guest, host })
     }
 
     /// Kills QEMU, and boots another guest over the same device processes.
     pub(crate) fn replace_guest(self) -> Self {
-        let Self { guest, machine, qemu, engines, folder } = self;
+        let Self { guest, host } = self;
         drop(guest);
-        let guest = boot(&qemu, &machine, engines, &folder);
-        Self { guest, machine, qemu, engines, folder }
+        let guest = host.boot();
+        Self { guest, host }
     }
 
     /// Waits until the driver in the guest has found all engines; gives the physical address of each
@@ -115,27 +166,8 @@ impl Vm {
     /// Ends all, in good order.
     pub(crate) fn end(self) {
         self.guest.end().unwrap();
-        self.machine.shutdown().unwrap();
+        self.host.machine.shutdown().unwrap();
     }
-}
-
-/// Boots a guest that drives the engines.
-fn boot(qemu: &Qemu, machine: &Machine, engines: usize, sockets: &TempDir) -> Guest {
-    let mut guest = qemu.guest();
-    for number in 0..engines {
-        guest = guest.vfio_user(&name(number), &sockets.path().join(name(number)));
-    }
-    let guest = guest
-        .program("/bin/driver", std::env::current_exe().unwrap())
-        .init(&format!(
-            "echo 4 > /proc/sys/vm/nr_hugepages
-             {}=1 RUST_BACKTRACE=0 driver --exact driver_in_the_guest --nocapture",
-            driver::VARIABLE
-        ))
-        .start()
-        .unwrap();
-    machine.declare_ram(guest.memory()).unwrap();
-    guest
 }
 
 /// The name of an engine, for the coordinator and for QEMU.
@@ -144,6 +176,6 @@ pub(crate) fn name(engine: usize) -> String {
 }
 
 /// Deadlines that never run out.
-fn deadlines() -> Deadlines {
+pub(crate) fn deadlines() -> Deadlines {
     deadlines_of(LONG)
 }

@@ -1,11 +1,13 @@
 //! Copy engines under a real VMM: Linux in QEMU finds them and drives them from user space, while they
 //! are stopped and started, the guest is reset, and one is unplugged.
 
-#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+#![expect(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
 mod driver;
+mod foreign;
 mod machine;
 
+use driver::Role;
 use machine::{LONG, Vm, name};
 use serde_json::json;
 use standstill::coordinator::MachineEvent;
@@ -22,8 +24,8 @@ const LEASE: Duration = Duration::from_secs(4);
 /// Not a test: what runs in the guest.
 #[test]
 fn driver_in_the_guest() {
-    if std::env::var_os(driver::VARIABLE).is_some() {
-        driver::drive();
+    if let Some(role) = Role::of_guest() {
+        driver::drive(role);
     }
 }
 
@@ -141,6 +143,29 @@ fn device_processes_outlive_their_qemu_and_serve_the_next_one() {
     vm.driver_begins();
     vm.rounds_go_on();
     let vm = vm.replace_guest();
+    vm.driver_begins();
+    vm.rounds_go_on();
+    vm.pause_and_resume();
+    vm.rounds_go_on();
+    vm.end();
+}
+
+#[test]
+fn a_guest_whose_memory_only_qemu_has_is_served_by_messages() {
+    let Some(vm) = Vm::start_by_messages(Role::Rounds) else { return };
+    vm.driver_begins();
+    vm.rounds_go_on();
+    for _ in 0..10 {
+        // Its processors stand, and QEMU goes on answering.
+        vm.pause_and_resume();
+        vm.rounds_go_on();
+    }
+    vm.end();
+}
+
+#[test]
+fn an_engine_that_may_do_no_dma_halts_and_does_it_when_it_may() {
+    let Some(vm) = Vm::start_by_messages(Role::BusMaster) else { return };
     vm.driver_begins();
     vm.rounds_go_on();
     vm.pause_and_resume();

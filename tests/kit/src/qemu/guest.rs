@@ -104,6 +104,8 @@ enum GuestFile {
 pub struct GuestBuilder<'a> {
     qemu: &'a Qemu,
     memory: u64,
+    /// Its RAM is QEMU's own.
+    anonymous: bool,
     processors: u32,
     /// Each is two arguments: an option and its value.
     options: Vec<(&'static str, OsString)>,
@@ -117,14 +119,31 @@ pub struct GuestBuilder<'a> {
 impl<'a> GuestBuilder<'a> {
     pub(super) fn new(qemu: &'a Qemu) -> Self {
         let (options, modules, files) = (Vec::new(), Vec::new(), Vec::new());
-        let init = String::new();
-        Self { qemu, memory: RAM, processors: 1, options, ports: 0, modules, files, init }
+        Self {
+            qemu,
+            memory: RAM,
+            anonymous: false,
+            processors: 1,
+            options,
+            ports: 0,
+            modules,
+            files,
+            init: String::new(),
+        }
     }
 
     /// How much RAM it has, in bytes: whole MiB, 256 MiB if nothing is said.
     #[must_use]
     pub fn memory(mut self, bytes: u64) -> Self {
         self.memory = bytes;
+        self
+    }
+
+    /// Its RAM is memory of QEMU's process that nobody else can map: vfio-user devices reach it by
+    /// messages to QEMU (`DMA_READ`, `DMA_WRITE`). [`Guest::memory`] is an empty file then.
+    #[must_use]
+    pub fn anonymous_memory(mut self) -> Self {
+        self.anonymous = true;
         self
     }
 
@@ -209,17 +228,19 @@ impl<'a> GuestBuilder<'a> {
         let folder = folder.map_err(GuestError::io("the folder"))?;
         let initramfs = folder.path().join("initramfs");
         self.write_initramfs(&initramfs)?;
-        let memory = memory(self.memory).map_err(GuestError::io("the RAM"))?;
+        let shared = if self.anonymous { 0 } else { self.memory };
+        let memory = memory(shared).map_err(GuestError::io("the RAM"))?;
         let socket = folder.path().join("qmp");
         // QEMU connects, so that there is no time at which it could not be connected to.
         let listener = UnixListener::bind(&socket).map_err(GuestError::io("the QMP socket"))?;
         let mut command = self.qemu.command();
-        let ram = format!(
-            "memory-backend-file,id=ram,size={},mem-path=/proc/{}/fd/{},share=on",
-            self.memory,
-            std::process::id(),
-            memory.as_raw_fd(),
-        );
+        let ram = if self.anonymous {
+            format!("memory-backend-ram,id=ram,size={},share=off", self.memory)
+        } else {
+            let (pid, fd) = (std::process::id(), memory.as_raw_fd());
+            let path = format!("/proc/{pid}/fd/{fd}");
+            format!("memory-backend-file,id=ram,size={},mem-path={path},share=on", self.memory)
+        };
         command
             .args(["-machine", "q35,memory-backend=ram", "-accel", "tcg", "-cpu", "max"])
             .args(["-nodefaults", "-no-user-config", "-display", "none"])
@@ -386,7 +407,8 @@ impl Guest {
     }
 
     /// Its RAM, which QEMU shares with device processes: to be declared to the coordinator, and to be
-    /// looked at. Below the hole for PCI devices an offset is the guest's physical address.
+    /// looked at. Below the hole for PCI devices an offset is the guest's physical address. Empty if
+    /// the RAM is [anonymous](GuestBuilder::anonymous_memory).
     #[must_use]
     pub fn memory(&self) -> &File {
         &self.memory
