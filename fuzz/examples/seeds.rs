@@ -5,6 +5,8 @@
 
 #[path = "seeds/vfio_user.rs"]
 mod vfio_user;
+#[path = "seeds/vhost_user_blk.rs"]
+mod vhost_user_blk;
 
 use standstill_fuzz::track::{Fds, Script, Steps};
 use standstill_protocol::codec::{HEADER, MAX_PACKET, Message, encode};
@@ -28,6 +30,7 @@ fn main() -> io::Result<()> {
     write("operator_socket", operator_socket())?;
     write("vfio_user_client", vfio_user::client())?;
     write("vfio_user_server", vfio_user::server())?;
+    write("vhost_user_blk", vhost_user_blk::requests())?;
     write("state_stream", state_stream())
 }
 

@@ -125,7 +125,7 @@ fn msi_vectors_are_lines_of_their_own() {
     set(&interrupts, DATA_NONE | ACTION_UNMASK, MSI, (0, 1), &[], vec![]).expect("unmasked");
     assert_eq!(signalled(&fds[0]), 1);
     let beyond = set(&interrupts, DATA_NONE | ACTION_TRIGGER, MSI, (1, 2), &[], vec![]);
-    assert_eq!(beyond.expect_err("no vector 2").errno(), nix::libc::EINVAL);
+    assert_eq!(beyond.expect_err("no vector 2").errno(), libc::EINVAL);
 }
 
 #[test]
@@ -135,7 +135,7 @@ fn a_device_without_intx_asserts_nothing() {
     interrupts.set_intx(true);
     assert_eq!(interrupts.latched(), Latched::default());
     let none = set(&interrupts, DATA_NONE | ACTION_TRIGGER, 0, (0, 1), &[], vec![]);
-    assert_eq!(none.expect_err("no line").errno(), nix::libc::EINVAL);
+    assert_eq!(none.expect_err("no line").errno(), libc::EINVAL);
 }
 
 #[tokio::test]
@@ -225,7 +225,7 @@ fn only_eventfds_are_accepted_and_all_or_none() {
         set(&interrupts, DATA_EVENTFD | ACTION_TRIGGER, MSIX, (0, 2), &[], vec![copy, writer])
             .expect_err("a pipe");
     assert!(matches!(&error, SetIrqsError::NotEventfd { found } if found.starts_with("pipe:")));
-    assert_eq!(error.errno(), nix::libc::EINVAL);
+    assert_eq!(error.errno(), libc::EINVAL);
     interrupts.raise(0);
     assert_eq!(signalled(&good), 0, "none was installed");
 }

@@ -1,0 +1,363 @@
+//! A virtio block device over vhost-user: a disk whose blocks are those of a file.
+//!
+//! [`VhostUserBlk`] is a backend of the crate `vhost-user-backend`, made to stand still: each request
+//! passes the [`PopGate`] that it was built with, and what was taken out of a ring is answered in the
+//! order of the ring, whatever finishes when. So the used index of a ring is always a clean boundary,
+//! and a device process that was killed is followed by one that goes on there.
+//!
+//! | | |
+//! |---|---|
+//! | requests | read, write, flush, get-id, discard, write-zeroes |
+//! | rings | split; indirect descriptors, event index; one thread for each queue |
+//! | cache mode | writeback or writethrough, as the driver says in the configuration space; writethrough for a driver that does not flush |
+//! | I/O | the page cache is read and written at once; all else goes through `io_uring`, or is waited for where the kernel gives none |
+//!
+//! What a guest puts into a ring is not trusted: a request that makes no sense fails, or is handed back
+//! without an answer where there is no room for one, and a ring that makes none is not served any more.
+//!
+//! # Its lock
+//!
+//! An image that is written to is locked exclusively (`flock`), which proves, when its device process
+//! was killed, that nothing of it is under way any more. One that is only read may be locked by
+//! several devices at once; but with direct I/O it is locked exclusively as well, since such reads go
+//! on writing to guest memory after their process has ended.
+
+#![deny(unsafe_code)]
+
+mod buffers;
+mod config;
+mod engine;
+#[cfg(any(test, fuzzing))]
+pub mod fuzzing;
+mod image;
+mod request;
+mod uring;
+mod window;
+mod work;
+
+pub use image::ImageError;
+
+use crate::vhost_user::PopGate;
+use config::ConfigSpace;
+use engine::{Engine, Parts};
+use image::Image;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::time::Duration;
+use thiserror::Error;
+use uring::Ring;
+use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
+use vhost_user_backend::bitmap::BitmapMmapRegion;
+use vhost_user_backend::{VhostUserBackend, VringRwLock};
+use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH};
+use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
+use vmm_sys_util::epoll::EventSet;
+use vmm_sys_util::event::{
+    EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier,
+};
+use work::{Mode, SERIAL};
+
+/// What the device is called.
+pub const KIND: &str = "vhost-user-blk";
+/// The most queues: each has a thread, and the threads are told apart by a mask of 64 bits.
+pub const MAX_QUEUES: u16 = 64;
+/// The most requests of a ring.
+pub const MAX_QUEUE_SIZE: usize = 1024;
+/// The longest serial number in bytes.
+pub const MAX_SERIAL: usize = SERIAL;
+
+/// Size of a sector in bytes: the unit of the protocol, whatever the size of the disk's blocks.
+const SECTOR: u32 = 512;
+
+/// Guest memory with the log of dirty pages.
+type Memory = GuestMemoryMmap<BitmapMmapRegion>;
+type Vring = VringRwLock<GuestMemoryAtomic<Memory>>;
+
+/// How a disk is made.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BlockConfig {
+    /// The image: a file or a block device; its size is the disk's.
+    pub file: PathBuf,
+    /// Number of request queues, 1 to [`MAX_QUEUES`]; each has a thread.
+    pub queues: u16,
+    /// Writes are refused.
+    pub read_only: bool,
+    /// The page cache is passed by (`O_DIRECT`). The disk's blocks have the size that the file needs
+    /// then.
+    pub direct: bool,
+    /// The serial number that a guest sees; at most [`MAX_SERIAL`] bytes.
+    pub serial: String,
+    /// How long each request waits before it is begun, for experiments with a slow disk.
+    pub delay: Duration,
+    /// Do without `io_uring`, also where there is one.
+    pub without_io_uring: bool,
+}
+
+impl BlockConfig {
+    /// A disk of this image: one queue, read and written through the page cache, without a serial
+    /// number and without delays.
+    pub fn new(file: impl Into<PathBuf>) -> Self {
+        Self {
+            file: file.into(),
+            queues: 1,
+            read_only: false,
+            direct: false,
+            serial: String::new(),
+            delay: Duration::ZERO,
+            without_io_uring: false,
+        }
+    }
+}
+
+/// A disk that cannot be made.
+#[derive(Debug, Error)]
+pub enum BlockError {
+    /// The image is none.
+    #[error("the image cannot be used")]
+    Image(#[from] ImageError),
+    /// None, or more than [`MAX_QUEUES`].
+    #[error("{0} queues are not 1 to {MAX_QUEUES}")]
+    Queues(u16),
+    /// Longer than [`MAX_SERIAL`] bytes, or with a NUL.
+    #[error("the serial number {0:?} has more than {MAX_SERIAL} bytes, or a NUL")]
+    Serial(String),
+    /// An fd cannot be duplicated.
+    #[error("an fd cannot be duplicated")]
+    Fd(#[source] io::Error),
+}
+
+/// The device. See the [module](self).
+pub struct VhostUserBlk {
+    image: Arc<Image>,
+    config: ConfigSpace,
+    engines: Vec<Mutex<Engine>>,
+    /// That of the present connection.
+    memory: RwLock<Option<GuestMemoryAtomic<Memory>>>,
+    acked_features: AtomicU64,
+    /// The cache mode in the configuration space.
+    writeback: AtomicBool,
+}
+
+impl std::fmt::Debug for VhostUserBlk {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("VhostUserBlk").field("config", &self.config).finish_non_exhaustive()
+    }
+}
+
+impl VhostUserBlk {
+    /// Opens the image and makes the device. `pops` has as many queues as the device.
+    ///
+    /// The image is not locked yet, unless it is only read: give [`backing_file`](Self::backing_file)
+    /// to the runtime.
+    ///
+    /// # Errors
+    ///
+    /// [`BlockError`].
+    pub fn build(config: &BlockConfig, pops: &PopGate) -> Result<Self, BlockError> {
+        let queues = config.queues;
+        if !(1..=MAX_QUEUES).contains(&queues) {
+            return Err(BlockError::Queues(queues));
+        }
+        let serial = serial(&config.serial)?;
+        let image = Arc::new(Image::open(&config.file, config.read_only, config.direct)?);
+        let engine = |queue: u16| {
+            Mutex::new(Engine::new(Parts {
+                queue: queue.into(),
+                image: Arc::clone(&image),
+                ring: ring(config, &image),
+                pops: pops.clone(),
+                serial,
+                delay: config.delay,
+                max_requests: MAX_QUEUE_SIZE,
+            }))
+        };
+        let engines = (0..queues).map(engine).collect();
+        let disk = image.disk;
+        let space =
+            ConfigSpace { size: disk.size, block: disk.block, queues, read_only: disk.read_only };
+        Ok(Self {
+            image,
+            config: space,
+            engines,
+            memory: RwLock::new(None),
+            acked_features: AtomicU64::new(0),
+            writeback: AtomicBool::new(true),
+        })
+    }
+
+    /// The image, if its lock is what proves that a killed device process has ended all that it did:
+    /// see the [module](self#its-lock).
+    ///
+    /// # Errors
+    ///
+    /// If the fd cannot be duplicated.
+    pub fn backing_file(&self) -> Result<Option<OwnedFd>, BlockError> {
+        self.image.backing_file().map_err(BlockError::Fd)
+    }
+
+    /// For each queue an fd to be polled by the queue's thread: when it is readable, `handle_event` is
+    /// to be called with any event number beyond those of the queues. `None` for a queue that needs
+    /// none.
+    ///
+    /// # Errors
+    ///
+    /// If an fd cannot be duplicated.
+    pub fn completions(&self) -> Result<Vec<Option<OwnedFd>>, BlockError> {
+        let of = |engine: &Mutex<Engine>| {
+            let fd = lock(engine).completions().map(|fd| fd.try_clone_to_owned());
+            fd.transpose().map_err(BlockError::Fd)
+        };
+        self.engines.iter().map(of).collect()
+    }
+
+    /// What is written must be stable before it is answered: the driver has said so, or it does not
+    /// know that it could flush. The virtio specification, section 5.2.6.2.
+    fn is_write_through(&self) -> bool {
+        let acked = self.acked_features.load(Ordering::Relaxed);
+        let has = |bit: u32| acked & 1 << bit != 0;
+        let asked = has(VIRTIO_BLK_F_CONFIG_WCE) && !self.writeback.load(Ordering::Relaxed);
+        asked || !has(VIRTIO_BLK_F_FLUSH)
+    }
+
+    fn restart(&self) {
+        self.engines.iter().for_each(|engine| lock(engine).restart());
+    }
+}
+
+impl VhostUserBackend for VhostUserBlk {
+    type Bitmap = BitmapMmapRegion;
+    type Vring = Vring;
+
+    fn num_queues(&self) -> usize {
+        self.engines.len()
+    }
+
+    fn max_queue_size(&self) -> usize {
+        MAX_QUEUE_SIZE
+    }
+
+    fn features(&self) -> u64 {
+        let rings = [VIRTIO_F_VERSION_1, VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC];
+        let transport =
+            VhostUserVirtioFeatures::PROTOCOL_FEATURES | VhostUserVirtioFeatures::LOG_ALL;
+        let bits = rings.into_iter().fold(0, |all, bit| all | 1 << bit);
+        bits | transport.bits() | self.config.features()
+    }
+
+    fn acked_features(&self, features: u64) {
+        self.acked_features.store(features, Ordering::Relaxed);
+    }
+
+    fn protocol_features(&self) -> VhostUserProtocolFeatures {
+        VhostUserProtocolFeatures::CONFIG
+            | VhostUserProtocolFeatures::MQ
+            | VhostUserProtocolFeatures::LOG_SHMFD
+            | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+            | VhostUserProtocolFeatures::RESET_DEVICE
+    }
+
+    fn reset_device(&self) {
+        self.writeback.store(true, Ordering::Relaxed);
+        self.acked_features.store(0, Ordering::Relaxed);
+        self.restart();
+    }
+
+    /// Nothing: each ring knows.
+    fn set_event_idx(&self, _enabled: bool) {}
+
+    fn get_config(&self, offset: u32, size: u32) -> Vec<u8> {
+        self.config.read(self.writeback.load(Ordering::Relaxed), offset, size)
+    }
+
+    /// Only the cache mode can be written; the rest is left as it is, without an error, which would
+    /// cost the guest its disk.
+    fn set_config(&self, offset: u32, buf: &[u8]) -> io::Result<()> {
+        match ConfigSpace::writeback_of(offset, buf) {
+            Some(writeback) => self.writeback.store(writeback, Ordering::Relaxed),
+            None => tracing::debug!(
+                offset,
+                len = buf.len(),
+                "a write to the configuration space is ignored"
+            ),
+        }
+        Ok(())
+    }
+
+    fn update_memory(&self, mem: GuestMemoryAtomic<Memory>) -> io::Result<()> {
+        *self.memory.write().unwrap_or_else(PoisonError::into_inner) = Some(mem);
+        self.restart();
+        Ok(())
+    }
+
+    fn queues_per_thread(&self) -> Vec<u64> {
+        (0..self.engines.len()).map(|queue| 1 << queue).collect()
+    }
+
+    fn exit_event(&self, _thread_index: usize) -> Option<(EventConsumer, EventNotifier)> {
+        let flags = EventFlag::CLOEXEC | EventFlag::NONBLOCK;
+        let made = new_event_consumer_and_notifier(flags);
+        made.inspect_err(|error| tracing::error!(%error, "no eventfd")).ok()
+    }
+
+    fn stop_vring(&self, queue_index: u32) -> io::Result<()> {
+        let engine = usize::try_from(queue_index).ok().and_then(|index| self.engines.get(index));
+        if let Some(engine) = engine {
+            lock(engine).restart();
+        }
+        Ok(())
+    }
+
+    /// Serves the queue of the thread, whatever has happened to it.
+    ///
+    /// # Errors
+    ///
+    /// The ring cannot be used; said once, until it begins anew.
+    fn handle_event(
+        &self,
+        _device_event: u16,
+        _evset: EventSet,
+        vrings: &[Vring],
+        thread_id: usize,
+    ) -> io::Result<()> {
+        // One queue for each thread, so one ring.
+        let (Some(engine), Some(vring)) = (self.engines.get(thread_id), vrings.first()) else {
+            return Ok(());
+        };
+        let memory = self.memory.read().unwrap_or_else(PoisonError::into_inner).clone();
+        let Some(memory) = memory else { return Ok(()) };
+        let mode = Mode { write_through: self.is_write_through() };
+        lock(engine).run(vring, &memory, mode).map_err(io::Error::other)
+    }
+}
+
+/// One for each queue, or none.
+fn ring(config: &BlockConfig, image: &Image) -> Option<Ring> {
+    if config.without_io_uring {
+        tracing::info!("without io_uring, as was asked for");
+        return None;
+    }
+    let ring = Ring::new(Arc::clone(&image.file), config.delay);
+    ring.inspect_err(|error| {
+        tracing::warn!(%error, "there is no io_uring: each queue does one request after the other");
+    })
+    .ok()
+}
+
+fn serial(text: &str) -> Result<[u8; SERIAL], BlockError> {
+    let mut serial = [0; SERIAL];
+    let place = serial.get_mut(..text.len()).filter(|_| !text.contains('\0'));
+    place.ok_or_else(|| BlockError::Serial(text.to_owned()))?.copy_from_slice(text.as_bytes());
+    Ok(serial)
+}
+
+fn lock(engine: &Mutex<Engine>) -> MutexGuard<'_, Engine> {
+    engine.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests;
