@@ -31,6 +31,7 @@ mod engine;
 pub mod fuzzing;
 mod image;
 mod request;
+mod state;
 mod uring;
 mod window;
 mod work;
@@ -41,7 +42,8 @@ use crate::vhost_user::PopGate;
 use config::ConfigSpace;
 use engine::{Engine, Parts};
 use image::Image;
-use std::io;
+use state::Identity;
+use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -135,6 +137,7 @@ pub enum BlockError {
 pub struct VhostUserBlk {
     image: Arc<Image>,
     config: ConfigSpace,
+    identity: Identity,
     engines: Vec<Mutex<Engine>>,
     /// That of the present connection.
     memory: RwLock<Option<GuestMemoryAtomic<Memory>>>,
@@ -180,9 +183,12 @@ impl VhostUserBlk {
         let disk = image.disk;
         let space =
             ConfigSpace { size: disk.size, block: disk.block, queues, read_only: disk.read_only };
+        let identity =
+            Identity { size: disk.size, block: disk.block, read_only: disk.read_only, serial };
         Ok(Self {
             image,
             config: space,
+            identity,
             engines,
             memory: RwLock::new(None),
             acked_features: AtomicU64::new(0),
@@ -213,6 +219,27 @@ impl VhostUserBlk {
             fd.transpose().map_err(BlockError::Fd)
         };
         self.engines.iter().map(of).collect()
+    }
+
+    /// Writes what a driver can have changed, and what tells that another disk is the same one.
+    ///
+    /// # Errors
+    ///
+    /// If it cannot be written.
+    pub fn save_state(&self, to: &mut dyn Write) -> io::Result<()> {
+        let writeback = self.writeback.load(Ordering::Relaxed);
+        state::save(self.identity, writeback, to).map_err(io::Error::other)
+    }
+
+    /// Reads what [`save_state`](Self::save_state) wrote, to the end. Nothing changes if it fails.
+    ///
+    /// # Errors
+    ///
+    /// If it is damaged, or that of another disk; the text says what differs.
+    pub fn load_state(&self, from: &mut dyn Read) -> io::Result<()> {
+        let writeback = state::load(self.identity, from).map_err(io::Error::other)?;
+        self.writeback.store(writeback, Ordering::Relaxed);
+        Ok(())
     }
 
     /// What is written must be stable before it is answered: the driver has said so, or it does not

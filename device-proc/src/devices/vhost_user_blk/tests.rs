@@ -6,6 +6,7 @@ use vhost_user_backend::VringT;
 use virtio_bindings::virtio_blk::*;
 use virtio_queue::QueueT;
 
+mod daemon;
 mod rig;
 mod rings;
 
@@ -273,6 +274,22 @@ fn the_cache_mode_is_what_the_driver_says() {
         assert_eq!(driver.request(VIRTIO_BLK_T_WRITE_ZEROES, 0, &[readable(at, 16)]), OK);
         assert_eq!(on_disk(&machine, 4096, 4096), [0; 4096]);
     }
+}
+
+#[test]
+fn the_cache_mode_goes_along_with_the_disk_and_to_no_other_one() {
+    let machine = Machine::new(Kind::Cached, |config| config.serial = "one".into());
+    machine.device.set_config(32, &[0]).unwrap();
+    let mut saved = Vec::new();
+    machine.device.save_state(&mut saved).unwrap();
+
+    let other = Machine::new(Kind::Cached, |config| config.serial = "other".into());
+    let error = other.device.load_state(&mut &saved[..]).unwrap_err();
+    assert!(error.to_string().contains("serial number \"one\", this one has \"other\""), "{error}");
+    assert_eq!(other.device.get_config(32, 1), [1]);
+    let same = Machine::new(Kind::DirectWithoutRing, |config| config.serial = "one".into());
+    same.device.load_state(&mut &saved[..]).unwrap();
+    assert_eq!(same.device.get_config(32, 1), [0]);
 }
 
 #[test]

@@ -256,6 +256,11 @@ impl Driver {
         self.put_word(self.base() + 0x2004 + u64::from(SIZE) * 2, used);
     }
 
+    /// A signal is wanted when the next one was used.
+    pub(super) fn want_next_signal(&self) {
+        self.set_used_event(self.used);
+    }
+
     /// When the device wants to be kicked: once so many are available.
     pub(super) fn avail_event(&self) -> u16 {
         self.get_word(self.base() + 0x3004 + u64::from(SIZE) * 8)
