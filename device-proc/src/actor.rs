@@ -16,7 +16,8 @@
 //!
 //! The actor's mailbox is bounded by those who cast: the client's thread waits for its answer,
 //! whoever listens for later coordinators waits for its own, and each timer, each arc, each
-//! revocation and each declaration of RAM to be tracked casts once.
+//! revocation and each declaration of RAM to be tracked casts once. A device that tells that it does
+//! not work any more does so once, or once for each time that its client starts a ring.
 
 #![forbid(unsafe_code)]
 
@@ -42,6 +43,7 @@ mod scripted;
 mod stream;
 mod stream_fd;
 mod takeover;
+pub(crate) mod transfer;
 mod turn;
 mod windows;
 
@@ -67,7 +69,7 @@ use standstill_protocol::message::{
 };
 use standstill_protocol::migration::{Activity, MigrationFlags, MigrationState};
 use std::os::fd::OwnedFd;
-use std::sync::mpsc::SyncSender;
+use std::sync::mpsc::{SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 use stream::Saver;
@@ -107,10 +109,24 @@ pub(crate) enum Message {
     ClientState(SyncSender<MigrationState>),
     /// A client came or went; answered when the coordinator was told.
     ClientPresent(bool, SyncSender<()>),
+    /// The device, or a part of it, does not work any more, for this reason.
+    DeviceFailed(String),
     /// Something of what a client has caused may be told now.
     NewsDue,
     /// The operator wants the process to end.
     Terminate,
+}
+
+impl Message {
+    /// Tells the actor that a client has come or gone, and waits until it has taken it, at most that
+    /// long: clients that come and go cannot fill its mailbox.
+    pub(crate) fn tell_present(actor: &ActorRef<Self>, present: bool, patience: Duration) {
+        let (told, wait) = sync_channel(1);
+        let cast = actor.cast(Self::ClientPresent(present, told));
+        if cast.is_err() || wait.recv_timeout(patience).is_err() {
+            tracing::debug!(present, "the control side did not take the client's coming or going");
+        }
+    }
 }
 
 /// Where the answer to a client goes. It has room for one, and the client may have stopped
@@ -331,6 +347,7 @@ impl<D: Device> State<D> {
                 // The transport may have stopped waiting.
                 let _ = told.try_send(());
             }
+            Message::DeviceFailed(why) => self.tell(DeviceEvent::Failed(why)),
             Message::NewsDue => self.news_due(),
             Message::Terminate => self.end(Ok(Ended::Terminated)),
         }

@@ -58,7 +58,7 @@ pub(crate) use raw::RawDevice;
 use crate::device::{DeviceInfo, StateVersion};
 use crate::interrupt::Interrupts;
 use crate::memory::MemoryMap;
-use crate::serve::Built;
+use crate::serve::{Built, vfio_user};
 use backend::{Inner, QuiesceHooks, StateHooks};
 use layout::Layout;
 use standstill_protocol::message::PeerDma;
@@ -222,7 +222,9 @@ impl<B: ServerBackend + Send + 'static> Foreign<B> {
         let inner = Inner::new(self.backend, layout, memory, interrupts, self.ram_only);
         let inner = Arc::new(inner);
         let device = ForeignDevice::new(Arc::clone(&inner), self.quiesce, self.state);
-        Ok(Built { device, info, raw: Some(inner) })
+        // A device that answers for itself writes alone.
+        let dirty_tracking = false;
+        Ok(Built { device, info, raw: Some(inner), dirty_tracking, transport: vfio_user() })
     }
 }
 

@@ -532,6 +532,12 @@ impl Gate {
         self.ram.leak();
     }
 
+    /// Whether it holds nobody back although it is closed.
+    #[cfg(feature = "fault-injection")]
+    pub(crate) fn leaks(&self) -> bool {
+        self.peer.is_closed() && !self.peer.holds_back()
+    }
+
     fn peer_in(&self, scope: Scope) -> Option<&InFlight> {
         matches!(scope, Scope::Peer | Scope::All).then_some(&self.peer)
     }

@@ -38,3 +38,7 @@ pub use serve::{ServeOptions, serve};
 #[cfg(doctest)]
 #[doc = include_str!("../../docs/writing-a-device.md")]
 struct WritingADevice;
+
+#[cfg(doctest)]
+#[doc = include_str!("../../docs/vhost-user.md")]
+struct VhostUserBackends;

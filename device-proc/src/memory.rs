@@ -489,6 +489,11 @@ impl MemoryMap {
         Ok(true)
     }
 
+    /// Whether a file was declared RAM.
+    pub(crate) fn is_declared(&self, file: FileIdentity) -> bool {
+        self.shared.changes().is_ram(file)
+    }
+
     /// The file behind the window that contains this address, if it has one, and what it is.
     pub(crate) fn behind(&self, iova: u64) -> Option<(Option<FileIdentity>, WindowClass)> {
         let window = self.shared.window_at(iova)?;

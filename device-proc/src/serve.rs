@@ -42,9 +42,11 @@
 
 #![forbid(unsafe_code)]
 
+mod data_socket;
 mod greeting;
 mod panics;
 
+pub(crate) use data_socket::DataSocket;
 pub use greeting::GreetingError;
 
 use crate::actor::control::Newcomer;
@@ -59,9 +61,9 @@ use crate::log::{self, LogFormat};
 use crate::memory::MemoryMap;
 use crate::vfio_user::ListenError;
 use crate::vfio_user::endpoint::Endpoint;
-use crate::vfio_user::listener::Listener;
 use crate::vfio_user::server;
-use ractor::{Actor, SpawnErr};
+use crate::vhost_user::{Backend, VhostUser};
+use ractor::{Actor, ActorRef, SpawnErr};
 use standstill_protocol::channel::{DeviceEnd, prefer_short_waits};
 use standstill_protocol::message::{Capabilities, MAX_FDS};
 use standstill_protocol::migration::MigrationFlags;
@@ -181,8 +183,13 @@ pub fn serve<D: Device>(
     build: impl FnOnce(Handles) -> Result<(D, DeviceInfo), DeviceError>,
 ) -> Result<(), ServeError> {
     serve_built(options, |handles, _memory| {
-        let (device, info) = build(handles)?;
-        Ok(Built { device, info, raw: None })
+        let interrupts = handles.interrupts.clone();
+        let (device, mut info) = build(handles)?;
+        // The gate gives every device the P2P states.
+        info.migration = with_p2p(info.migration);
+        interrupts.set_counts(info.irqs());
+        // The runtime marks what passes it.
+        Ok(Built { device, info, raw: None, dirty_tracking: true, transport: vfio_user() })
     })
 }
 
@@ -202,12 +209,39 @@ pub fn serve_backend<B: ServerBackend + Send + 'static>(
     })
 }
 
+/// Serves a backend of the `vhost-user-backend` crate as [`serve`] does a device; see
+/// [`vhost_user`](crate::vhost_user).
+///
+/// # Errors
+///
+/// [`ServeError`]; see [`ServeError::exit_code`].
+pub fn serve_vhost_user<B: Backend>(
+    options: ServeOptions,
+    build: impl FnOnce() -> Result<VhostUser<B>, DeviceError>,
+) -> Result<(), ServeError> {
+    serve_built(options, |_handles, memory| {
+        build()?.put_together(memory.clone()).map_err(DeviceError::new)
+    })
+}
+
+/// Starts what serves a device to its VMM, beside the actor.
+pub(crate) type Transport<D> =
+    Box<dyn FnOnce(DataSocket, Arc<Parts<D>>, ActorRef<Message>) -> io::Result<()>>;
+
+/// The transport of devices and of backends of the `vfio_user` crate.
+pub(crate) fn vfio_user<D: Device>() -> Transport<D> {
+    Box::new(|socket, parts, actor| server::start(socket.open()?, Endpoint::new(parts, actor)))
+}
+
 /// A device that is ready to be served.
 pub(crate) struct Built<D> {
     pub(crate) device: D,
     pub(crate) info: DeviceInfo,
     /// Answers for regions, windows and interrupts, if the device does so itself.
     pub(crate) raw: Option<Arc<dyn RawDevice>>,
+    /// Whether the runtime marks what it writes to guest RAM.
+    pub(crate) dirty_tracking: bool,
+    pub(crate) transport: Transport<D>,
 }
 
 fn serve_built<D: Device>(
@@ -233,12 +267,13 @@ fn listen_and_serve<D: Device>(
     control: Option<DeviceEnd>,
     build: impl FnOnce(Handles, &MemoryMap) -> Result<Built<D>, DeviceError>,
 ) -> Result<Ended, ServeError> {
-    let listener = Listener::bind(&options.socket)?;
+    let socket = DataSocket::bind(&options.socket)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .map_err(|error| ServeError::setup("tokio", error))?;
-    let served = greet_and_serve(&runtime, options, &listener, control, build);
+    let served = greet_and_serve(&runtime, options, &socket, control, build);
+    socket.end();
     // Threads of the device that block must not keep the process.
     runtime.shutdown_background();
     served
@@ -247,7 +282,7 @@ fn listen_and_serve<D: Device>(
 fn greet_and_serve<D: Device>(
     runtime: &Runtime,
     options: ServeOptions,
-    listener: &Listener,
+    socket: &DataSocket,
     control: Option<DeviceEnd>,
     build: impl FnOnce(Handles, &MemoryMap) -> Result<Built<D>, DeviceError>,
 ) -> Result<Ended, ServeError> {
@@ -257,23 +292,16 @@ fn greet_and_serve<D: Device>(
     let memory = MemoryMap::new(Arc::new(Gate::new()));
     let interrupts = Interrupts::new();
     let handles = Handles { dma: memory.dma(), interrupts: interrupts.clone() };
-    let Built { device, mut info, raw } = {
+    let Built { device, mut info, raw, dirty_tracking, transport } = {
         let _inside = runtime.enter();
         build(handles, &memory).map_err(ServeError::Build)?
     };
-    if raw.is_none() {
-        // The gate gives every device the P2P states.
-        info.migration = with_p2p(info.migration);
-        interrupts.set_counts(info.irqs());
-    }
     // Kept, and with them their locks, until the process ends.
     let backing_files = std::mem::take(&mut info.backing_files);
     if backing_files.len() > MAX_FDS {
         return Err(InfoError::BackingFiles(backing_files.len()).into());
     }
     let (migration, peer_dma) = (info.migration, info.peer_dma);
-    // The runtime marks what passes it, and a device that answers for itself writes alone.
-    let dirty_tracking = raw.is_none();
     let parts = Parts::new(device, info, memory, interrupts)?;
     let parts = Arc::new(match raw {
         Some(raw) => parts.with_raw(raw),
@@ -304,7 +332,8 @@ fn greet_and_serve<D: Device>(
             Some((newcomer, Arc::clone(&introduction)))
         }
     };
-    let outcome = runtime.block_on(run(Arc::clone(&parts), migration, control, listener))?;
+    let serving = run(Arc::clone(&parts), migration, control, socket, transport);
+    let outcome = runtime.block_on(serving)?;
     let ended = outcome?;
     let drain = match ended {
         Ended::Shutdown(grace) => (grace / 2).min(LAST_DRAIN),
@@ -321,7 +350,8 @@ async fn run<D: Device>(
     parts: Arc<Parts<D>>,
     migration: MigrationFlags,
     control: Option<(Newcomer, Arc<Introduction>)>,
-    listener: &Listener,
+    socket: &DataSocket,
+    transport: Transport<D>,
 ) -> Result<Outcome, ServeError> {
     let mut terminate =
         signal(SignalKind::terminate()).map_err(|error| ServeError::setup("SIGTERM", error))?;
@@ -330,8 +360,7 @@ async fn run<D: Device>(
     let (ended, mut outcome) = oneshot::channel();
     let arguments = Arguments { parts: Arc::clone(&parts), migration, control, ended };
     let (actor, mut gone) = Actor::spawn(None, DeviceActor(PhantomData), arguments).await?;
-    let socket = listener.fd().try_clone().map_err(|error| ServeError::setup("dup", error))?;
-    server::start(socket, Endpoint::new(parts, actor.clone()))
+    transport(socket.clone(), parts, actor.clone())
         .map_err(|error| ServeError::setup("the data socket's thread", error))?;
     loop {
         tokio::select! {

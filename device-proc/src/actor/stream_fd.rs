@@ -29,7 +29,7 @@ const PIPE_SIZE: usize = 1 << 20;
 
 /// Which way the bytes go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Direction {
+pub(crate) enum Direction {
     Save,
     Load,
 }

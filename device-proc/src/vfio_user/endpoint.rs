@@ -98,13 +98,8 @@ impl<D: Device> Endpoint<D> {
         self.tell_present(false);
     }
 
-    /// Waits until the actor has taken it: clients that come and go cannot fill its mailbox.
     fn tell_present(&self, present: bool) {
-        let (told, wait) = sync_channel(1);
-        let cast = self.actor.cast(Message::ClientPresent(present, told));
-        if cast.is_err() || wait.recv_timeout(LONGEST_WAIT).is_err() {
-            debug!(present, "the control side did not take the client's coming or going");
-        }
+        Message::tell_present(&self.actor, present, LONGEST_WAIT);
     }
 
     /// Leave to touch the BARs, unless the device is stopped. Never waits.

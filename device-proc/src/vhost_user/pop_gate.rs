@@ -2,7 +2,7 @@
 
 use crate::gate::{Age, InFlight};
 use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 /// What every pop from a ring passes, for all rings of a device.
@@ -41,6 +41,11 @@ struct Gates {
     queues: Box<[Arc<Queue>]>,
     /// Why it is closed: a bit for each [`Hold`].
     holds: Mutex<u8>,
+    /// Wakes [`wait_open`](PopGate::wait_open).
+    changed: Condvar,
+    /// The gate of the device's DMA, which can be told to hold nobody back.
+    #[cfg(feature = "fault-injection")]
+    dma: std::sync::OnceLock<Arc<crate::gate::Gate>>,
 }
 
 /// One ring's count. Rings are served by threads of their own, so that no two share a cache line.
@@ -54,6 +59,14 @@ struct Queue(InFlight);
 pub(crate) enum Hold {
     /// The device is stopped, or about to be.
     Stopped = 1,
+    /// The backend cannot go on.
+    Failed = 2,
+    /// The device is being reset.
+    Resetting = 4,
+    /// The frontend has gone, and what it had asked for comes to its end.
+    Leaving = 8,
+    /// The threads that served it are to end.
+    Exiting = 16,
 }
 
 impl PopGate {
@@ -61,7 +74,13 @@ impl PopGate {
     #[must_use]
     pub fn new(queues: usize) -> Self {
         let queues = (0..queues).map(|_| Arc::default()).collect();
-        Self(Arc::new(Gates { queues, holds: Mutex::new(0) }))
+        Self(Arc::new(Gates {
+            queues,
+            holds: Mutex::new(0),
+            changed: Condvar::new(),
+            #[cfg(feature = "fault-injection")]
+            dma: std::sync::OnceLock::new(),
+        }))
     }
 
     /// Leave to take one request (or one batch of them) out of this queue's ring. `None` if the gate
@@ -72,8 +91,24 @@ impl PopGate {
     #[must_use]
     pub fn enter(&self, queue: usize) -> Option<Popped> {
         let queue = self.0.queues.get(queue)?;
-        let age = queue.0.try_count_up()?;
-        Some(Popped { queue: Arc::clone(queue), age })
+        #[cfg(feature = "fault-injection")]
+        crate::fault::reach(standstill_protocol::fault::Point::Dma);
+        let entered = queue.0.try_count_up();
+        #[cfg(feature = "fault-injection")]
+        let (queue, entered) = match entered {
+            None => (self.leak()?, Some(Age::Even)),
+            entered => (queue, entered),
+        };
+        let popped = Popped { age: entered?, queue: Arc::clone(queue) };
+        #[cfg(feature = "fault-injection")]
+        crate::fault::reach(standstill_protocol::fault::Point::DmaInFlight);
+        Some(popped)
+    }
+
+    /// For how many queues it is.
+    #[must_use]
+    pub fn queues(&self) -> usize {
+        self.0.queues.len()
     }
 
     /// Gives out no more leave to pop. Those given out already stay valid: wait for them with
@@ -138,6 +173,7 @@ impl PopGate {
         for queue in &self.0.queues {
             queue.0.close();
         }
+        self.0.changed.notify_all();
     }
 
     /// That reason is gone. Returns whether it is open now.
@@ -150,11 +186,47 @@ impl PopGate {
         for queue in &self.0.queues {
             queue.0.open();
         }
+        self.0.changed.notify_all();
+        true
+    }
+
+    /// Whether it is closed for that reason, and maybe others.
+    pub(crate) fn is_held(&self, reason: Hold) -> bool {
+        *self.holds() & reason as u8 != 0
+    }
+
+    /// Blocks the calling OS thread while it is closed; returns false if that is so since the threads
+    /// are to end.
+    pub(crate) fn wait_open(&self) -> bool {
+        let mut holds = self.holds();
+        while *holds != 0 {
+            if *holds & Hold::Exiting as u8 != 0 {
+                return false;
+            }
+            holds = self.0.changed.wait(holds).unwrap_or_else(PoisonError::into_inner);
+        }
         true
     }
 
     fn holds(&self) -> MutexGuard<'_, u8> {
         self.0.holds.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What a gate should never do.
+#[cfg(feature = "fault-injection")]
+impl PopGate {
+    /// Holds nobody back when the gate of the device's DMA is told to.
+    pub(crate) fn leaks_with(&self, dma: &Arc<crate::gate::Gate>) {
+        // There is one device in a process.
+        let _ = self.0.dma.set(Arc::clone(dma));
+    }
+
+    /// A queue that nobody waits for, if leave is given although the gate is closed.
+    fn leak(&self) -> Option<&'static Arc<Queue>> {
+        static UNCOUNTED: std::sync::LazyLock<Arc<Queue>> = std::sync::LazyLock::new(Arc::default);
+        let leaks = self.0.dma.get().is_some_and(|dma| dma.leaks());
+        (leaks && UNCOUNTED.0.try_count_up().is_some()).then_some(&UNCOUNTED)
     }
 }
 

@@ -18,6 +18,7 @@ mod greeting;
 mod revoke;
 mod state;
 mod takeover;
+mod vhost;
 
 /// Not a test: what a stranger of these tests does. Without its variable it is empty.
 #[test]

@@ -16,7 +16,7 @@
 //! after the stop, `pci:NUMBER` gives it another device id, `version:NUMBER` its state another major
 //! version, `memory:PATH` another file of memory, `pre-copy` the PRE_COPY states.
 
-use crate::foreign;
+use crate::{foreign, vhost};
 use standstill_device_proc::device::{
     AccessError, Bar, BarBacking, Device, DeviceError, DeviceInfo, Handles, Moment, PciIdentity,
     Progress, StateVersion,
@@ -57,6 +57,10 @@ pub(crate) fn run(socket: &str) -> ! {
     let script = std::env::var(SCRIPT_VARIABLE).unwrap_or_default();
     if let Some(script) = script.strip_prefix(foreign::SCRIPT) {
         let served = foreign::run(socket, &script.split_whitespace().collect::<Vec<_>>());
+        std::process::exit(served.map_or_else(|error| error.exit_code().into(), |()| 0));
+    }
+    if let Some(script) = script.strip_prefix(vhost::SCRIPT) {
+        let served = vhost::run(socket, &script.split_whitespace().collect::<Vec<_>>());
         std::process::exit(served.map_or_else(|error| error.exit_code().into(), |()| 0));
     }
     let script: Vec<_> = script.split_whitespace().map(String::from).collect();

@@ -1,0 +1,390 @@
+//! The rings of a device, as far as the runtime has to know them: which are started, where they are in
+//! memory, and what is to be saved of them.
+//!
+//! A ring is started when the frontend says so, but the crate tells that only by the first event of it
+//! ([`Rings::start`]). It is stopped by `GET_VRING_BASE`, by a reset or by the end of the connection.
+//!
+//! # In the middle of an event
+//!
+//! A backend without permits of its own takes what it finds, request by request or batch by batch, and
+//! under a guest that always has another request it may never come to the end of an event. So when the
+//! device is to rest, and while some event goes on, the started rings are made not ready, as
+//! `GET_VRING_BASE` does it: then nothing can be taken out of them ([`Rings::close`]). They are made
+//! ready again as soon as nothing is in flight, since the crate looks at that when the frontend changes
+//! something: a `SET_VRING_ENABLE` that comes in between would leave the ring without its kicks.
+//!
+//! That takes the lock of each ring, which a backend may hold throughout an event. So it is done on
+//! a thread that may wait, and that finds out there whether it is still wanted.
+
+#![forbid(unsafe_code)]
+
+use super::kick::kick;
+use super::state::{SavedRing, Start, StartError, StateError};
+use super::{Backend, Memory};
+use crate::device::Progress;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use vhost_user_backend::VringT;
+use virtio_queue::QueueT;
+use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
+use vmm_sys_util::event::EventConsumer;
+
+/// All rings of a device, and which of them are closed in the middle of an event.
+pub(super) struct Rings<B: Backend> {
+    /// By queue number.
+    all: Vec<Ring<B>>,
+    /// Counts the changes of whether they are to be closed; odd while they are.
+    rests: AtomicU64,
+    /// Queues whose rings were made not ready here. Held while waiting for the lock of a ring: never
+    /// taken by the control thread while something is in flight.
+    closed: Mutex<Vec<usize>>,
+}
+
+struct Ring<B: Backend> {
+    /// Its first event since the frontend has started it was seen.
+    started: AtomicBool,
+    /// The guest is to be signalled at the next event: it may have missed a signal.
+    signal_due: AtomicBool,
+    state: Mutex<RingState<B>>,
+}
+
+struct RingState<B: Backend> {
+    /// The present connection's.
+    vring: Option<B::Vring>,
+    /// Where it is in memory, while it is started.
+    place: Option<Place<B>>,
+    /// As it was at the end of the last connection, or in the state that was loaded.
+    last: SavedRing,
+    /// How the frontend must start it: it was loaded so, with these features accepted.
+    expected: Option<(SavedRing, u64)>,
+    /// It was not started, and that was told.
+    refused: bool,
+}
+
+struct Place<B: Backend> {
+    memory: Memory<B>,
+    avail: u64,
+    used: u64,
+}
+
+impl<B: Backend> Place<B> {
+    /// The two indexes that driver and device have published. `None` if the memory has gone.
+    fn indexes(&self) -> Option<(u16, u16)> {
+        let memory = self.memory.memory();
+        let index = |ring: u64| {
+            let at = GuestAddress(ring.checked_add(2)?);
+            memory.load(at, Ordering::Acquire).ok().map(u16::from_le)
+        };
+        Some((index(self.avail)?, index(self.used)?))
+    }
+}
+
+/// What came of the first event of a ring.
+#[derive(Debug)]
+pub(super) enum Started {
+    /// It is started. If the frontend has set another index than the one at which it goes on, that.
+    Yes(Option<u16>),
+    /// The frontend has not started it yet, or stopped it already.
+    NotReady,
+    /// It cannot be served; `true` the first time that this is found.
+    Refused(StartError, bool),
+}
+
+impl<B: Backend> Rings<B> {
+    pub(super) fn new(queues: usize) -> Self {
+        let ring = || Ring {
+            started: AtomicBool::new(false),
+            signal_due: AtomicBool::new(false),
+            state: Mutex::new(RingState {
+                vring: None,
+                place: None,
+                last: SavedRing::default(),
+                expected: None,
+                refused: false,
+            }),
+        };
+        let all = (0..queues).map(|_| ring()).collect();
+        Self { all, rests: AtomicU64::new(0), closed: Mutex::default() }
+    }
+
+    #[inline]
+    pub(super) fn is_started(&self, queue: usize) -> bool {
+        self.all.get(queue).is_some_and(|ring| ring.started.load(Ordering::Acquire))
+    }
+
+    pub(super) fn any_started(&self) -> bool {
+        (0..self.all.len()).any(|queue| self.is_started(queue))
+    }
+
+    /// The first event of a ring that is not started as far as is known. Called by the thread that
+    /// serves it.
+    pub(super) fn start(
+        &self,
+        queue: usize,
+        vring: &B::Vring,
+        memory: &Memory<B>,
+        accepted: u64,
+        completes_in_order: bool,
+    ) -> Started {
+        let Some(ring) = self.all.get(queue) else { return Started::NotReady };
+        let found = {
+            let vring = vring.get_ref();
+            let queue = vring.get_queue();
+            if !queue.ready() || !vring.is_enabled() {
+                return Started::NotReady;
+            }
+            let in_memory = queue.is_valid(&*memory.memory());
+            in_memory.then(|| queue.state())
+        };
+        let mut state = ring.state();
+        let checked = match found {
+            None => Err(StartError::Memory),
+            Some(found) => {
+                let start = Start {
+                    size: found.size,
+                    next_avail: found.next_avail,
+                    next_used: found.next_used,
+                    accepted,
+                };
+                let expected = state.expected.as_ref().map(|(ring, features)| (ring, *features));
+                start.check(expected, completes_in_order).map(|at| (found, at))
+            }
+        };
+        let (found, at) = match checked {
+            Ok(both) => both,
+            Err(error) => {
+                let is_news = !std::mem::replace(&mut state.refused, true);
+                return Started::Refused(error, is_news);
+            }
+        };
+        let moved = (at != found.next_avail).then_some(found.next_avail);
+        if moved.is_some() {
+            vring.set_queue_next_avail(at);
+        }
+        state.vring = Some(vring.clone());
+        state.expected = None;
+        state.refused = false;
+        let (avail, used) = (found.avail_ring, found.used_ring);
+        state.place = Some(Place { memory: memory.clone(), avail, used });
+        ring.signal_due.store(true, Ordering::Relaxed);
+        ring.started.store(true, Ordering::Release);
+        Started::Yes(moved)
+    }
+
+    /// The frontend has stopped a ring. Whatever is in flight there still is.
+    pub(super) fn stopped(&self, queue: usize) {
+        let Some(ring) = self.all.get(queue) else { return };
+        let mut closed = self.closed();
+        closed.retain(|closed| *closed != queue);
+        ring.stopped(&mut ring.state());
+        let vring = ring.state().vring.clone();
+        if let Some(vring) = vring {
+            // It may have been made ready here after the crate had stopped it.
+            vring.set_queue_ready(false);
+        }
+    }
+
+    /// From now on nothing more is to be taken out of the rings, by whoever is in the middle of an event
+    /// either. What it returns is for [`close`](Self::close). Never waits.
+    pub(super) fn begin_rest(&self) -> u64 {
+        let next = |rests: u64| if rests.is_multiple_of(2) { rests + 1 } else { rests + 2 };
+        let updated =
+            self.rests.fetch_update(Ordering::AcqRel, Ordering::Acquire, |rests| Some(next(rests)));
+        updated.map_or(1, next)
+    }
+
+    /// That has ended; [`open`](Self::open) does the rest. Never waits.
+    pub(super) fn end_rest(&self) {
+        let next = |rests: u64| Some(rests + rests % 2);
+        // It always gives something.
+        let _ = self.rests.fetch_update(Ordering::AcqRel, Ordering::Acquire, next);
+    }
+
+    /// Makes the started rings not ready, as long as that rest goes on. May wait for the end of an event.
+    pub(super) fn close(&self, rest: u64) {
+        let mut closed = self.closed();
+        for (queue, ring) in self.all.iter().enumerate() {
+            let vring = ring.state().vring.clone();
+            let Some(vring) = vring.filter(|_| self.is_started(queue)) else { continue };
+            if self.rests.load(Ordering::Acquire) != rest {
+                return;
+            }
+            vring.set_queue_ready(false);
+            closed.push(queue);
+        }
+    }
+
+    /// Makes the rings ready that were closed, unless another rest has begun. May wait for the end of an
+    /// event, if one goes on.
+    pub(super) fn open(&self) {
+        let mut closed = self.closed();
+        if self.rests.load(Ordering::Acquire) % 2 == 1 {
+            return;
+        }
+        for queue in closed.drain(..) {
+            let vring = self.all.get(queue).and_then(|ring| ring.state().vring.clone());
+            if let Some(vring) = vring.filter(|_| self.is_started(queue)) {
+                vring.set_queue_ready(true);
+            }
+        }
+    }
+
+    fn closed(&self) -> MutexGuard<'_, Vec<usize>> {
+        self.closed.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The frontend has reset the device: it starts its rings over, wherever it likes.
+    pub(super) fn reset(&self) {
+        self.closed().clear();
+        for ring in &self.all {
+            let mut state = ring.state();
+            ring.stopped(&mut state);
+            state.expected = None;
+            state.last = SavedRing::default();
+        }
+    }
+
+    /// The coordinator has reset the device: its rings are the frontend's and stay as they are.
+    pub(super) fn expect_nothing(&self) {
+        for ring in &self.all {
+            ring.state().expected = None;
+        }
+    }
+
+    /// The connection has ended, and nothing is in flight.
+    pub(super) fn disconnected(&self) {
+        self.closed().clear();
+        for ring in &self.all {
+            let mut state = ring.state();
+            ring.stopped(&mut state);
+            if let Some(vring) = state.vring.take() {
+                state.last = SavedRing::of(&vring.get_ref().get_queue().state());
+            }
+        }
+    }
+
+    /// The guest is to be signalled at the next event of each ring.
+    pub(super) fn want_signals(&self) {
+        for ring in &self.all {
+            ring.signal_due.store(true, Ordering::Release);
+        }
+    }
+
+    /// Whether the guest is to be signalled.
+    #[inline]
+    pub(super) fn is_signal_due(&self, queue: usize) -> bool {
+        self.all.get(queue).is_some_and(|ring| ring.signal_due.load(Ordering::Acquire))
+    }
+
+    /// The same, for who does it.
+    pub(super) fn take_signal(&self, queue: usize) -> bool {
+        self.all.get(queue).is_some_and(|ring| ring.signal_due.swap(false, Ordering::AcqRel))
+    }
+
+    /// What every started ring is to be kicked by, whether or not there is something in it. Waits for a
+    /// thread that has locked its ring.
+    pub(super) fn kicks(&self) -> Kicks {
+        let mut kicks = Vec::new();
+        for (queue, ring) in self.all.iter().enumerate() {
+            let vring = ring.state().vring.clone();
+            let Some(vring) = vring.filter(|_| self.is_started(queue)) else { continue };
+            let duplicate = vring.get_ref().get_kick().as_ref().map(EventConsumer::try_clone);
+            match duplicate {
+                Some(Ok(eventfd)) => kicks.push((queue, eventfd)),
+                Some(Err(error)) => not_kicked(queue, &error),
+                None => {}
+            }
+        }
+        Kicks(kicks)
+    }
+
+    /// What is to be saved. Nothing is in flight.
+    pub(super) fn save(&self) -> Vec<SavedRing> {
+        let save = |ring: &Ring<B>| {
+            let state = ring.state();
+            match (&state.vring, &state.expected) {
+                (Some(vring), None) => SavedRing::of(&vring.get_ref().get_queue().state()),
+                (_, Some((expected, _))) => *expected,
+                (None, None) => state.last,
+            }
+        };
+        self.all.iter().map(save).collect()
+    }
+
+    /// Whether rings that the frontend has started already are as they were saved.
+    pub(super) fn check_started(
+        &self,
+        saved: &[SavedRing],
+        accepted: u64,
+        now: u64,
+    ) -> Result<(), StateError> {
+        for (queue, (ring, saved)) in self.all.iter().zip(saved).enumerate() {
+            let state = ring.state();
+            let Some(vring) = state.vring.as_ref().filter(|_| self.is_started(queue)) else {
+                continue;
+            };
+            let found = vring.get_ref().get_queue().state();
+            let start = Start {
+                size: found.size,
+                next_avail: found.next_avail,
+                next_used: found.next_used,
+                accepted: now,
+            };
+            let checked = start.check(saved.used.then_some((saved, accepted)), false);
+            checked.map_err(|source| StateError::Start { queue, source })?;
+        }
+        Ok(())
+    }
+
+    /// From now on the frontend must start its rings so.
+    pub(super) fn load(&self, saved: &[SavedRing], accepted: u64) {
+        for (queue, (ring, saved)) in self.all.iter().zip(saved).enumerate() {
+            let is_started = self.is_started(queue);
+            let mut state = ring.state();
+            state.last = *saved;
+            // One that is started was looked at.
+            state.expected = (saved.used && !is_started).then_some((*saved, accepted));
+        }
+    }
+
+    /// How far the rings are that `is_watched`: entries used, and whether some are left.
+    pub(super) fn progress(&self, is_watched: impl Fn(usize) -> bool) -> Progress {
+        let mut progress = Progress::default();
+        for (queue, ring) in self.all.iter().enumerate() {
+            let indexes = ring.state().place.as_ref().and_then(Place::indexes);
+            let Some((avail, used)) = indexes else { continue };
+            progress.done = progress.done.wrapping_add(used.into());
+            progress.pending |= avail != used && is_watched(queue);
+        }
+        progress
+    }
+}
+
+/// The kick eventfds of the rings that were started.
+pub(super) struct Kicks(Vec<(usize, EventConsumer)>);
+
+impl Kicks {
+    /// Kicks them all. Never waits.
+    pub(super) fn give(self) {
+        for (queue, eventfd) in self.0 {
+            kick(&eventfd).unwrap_or_else(|error| not_kicked(queue, &error));
+        }
+    }
+}
+
+fn not_kicked(queue: usize, error: &std::io::Error) {
+    tracing::error!(%error, queue, "a ring is not kicked: what is in it waits");
+}
+
+impl<B: Backend> Ring<B> {
+    /// Held for moments only: no lock of a ring is waited for with it.
+    fn state(&self) -> MutexGuard<'_, RingState<B>> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn stopped(&self, state: &mut RingState<B>) {
+        self.started.store(false, Ordering::Release);
+        state.place = None;
+        state.refused = false;
+    }
+}
