@@ -114,6 +114,14 @@ pub struct Latched {
     pub msi: Vec<u16>,
 }
 
+impl Latched {
+    /// Whether each vector is there once, in its place: there is one way to write the same.
+    pub(crate) fn is_in_order(&self) -> bool {
+        let ascend = |vectors: &[u16]| vectors.is_sorted_by(|one, next| one < next);
+        ascend(&self.msix) && ascend(&self.msi)
+    }
+}
+
 /// Saved interrupts that this device does not have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 #[error("interrupt {vector} of index {index:?}: this device has {vectors}")]

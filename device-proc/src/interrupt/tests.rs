@@ -81,6 +81,16 @@ async fn a_frozen_vector_is_latched_and_raised_on_the_eventfd_installed_at_the_t
     assert_eq!(interrupts.raised(), 2);
 }
 
+#[test]
+fn vectors_are_there_once_and_in_order() {
+    let latched =
+        |msix: &[u16], msi: &[u16]| Latched { intx: false, msix: msix.to_vec(), msi: msi.to_vec() };
+    assert!(Latched::default().is_in_order() && latched(&[0, 2, 3], &[1]).is_in_order());
+    for bad in [latched(&[2, 2], &[]), latched(&[3, 2], &[]), latched(&[], &[1, 0])] {
+        assert!(!bad.is_in_order(), "{bad:?}");
+    }
+}
+
 #[tokio::test]
 async fn what_was_latched_is_restored_in_another_process() {
     let source = device();

@@ -38,7 +38,7 @@ impl Session {
     /// A device that has been started, with a client that has said nothing yet.
     #[must_use]
     pub fn begin() -> Self {
-        let rig = Rig::with_flags(MigrationFlags::STOP_COPY_P2P);
+        let rig = Rig::with_flags(MigrationFlags::ALL);
         let client = rig.connect();
         Self { client, rig, replies: replies(), epoch: 1, stopped: false }
     }

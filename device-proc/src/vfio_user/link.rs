@@ -12,6 +12,7 @@ use rustix::net::{
     SendAncillaryMessage, SendFlags, Shutdown, recvmsg, send, sendmsg, shutdown,
 };
 use standstill_vfio_user::framing::{Framer, FramingLimits};
+use standstill_vfio_user::wire::MAX_MSG_FDS;
 use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -19,8 +20,11 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use thiserror::Error;
 
-/// The most fds that can come with one message, and go with one.
+/// The most fds that can come with one message.
 pub(super) const MAX_FDS: usize = 16;
+
+/// The most fds that can go with one: the kernel's limit, which no client's is above.
+const MOST_FDS: usize = MAX_MSG_FDS as usize;
 
 /// How long a client that reads nothing is waited for, since it last read something: it waits no longer
 /// for its replies itself.
@@ -259,7 +263,7 @@ impl Outgoing {
         if fds.is_empty() {
             return send(&self.socket, bytes, flags);
         }
-        let mut room = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
+        let mut room = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_FDS))];
         let mut control = SendAncillaryBuffer::new(&mut room);
         if !control.push(SendAncillaryMessage::ScmRights(fds)) {
             return Err(Errno::TOOBIG);

@@ -272,6 +272,7 @@ impl<'a, D: Device> Session<'a, D> {
             Request::GetIrqInfo(query) => self.irq_info(header, query, reply)?,
             Request::MigDataRead(asked) => self.migration_read(header, asked, reply)?,
             Request::MigDataWrite(data) => {
+                self.endpoint.check_migration()?;
                 self.endpoint.migration_write(data)?;
                 reply.set(header, |_| ());
             }

@@ -12,6 +12,8 @@ use standstill_protocol::message::{
     RefusalKind, Term,
 };
 use standstill_protocol::migration::{MigrationFlags, MigrationState as S};
+use standstill_vfio_user::client::{self, StateStreamError};
+use standstill_vfio_user::wire::{DmaMap, Errno};
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::fd::AsFd;
@@ -287,4 +289,29 @@ fn a_state_goes_from_one_process_to_another_if_there_is_one() {
     assert_eq!(client.read_u32(BAR, NUMBER), Ok(4711));
     client.reset().unwrap();
     assert_eq!(client.read_u32(BAR, NUMBER), Ok(0));
+}
+
+#[test]
+fn what_a_backend_cannot_do_is_said_and_no_wrong_answer_is_given() {
+    let device = Device::welcomed("foreign ram-only");
+    let client = client::Client::builder().connect(device.socket()).unwrap();
+    let refused = |result: Result<(), client::ClientError>| result.unwrap_err().errno();
+    let unsupported = Some(Errno::EOPNOTSUPP);
+    assert_eq!(refused(client.migration_state().map(|_| ())), unsupported);
+    assert_eq!(refused(client.state_size().map(|_| ())), unsupported);
+    assert_eq!(refused(client.start_dirty_log(4096, &[]).map(|_| ())), unsupported);
+    let state = client.set_migration_state(S::Stop).unwrap_err();
+    assert_eq!(state.source.errno(), unsupported);
+    let map = DmaMap { flags: 3, offset: 0, iova: 0x1000, size: 0x1000 };
+    let ram = tempfile::tempfile().unwrap();
+    ram.set_len(0x1000).unwrap();
+    client.dma_map(&map, Some(ram.as_fd())).unwrap();
+    assert_eq!(refused(client.dma_unmap_dirty(0x1000, 0x1000, 4096).map(|_| ())), unsupported);
+    client.dma_unmap(0x1000, 0x1000).unwrap();
+    let stream = client.read_state(&mut Vec::new(), 1 << 20).unwrap_err();
+    let StateStreamError::Client { source, .. } = stream else { panic!("{stream:?}") };
+    assert_eq!(source.errno(), unsupported);
+    let stream = client.write_state(&mut &b"a state"[..]).unwrap_err();
+    let StateStreamError::Client { source, .. } = stream else { panic!("{stream:?}") };
+    assert_eq!(source.errno(), unsupported);
 }

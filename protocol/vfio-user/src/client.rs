@@ -233,8 +233,16 @@ fn negotiate(
         let (major, minor) = (version.major, version.minor);
         return Err(ConnectError::Version { major, minor });
     }
-    if version.capabilities.max_data_xfer_size() == 0 {
+    let theirs = &version.capabilities;
+    if theirs.max_data_xfer_size() == 0 {
         return Err(ConnectError::NoData);
+    }
+    // Its commands would come where nobody listens.
+    if theirs.twin_socket.as_ref().is_some_and(|twin| twin.supported) {
+        return Err(ConnectError::NotOffered("a twin socket"));
+    }
+    if theirs.write_multiple() && !ours.capabilities.write_multiple() {
+        return Err(ConnectError::NotOffered("several writes in one message"));
     }
     Ok(version)
 }

@@ -11,6 +11,7 @@
 //! those are closed.
 //!
 //! ```
+//! use standstill_vfio_user::Deadline;
 //! use standstill_vfio_user::connection::connect;
 //! use standstill_vfio_user::framing::FramingLimits;
 //! use standstill_vfio_user::wire::{Command, Header};
@@ -22,7 +23,7 @@
 //! let limits = FramingLimits { max_message: 4096, max_fds: 1 };
 //! let (_, mut client) = connect(client, limits)?;
 //! let (mut server, _) = connect(server, limits)?;
-//! let deadline = Some(Instant::now() + Duration::from_secs(1));
+//! let deadline = Deadline::within(Duration::from_secs(1));
 //! client.send(&Header::command(1, Command::Reset), &[], &[], deadline, |_body| ())?;
 //! let message = server.receive(deadline)?;
 //! assert_eq!(message.header.command, Command::Reset.number());

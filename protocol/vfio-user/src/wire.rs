@@ -50,6 +50,7 @@ mod tests;
 pub use access::{RegionAccess, SmallWrite, WriteMulti};
 pub use bitmap::{PageBitmap, bitmap_size};
 pub use command::Command;
+pub(crate) use dma::MAX_BITMAP_ARGSZ;
 pub use dma::{
     DMA_BY_FILE, DMA_BY_MMAP, DMA_READABLE, DMA_WRITABLE, DmaAccess, DmaMap, DmaUnmap, Unmap,
 };

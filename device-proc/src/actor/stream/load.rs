@@ -7,6 +7,7 @@ use super::format::{
 use super::{StreamError, identity, memory_bars};
 use crate::actor::parts::Parts;
 use crate::device::{Device, DeviceError, Pass};
+use crate::interrupt::Latched;
 use std::io::{self, ErrorKind, Read};
 use std::os::fd::OwnedFd;
 
@@ -58,8 +59,11 @@ pub(crate) fn load<D: Device>(parts: &Parts<D>, from: impl Read) -> Result<(), S
         let expected = MOST_INTERRUPTS as u64;
         return Err(StreamError::TooLong { section: Tag::INTERRUPTS, expected });
     }
-    let latched = standstill_protocol::codec::decode_state(latched)
+    let latched: Latched = standstill_protocol::codec::decode_state(latched)
         .map_err(|error| StreamError::Interrupts(error.to_string()))?;
+    if !latched.is_in_order() {
+        return Err(StreamError::Interrupts("vectors twice, or out of their order".into()));
+    }
     stream.expect(Tag::DEVICE)?;
     stream.section(newer_device, |section| parts.device.load(section))?;
     stream.end()?;

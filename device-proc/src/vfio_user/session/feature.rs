@@ -83,6 +83,7 @@ impl<'a, D: Device> Session<'a, D> {
         asked: MigData,
         reply: &mut Reply<'a>,
     ) -> Result<(), Errno> {
+        self.endpoint.check_migration()?;
         // At most what was agreed on.
         let count = usize::try_from(asked.size).map_err(|_| Errno::INVAL)?;
         let mut read = Ok(0);

@@ -138,6 +138,9 @@ pub enum ConnectError {
     /// The server takes or gives no data at all (`max_data_xfer_size` is 0).
     #[error("the server says that no byte of data fits a message: max_data_xfer_size is 0")]
     NoData,
+    /// The server agrees to what was not offered.
+    #[error("the server agrees to {0}, which was not offered")]
+    NotOffered(&'static str),
     /// The server speaks another version.
     #[error("the server answers with version {major}.{minor}")]
     Version {

@@ -1,7 +1,9 @@
 //! The memory that the device can reach.
 
 use super::{Client, ClientError};
-use crate::wire::{Command, DmaMap, DmaUnmap, PageBitmap, Unmap, WireError, bitmap_size};
+use crate::wire::{
+    Command, DmaMap, DmaUnmap, MAX_BITMAP_ARGSZ, PageBitmap, Unmap, WireError, bitmap_size,
+};
 use std::os::fd::BorrowedFd;
 
 const UNMAP: Command = Command::DmaUnmap;
@@ -58,9 +60,11 @@ impl Client {
         size: u64,
         page_size: u64,
     ) -> Result<PageBitmap, ClientError> {
-        let (count, limit) = (bitmap_size(size, page_size), self.max_data_xfer_size());
+        // Servers refuse an `argsz` above that, whatever was agreed.
+        let limit = self.max_data_xfer_size().min(MAX_BITMAP_ARGSZ - BITMAP_AT);
+        let count = bitmap_size(size, page_size);
         let argsz = u32::try_from(count).ok().filter(|count| *count <= limit);
-        let argsz = argsz.and_then(|count| count.checked_add(BITMAP_AT));
+        let argsz = argsz.map(|count| count + BITMAP_AT);
         let too_long = WireError::TooLong { what: UNMAP.name(), count, limit: limit.into() };
         let argsz = argsz.ok_or_else(|| request(too_long))?;
         // Judged before it is sent.

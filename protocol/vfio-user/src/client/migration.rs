@@ -41,7 +41,7 @@ impl Client {
     ///
     /// # Errors
     ///
-    /// [`ClientError`]; EINVAL from a server that cannot migrate.
+    /// [`ClientError`]; EOPNOTSUPP or EINVAL from a server that cannot migrate.
     pub fn migration_flags(&self) -> Result<MigrationFlags, ClientError> {
         self.feature(&Feature::GetMigration, decode_flags_reply)
     }
@@ -72,7 +72,7 @@ impl Client {
     ///
     /// # Errors
     ///
-    /// [`ClientError`]; EINVAL from a server that does not have this.
+    /// [`ClientError`]; EOPNOTSUPP or EINVAL from a server that does not have this.
     pub fn state_size(&self) -> Result<u64, ClientError> {
         self.feature(&Feature::GetDataSize, decode_data_size_reply)
     }

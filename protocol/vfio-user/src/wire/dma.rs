@@ -108,7 +108,7 @@ pub enum Unmap {
 }
 
 /// The largest `argsz` that a request for a bitmap may have, as libvfio-user has it.
-const MAX_BITMAP_ARGSZ: u32 = 1 << 20;
+pub(crate) const MAX_BITMAP_ARGSZ: u32 = 1 << 20;
 
 impl DmaUnmap {
     /// Size of the body without a bitmap, in bytes.

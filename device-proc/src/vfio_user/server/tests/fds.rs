@@ -2,11 +2,18 @@
 
 use super::client::{Client, message};
 use super::edge::{NO_LEASE, bells, rang, ring, until};
+use crate::edge::Station;
 use crate::fields;
+use crate::vfio_user::link::Outgoing;
 use crate::vfio_user::rig::{Deed, Rig};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
+use std::io::IoSliceMut;
+use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 const DMA_MAP: u16 = 2;
 const GET_INFO: u16 = 4;
@@ -43,6 +50,27 @@ fn fds_of_messages_that_are_refused_are_closed() {
     assert!(client.read(7, 0).is_ok());
     assert_eq!(count(&name), 1, "only ours is left");
     drop(client);
+}
+
+#[test]
+fn replies_carry_as_many_fds_as_any_client_takes() {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let outgoing = Outgoing::new(Arc::new(ours.into()), Station::new().unwrap());
+    let file = tempfile::tempfile().unwrap();
+    for count in [1, 17, 64, 253] {
+        let fds = vec![file.as_fd(); count];
+        outgoing.send(&message(1, GET_INFO, 1, &[]), &fds).unwrap();
+        let mut room = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(253))];
+        let mut control = RecvAncillaryBuffer::new(&mut room);
+        let mut bytes = [0; 64];
+        let into = &mut [IoSliceMut::new(&mut bytes)];
+        recvmsg(&theirs, into, &mut control, RecvFlags::CMSG_CLOEXEC).unwrap();
+        let came = control.drain().map(|message| match message {
+            RecvAncillaryMessage::ScmRights(fds) => fds.count(),
+            _ => 0,
+        });
+        assert_eq!(came.sum::<usize>(), count);
+    }
 }
 
 /// What the kernel calls an eventfd, whoever has an fd of it.

@@ -180,7 +180,7 @@ fn the_stream_is_read_and_written_in_its_states_alone_and_within_limits() {
 }
 
 #[test]
-fn a_state_is_read_in_one_process_and_written_in_another() {
+fn a_state_is_read_from_one_device_and_written_to_another() {
     let source = Rig::with_flags(MigrationFlags::ALL);
     let mut client = Client::greeted(source.connect());
     for offset in (0..MEMORY_SIZE).step_by(4096) {
@@ -207,7 +207,13 @@ fn a_state_is_read_in_one_process_and_written_in_another() {
 
 #[test]
 fn a_bad_stream_is_found_at_the_end_of_resuming_and_a_reset_leads_out_of_error() {
-    let rig = Rig::new();
+    for flags in FLAGS {
+        a_bad_stream_with(flags);
+    }
+}
+
+fn a_bad_stream_with(flags: MigrationFlags) {
+    let rig = Rig::with_flags(flags);
     let mut client = Client::greeted(rig.connect());
     set(&mut client, S::StopCopy).unwrap();
     let saved = save(&mut client, 1 << 20);
@@ -336,6 +342,14 @@ fn how_much_there_is_to_save_can_be_asked_in_every_state() {
             assert!(size >= MEMORY_SIZE, "{state}: {size}");
         }
     }
+    // A stream that is none.
+    set(&mut client, S::Running).unwrap();
+    set(&mut client, S::Resuming).unwrap();
+    assert!(set(&mut client, S::Stop).is_err());
+    assert_eq!(get(&mut client), S::Error);
+    assert!(client.call(FEATURE, &fields!(16_u32, 9 | GET)).is_ok());
+    assert_eq!(read(&mut client, 100), Err(EINVAL));
+    assert_eq!(write(&mut client, &saved[..100]), Err(EINVAL));
     drop(client);
 }
 

@@ -4,7 +4,7 @@ use crate::memory::Span;
 use crate::vfio_user::rig::{BELLS, COUNT, Deed, MEMORY, MEMORY_SIZE, REGISTERS, Rig};
 use rustix::event::{EventfdFlags, eventfd};
 use standstill_protocol::migration::{MigrationFlags, MigrationState as S};
-use standstill_vfio_user::client::{Client, DmaTarget};
+use standstill_vfio_user::client::{Client, ClientError, DmaTarget};
 use standstill_vfio_user::wire::feature::{FEATURE_GET, FEATURE_MIGRATION, FEATURE_SET};
 use standstill_vfio_user::wire::{DMA_READABLE, DMA_WRITABLE, DmaMap, Errno, IoFdKind, SmallWrite};
 use std::fs::File;
@@ -172,4 +172,24 @@ fn a_device_moves_from_one_process_to_another() {
     to.write_state(&mut &state[..state.len() - 1]).unwrap();
     let refused = to.set_migration_state(S::Stop).unwrap_err();
     assert_eq!(refused.now.unwrap(), S::Error);
+}
+
+#[test]
+fn the_largest_bitmap_that_a_server_takes_is_the_largest_that_the_client_asks_for() {
+    let rig = Rig::new();
+    let client = client(&rig);
+    // A bit for each page, in words of 64; the message may have 1 MiB in all.
+    let words = ((1_u64 << 20) - 40) / 8;
+    let largest = words * 64 * 4096;
+    client.start_dirty_log(4096, &[]).unwrap();
+    for size in [largest, largest + 4096] {
+        client.dma_map(&DmaMap { flags: BOTH, offset: 0, iova: 0, size }, None).unwrap();
+        let pages = client.dma_unmap_dirty(0, size, 4096);
+        if size == largest {
+            assert_eq!(pages.unwrap().dirty().count(), 0);
+        } else {
+            // Not sent: no server would take it.
+            assert!(matches!(pages, Err(ClientError::Request { .. })), "{pages:?}");
+        }
+    }
 }

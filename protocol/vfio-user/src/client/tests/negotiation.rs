@@ -121,3 +121,25 @@ fn fds_that_come_with_the_answer_are_closed() {
     use std::io::Read;
     assert_eq!({ reader }.read(&mut [0]).expect("the end"), 0);
 }
+
+#[test]
+fn what_was_not_offered_cannot_be_agreed_to() {
+    let twin = r#"{"capabilities":{"twin_socket":{"supported":true,"fd_index":0}}}"#;
+    let refused = start_with(&version(0, 1, &format!("{twin}\0")));
+    assert!(matches!(refused, Err(ConnectError::NotOffered("a twin socket"))), "{refused:?}");
+    // Said to be impossible it is no agreement.
+    let none = r#"{"capabilities":{"twin_socket":{"supported":false}}}"#;
+    assert!(start_with(&version(0, 1, &format!("{none}\0"))).is_ok());
+
+    let (ours, theirs) = UnixStream::pair().expect("a socket pair");
+    let refused = thread::scope(|scope| {
+        scope.spawn(move || {
+            let mut peer = Peer::new(theirs);
+            let (header, _, _) = peer.expect(Command::Version);
+            let multiple = r#"{"capabilities":{"write_multiple":true}}"#;
+            peer.answer(&header, &version(0, 1, &format!("{multiple}\0")));
+        });
+        Client::builder().capabilities(Capabilities::default()).timeout(PATIENCE).start(ours)
+    });
+    assert!(matches!(refused, Err(ConnectError::NotOffered(_))), "{refused:?}");
+}
