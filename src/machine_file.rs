@@ -12,6 +12,7 @@ mod diagnostic;
 pub(crate) mod fields;
 pub(crate) mod hook;
 mod names;
+mod qmp;
 #[cfg(test)]
 mod tests;
 
@@ -19,6 +20,7 @@ pub(crate) use checks::Beginning;
 pub(crate) use device::DeviceEntry;
 pub(crate) use diagnostic::Problems;
 pub(crate) use hook::HookEntry;
+pub(crate) use qmp::QmpEntry;
 
 use device::RestartKeys;
 use diagnostic::Problem;
@@ -32,7 +34,7 @@ use std::time::Duration;
 use toml::de::{DeTable, DeValue};
 
 /// The keys of a machine file.
-pub(crate) const MACHINE_KEYS: [&str; 11] = [
+pub(crate) const MACHINE_KEYS: [&str; 12] = [
     "name",
     "heartbeat",
     "orphan",
@@ -44,10 +46,11 @@ pub(crate) const MACHINE_KEYS: [&str; 11] = [
     "device",
     "ram",
     "hook",
+    "qmp",
 ];
 /// The keys of its `[deadlines]`.
-pub(crate) const DEADLINE_KEYS: [&str; 8] =
-    ["hello", "first-phase", "second-phase", "undo", "fence", "memory", "stall", "silence"];
+pub(crate) const DEADLINE_KEYS: [&str; 9] =
+    ["hello", "first-phase", "second-phase", "undo", "fence", "memory", "stall", "silence", "qmp"];
 /// The keys of a `[[ram]]`.
 pub(crate) const RAM_KEYS: [&str; 1] = ["path"];
 
@@ -119,6 +122,7 @@ pub(crate) struct MachineFile {
     pub(crate) devices: Vec<DeviceEntry>,
     pub(crate) ram: Vec<Placed<PathBuf>>,
     hooks: Vec<HookEntry>,
+    pub(crate) qmp: Option<QmpEntry>,
 }
 
 /// What counts for devices that say nothing of their own.
@@ -178,7 +182,8 @@ impl MachineFile {
             .iter()
             .map(|fields| HookEntry::from_fields(fields, &places))
             .collect();
-        names.hooks(&hooks, root);
+        let qmp = QmpEntry::from_fields(root, &runtime);
+        names.hooks(&hooks, qmp.as_ref(), root);
         let ram = root.tables("ram", "a ram").into_iter().filter_map(|fields| {
             fields.only(&RAM_KEYS);
             let path = fields.needed_text("path")?;
@@ -193,6 +198,7 @@ impl MachineFile {
             devices,
             ram: ram.collect(),
             hooks,
+            qmp,
             folder: runtime,
             name,
         }

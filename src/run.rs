@@ -6,6 +6,7 @@
 //! - [`hook`]: commands that run when the machine stops and starts;
 //! - [`notify`]: what systemd gets to know;
 //! - [`observers`]: a trace file, a metrics endpoint;
+//! - [`qmp`]: the VM, which stops before its devices;
 //! - [`output`]: what is said to whoever started it;
 //! - [`stay`]: from the start to the end.
 //!
@@ -18,6 +19,7 @@ pub(crate) mod hook;
 pub(crate) mod notify;
 mod observers;
 mod output;
+mod qmp;
 mod stay;
 
 use crate::exit::Exit;

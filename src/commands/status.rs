@@ -4,7 +4,7 @@ use super::show::{Table, json, line, styled};
 use super::target::Target;
 use super::{CommandError, finish};
 use crate::exit::Exit;
-use crate::operator::message::{Request, StatusReply};
+use crate::operator::message::{Request, StatusReply, VmStatus};
 use clap::Args;
 use standstill::coordinator::report::Nanos;
 use standstill::protocol::transition::MachineState;
@@ -35,7 +35,7 @@ fn status(args: &StatusArgs) -> Result<Exit, CommandError> {
 
 /// As a person wants to see it.
 fn shown(reply: &StatusReply) -> String {
-    let StatusReply { status, since, pid, orphan, last } = reply;
+    let StatusReply { status, since, pid, orphan, last, vm } = reply;
     let mut text = format!("machine {}: {}", status.name, styled(&status.machine));
     if let Some(operation) = &status.operation {
         text.push_str(&format!(", a {operation} is under way"));
@@ -64,6 +64,9 @@ fn shown(reply: &StatusReply) -> String {
         }
         text.push('\n');
     }
+    if let Some(vm) = vm {
+        text.push_str(&format!("  VM: {}\n", shown_vm(vm)));
+    }
     text.push('\n');
     let mut table = Table::new(&["device", "standing", "state", "pid", "starts", "kind", ""]);
     for device in &status.devices {
@@ -80,6 +83,16 @@ fn shown(reply: &StatusReply) -> String {
     }
     text.push_str(&table.render());
     text
+}
+
+fn shown_vm(vm: &VmStatus) -> String {
+    let VmStatus { qmp, qemu, state, missing } = vm;
+    let qmp = qmp.display();
+    match (qemu, state, missing) {
+        (Some(qemu), Some(state), None) => format!("{state}, {qemu} at {qmp}"),
+        (.., Some(why)) => format!("cannot be stopped, no QMP at {qmp}: {why}"),
+        (.., None) => format!("unknown, QMP at {qmp}"),
+    }
 }
 
 /// How long ago a time was, in whole seconds.

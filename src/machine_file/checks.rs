@@ -4,7 +4,7 @@
 use super::device::{DeviceEntry, Program};
 use super::diagnostic::{Problem, Problems};
 use super::fields::Placed;
-use super::{HookEntry, MachineFile};
+use super::{HookEntry, MachineFile, QmpEntry};
 use rustix::fs::{Access, AtFlags, CWD};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
@@ -33,6 +33,15 @@ impl MachineFile {
             if let Err(why) = open_ram(value) {
                 let message = format!("{} cannot be declared as guest RAM", value.display());
                 problems.add(Problem::new(message, span.clone()).label(why.to_string()));
+            }
+        }
+        if let Some(QmpEntry { path: Placed { value, span }, .. }) = &self.qmp {
+            // It need not be there yet: QEMU makes it when all its devices are there.
+            let kind = value.metadata().map(|metadata| metadata.file_type());
+            if kind.is_ok_and(|kind| !kind.is_socket()) {
+                let message = format!("{} is no socket", value.display());
+                let help = "QEMU serves QMP there: -qmp unix:PATH,server=on,wait=off";
+                problems.add(Problem::new(message, span.clone()).help(help));
             }
         }
         for HookEntry { stop, start, .. } in &self.hooks {

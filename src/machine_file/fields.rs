@@ -221,6 +221,11 @@ impl<'a> Fields<'a> {
         Some(Fields::new(table, span, what, self.problems))
     }
 
+    /// The same of what is read elsewhere as well, where it is noted if it is no table.
+    pub(crate) fn quiet_table(&self, name: &str, what: &'static str) -> Option<Fields<'a>> {
+        matches!(self.value(name)?.get_ref(), DeValue::Table(_)).then(|| self.table(name, what))?
+    }
+
     /// Tables with the same header, `[[name]]`.
     pub(crate) fn tables(&self, name: &str, what: &'static str) -> Vec<Fields<'a>> {
         let Some(value) = self.value(name) else { return Vec::new() };

@@ -3,7 +3,7 @@
 use super::device::DeviceEntry;
 use super::diagnostic::Problem;
 use super::fields::{Fields, Placed};
-use super::{HookEntry, Orphan};
+use super::{HookEntry, Orphan, QmpEntry};
 use crate::run::directory::{CONTROL, OPERATOR_SOCKET};
 use standstill::coordinator::record::MAX_SOCKET_PATH;
 use standstill::protocol::message::MAX_NAME;
@@ -78,9 +78,22 @@ impl<'a> Names<'a> {
         }
     }
 
-    /// Notes hooks of the same name.
-    pub(super) fn hooks(&self, hooks: &[HookEntry], root: &Fields<'_>) {
+    /// Notes hooks of the same name; the VM is one, too, and has a socket that nobody else has.
+    pub(super) fn hooks(&self, hooks: &[HookEntry], qmp: Option<&QmpEntry>, root: &Fields<'_>) {
         let mut seen: BTreeMap<&str, Range<usize>> = BTreeMap::new();
+        if let Some(QmpEntry { path: Placed { value: path, span }, .. }) = qmp {
+            seen.insert(QmpEntry::HOOK, span.clone());
+            check_length(path, "QMP socket", span, root);
+            let taken = |whose: &str| {
+                Problem::new(format!("{} is the {whose}", path.display()), span.clone())
+                    .label("QEMU serves QMP at a socket of its own")
+            };
+            if let Some(first) = self.sockets.get(path) {
+                root.note(taken("data socket of a device").other(first.clone(), "here"));
+            } else if *path == self.runtime.join(OPERATOR_SOCKET) {
+                root.note(taken("operator socket of the machine"));
+            }
+        }
         for HookEntry { name: Placed { value, span }, .. } in hooks {
             match seen.get(value.as_str()) {
                 Some(first) if !value.is_empty() => {

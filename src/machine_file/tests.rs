@@ -30,6 +30,7 @@ const EVERYTHING: &str = r#"
 name = "vm0"
 heartbeat = "2s"
 orphan = "exit"
+qmp = "qmp.sock"
 on-failure = "stay-stopped"
 on-loss = "restart"
 presence = "optional"
@@ -44,6 +45,7 @@ fence = "5s"
 memory = "6s"
 stall = "0s"
 silence = "8s"
+qmp = "7s"
 
 [[device]]
 name = "engine0"
@@ -109,6 +111,9 @@ fn everything_that_can_be_said_arrives() {
     ] {
         assert!(text.contains(part), "{part}: {text}");
     }
+    let qmp = file.qmp.as_ref().unwrap();
+    assert_eq!(qmp.path.value, Path::new("/run/standstill/vm0/qmp.sock"));
+    assert_eq!(qmp.deadline, Duration::from_secs(7));
     let hook = &file.hooks[0];
     assert_eq!(hook.stop.as_ref().unwrap().program.value, Path::new("virsh"));
     assert_eq!(hook.start.as_ref().unwrap().program.value, Path::new("/etc/standstill/./resume"));
@@ -218,6 +223,33 @@ fn machines_hooks_and_tables_that_cannot_be_are_refused_with_the_reason() {
 }
 
 #[test]
+fn a_vm_that_cannot_be_is_refused_with_the_reason() {
+    let long = "x".repeat(100);
+    let device = "[[device]]\nname = \"d\"\nprogram = \"/d\"\nsocket = \"s\"";
+    let hook = "[[hook]]\nname = \"qmp\"\nslot = \"before\"\nstop = [\"a\"]";
+    for (lines, part) in [
+        ("qmp = 1", "must be a text in quotes"),
+        ("qmp = \"\"", "must be the path of a socket"),
+        ("qmp = [\"a\"]", "this is a list"),
+        (&format!("qmp = \"{long}\""), "the QMP socket is too long for a Unix socket"),
+        (&format!("qmp = \"s\"\n{device}"), "/vm0/s is the data socket of a device"),
+        ("qmp = \"operator.sock\"", "is the operator socket of the machine"),
+        (&format!("qmp = \"q\"\n{hook}"), "two hooks are named \"qmp\""),
+        ("qmp = \"q\"\n[deadlines]\nqmp = \"0s\"", "`qmp` cannot be zero"),
+        ("qmp = \"q\"\n[deadlines]\nqmp = 5", "a time in quotes"),
+        ("[deadlines]\nqmp = \"5s\"", "needs a machine with `qmp`"),
+        ("qpm = \"q\"", "did you mean `qmp`?"),
+    ] {
+        let (found, shown) = problems(&format!("name = \"vm0\"\n{lines}\n"));
+        assert_eq!(found, 1, "{lines}: {shown}");
+        assert!(shown.contains(part), "{part}: {shown}");
+    }
+    let file = read("name = \"vm0\"\nqmp = \"/run/q\"");
+    let qmp = file.qmp.unwrap();
+    assert_eq!((qmp.path.value.to_str(), qmp.deadline.as_secs()), (Some("/run/q"), 5));
+}
+
+#[test]
 fn a_device_of_its_own_is_read_with_and_without_its_header() {
     let machine = read("name = \"vm0\"");
     let device = "name = \"d\"\nkind = \"copy-engine\"\nsocket = \"d.sock\"\n";
@@ -261,9 +293,11 @@ fn every_key_is_documented() {
 
 #[test]
 fn the_machines_of_the_pages_are_machines() {
-    for page in
-        [include_str!("../../docs/machine-file.md"), include_str!("../../docs/operating.md")]
-    {
+    for page in [
+        include_str!("../../docs/machine-file.md"),
+        include_str!("../../docs/operating.md"),
+        include_str!("../../docs/qemu.md"),
+    ] {
         let blocks = page.split("```toml\n").skip(1);
         let blocks: Vec<_> = blocks.filter_map(|rest| rest.split("```").next()).collect();
         assert!(!blocks.is_empty());

@@ -265,6 +265,22 @@ pub(crate) struct StatusReply {
     pub(crate) orphan: String,
     /// The last transition, if there was one.
     pub(crate) last: Option<LastTransition>,
+    /// The VM; absent if the machine file does not say where its QMP is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) vm: Option<VmStatus>,
+}
+
+/// The VM, as QEMU tells.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct VmStatus {
+    /// Where QEMU serves QMP.
+    pub(crate) qmp: PathBuf,
+    /// QEMU and its version; absent without a connection.
+    pub(crate) qemu: Option<String>,
+    /// Where the VM is, in QEMU's words: `running`, `paused`, …; absent without a connection.
+    pub(crate) state: Option<String>,
+    /// Why there is no connection; absent with one.
+    pub(crate) missing: Option<String>,
 }
 
 /// The last transition, in short.

@@ -4,7 +4,7 @@ use super::connection::{self, Responder};
 use super::history::{History, timestamp};
 use super::message::{
     Body, Code, Greeting, Line, PROTOCOL, Problem, RemoveReply, ReportsReply, Request,
-    ShutdownReply, StatusReply, line,
+    ShutdownReply, StatusReply, VmStatus, line,
 };
 use crate::explain::explain;
 use crate::machine_file::checks::{Beginning, open_ram};
@@ -54,6 +54,8 @@ pub(crate) struct Operator {
     pub(crate) runtime: PathBuf,
     pub(crate) directory: Arc<MachineDirectory>,
     pub(crate) endings: mpsc::Sender<Ending>,
+    /// Where the VM is, if the machine has one.
+    pub(crate) vm: Option<watch::Receiver<VmStatus>>,
 }
 
 /// A client wants the machine to end.
@@ -280,6 +282,7 @@ impl Operator {
             pid: std::process::id(),
             orphan: self.file.orphan.name().to_owned(),
             last: self.history.last(),
+            vm: self.vm.as_ref().map(|vm| vm.borrow().clone()),
         })
     }
 

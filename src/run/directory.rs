@@ -7,6 +7,7 @@
 //!     ├── run.lock               locked by the `standstill run` that has the machine; its pid
 //!     ├── control/               what a later coordinator needs (docs/take-over.md)
 //!     ├── added/                 devices that were added while it ran
+//!     ├── vm-ran                 there while a pause has stopped a VM that ran
 //!     └── engine0.sock           data sockets, if the machine file says so
 //! ```
 
@@ -36,6 +37,8 @@ const TURN: Duration = Duration::from_secs(2);
 const TURN_RETRY: Duration = Duration::from_millis(5);
 /// The folder of devices that were added.
 const ADDED: &str = "added";
+/// There while a pause has stopped a VM that ran.
+const VM_RAN: &str = "vm-ran";
 /// The largest text of an added device that is read back, in bytes.
 const MAX_ADDED: u64 = 1024 * 1024;
 
@@ -180,8 +183,14 @@ impl MachineDirectory {
         let _ = std::fs::remove_file(self.added_file(device));
     }
 
-    /// Forgets all added devices.
+    /// Where it is written down that a pause has stopped a VM that ran.
+    pub(crate) fn vm_ran(&self) -> PathBuf {
+        self.path.join(VM_RAN)
+    }
+
+    /// Forgets all added devices, and the VM.
     pub(crate) fn forget_all(&self) {
+        let _ = std::fs::remove_file(self.vm_ran());
         let _ = std::fs::remove_dir_all(self.path.join(ADDED));
     }
 

@@ -4,6 +4,7 @@ use super::attach::{self, Plan};
 use super::directory::MachineDirectory;
 use super::observers::{Observers, Prepared, Readers};
 use super::output::Output;
+use super::qmp::Qmp;
 use super::{Attach, Loaded, RunArgs, RunError, checked, exit_of, notify};
 use crate::exit::Exit;
 use crate::machine_file::checks::open_ram;
@@ -63,6 +64,7 @@ struct Up {
     machine: Machine,
     history: History,
     observers: Observers,
+    qmp: Option<Qmp>,
     /// From the beginning on: the machine can be taken over before anything else is done with it.
     events: Events,
 }
@@ -104,7 +106,7 @@ pub(super) async fn stay(
     };
     let beginning = plan.beginning();
     let started = start(&loaded, plan, &directory, &mut signals, observers, output).await;
-    let Up { machine, history, observers, events } = match started {
+    let Up { machine, history, observers, qmp, events } = match started {
         Ok(up) => up,
         Err(error) => {
             if beginning == Beginning::Start {
@@ -128,6 +130,7 @@ pub(super) async fn stay(
         runtime: loaded.runtime,
         directory: Arc::clone(&directory),
         endings,
+        vm: qmp.as_ref().map(Qmp::status),
     });
     let server = match Server::start(directory.operator_socket(), Arc::clone(&operator)) {
         Ok(server) => server,
@@ -142,7 +145,7 @@ pub(super) async fn stay(
     };
     drop(turn);
     announce(&operator, output).await;
-    let ended = until_the_end(&operator, events, &mut signals, &mut asked).await;
+    let ended = until_the_end(&operator, qmp.as_ref(), events, &mut signals, &mut asked).await;
     let ended = end(&operator, ended, &mut signals, &mut asked, output).await;
     // The last events of a machine that has ended are there by then.
     let _ = tokio::time::timeout(LAST_EVENTS, history.ended()).await;
@@ -180,10 +183,19 @@ async fn start(
     let beginning = plan.beginning();
     let system = |source| RunError::System { what: "find this program", source };
     let history = History::new();
-    let builder = |devices: &[DeviceEntry]| file.builder(devices, &directory.control());
+    if beginning == Beginning::Start {
+        directory.forget_all();
+    }
+    let qmp = file.qmp.as_ref().map(|entry| Qmp::begin(entry, directory.vm_ran()));
+    let builder = |devices: &[DeviceEntry]| {
+        let builder = file.builder(devices, &directory.control())?;
+        Ok(match &qmp {
+            Some(qmp) => qmp.add_to(builder),
+            None => builder,
+        })
+    };
     let (machine, readers, events) = match plan {
         Plan::Start => {
-            directory.forget_all();
             let builder = builder(&file.devices).map_err(system)?;
             tokio::spawn(history.clone().follow(builder.events()));
             let (readers, events) = (Readers::of(&builder), builder.events());
@@ -217,6 +229,9 @@ async fn start(
             let TakenOver { machine, report } =
                 taken.map_err(|error| RunError::TakeOver(Box::new(error)))?;
             output.say(&history.report(&report).text);
+            if let (Some(qmp), MachineState::Running) = (&qmp, report.machine) {
+                qmp.taken_over_running();
+            }
             (machine, readers, events)
         }
     };
@@ -244,7 +259,7 @@ async fn start(
             }
         }
     }
-    Ok(Up { machine, history, observers, events })
+    Ok(Up { machine, history, observers, qmp, events })
 }
 
 /// Tells that the machine is up.
@@ -264,6 +279,7 @@ async fn announce(operator: &Operator, output: &Output) {
 /// Waits for a reason to end, and tells the service manager how the machine is meanwhile.
 async fn until_the_end(
     operator: &Operator,
+    qmp: Option<&Qmp>,
     mut events: Events,
     signals: &mut Signals,
     asked: &mut mpsc::Receiver<Ending>,
@@ -277,6 +293,11 @@ async fn until_the_end(
             Some(ending) = asked.recv() => return Reason::Asked(ending),
             event = events.recv() => match event {
                 Some(MachineEvent::Superseded { .. }) => return Reason::Superseded,
+                Some(MachineEvent::HoldEnded { by_owner: true }) => {
+                    if let Some(qmp) = qmp {
+                        qmp.hold_accepted();
+                    }
+                }
                 Some(_) => {}
                 None => return Reason::Lost,
             },

@@ -150,3 +150,14 @@ fn guest_ram_that_is_not_there_is_told() {
     let said = refused(&place, &two_engines("ram = [{ path = \"/nowhere/ram\" }]"));
     assert!(said.contains("cannot be declared as guest RAM"), "{said}");
 }
+
+#[test]
+fn a_qmp_socket_need_not_be_there_and_must_not_be_something_else() {
+    let place = Place::new();
+    let text = |path: &str| two_engines(&format!("qmp = {:?}", place.path(path)));
+    let file = place.write("vm0.toml", &text("nowhere"));
+    place.expect(0, &["check", file.to_str().unwrap()]);
+    place.write("plain", "");
+    let said = refused(&place, &text("plain"));
+    assert!(said.contains("plain is no socket") && said.contains("-qmp unix:PATH"), "{said}");
+}

@@ -15,6 +15,7 @@ mod membership;
 mod metrics;
 mod outcomes;
 mod permissions;
+mod qmp;
 mod service;
 mod shell;
 mod strangers;

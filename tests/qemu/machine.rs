@@ -1,13 +1,13 @@
 //! A machine of copy engines, and a guest that drives them.
 
-use crate::driver::{self, Role};
+use crate::driver::Role;
+use crate::watched;
 use standstill::coordinator::blocking::Machine;
 use standstill::coordinator::{Deadlines, DeviceSpec, MachineBuilder};
 use standstill_testkit::deadlines_of;
 use standstill_testkit::qemu::{Guest, GuestBuilder, Qemu};
 use std::ops::Deref;
-use std::os::unix::fs::FileExt;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use tempfile::TempDir;
 
 /// Longer than anything here takes on a busy machine.
@@ -58,16 +58,7 @@ impl Host {
 
     /// A guest that drives the engines.
     fn guest(&self, role: Role) -> GuestBuilder<'_> {
-        let mut guest = self.qemu.guest();
-        for number in 0..self.engines {
-            guest = guest.vfio_user(&name(number), &self.folder.path().join(name(number)));
-        }
-        guest.program("/bin/driver", std::env::current_exe().unwrap()).init(&format!(
-            "echo 4 > /proc/sys/vm/nr_hugepages
-             {}={} RUST_BACKTRACE=0 driver --exact driver_in_the_guest --nocapture",
-            driver::VARIABLE,
-            role.word()
-        ))
+        watched::driven(self.qemu.guest(), self.engines, self.folder.path(), role)
     }
 
     /// A guest that drives the engines, which reach its RAM.
@@ -109,14 +100,7 @@ impl Vm {
     /// Waits until the driver in the guest has found all engines; gives the physical address of each
     /// one's page.
     pub(crate) fn driver_begins(&self) -> Vec<u64> {
-        let page = |_| {
-            let line = self.guest.console().wait_for(" has RAM at ", LONG).unwrap();
-            let address = line.split("at 0x").nth(1).unwrap().split(' ').next().unwrap();
-            u64::from_str_radix(address, 16).unwrap()
-        };
-        let pages = (0..self.engines).map(page).collect();
-        self.guest.console().wait_for(&format!("engines: {}", self.engines), LONG).unwrap();
-        pages
+        watched::driver_begins(&self.guest, self.engines)
     }
 
     /// Stops the guest's processors and then all engines, and lets all go on.
@@ -128,39 +112,17 @@ impl Vm {
 
     /// Waits for a round that the driver begins after now.
     pub(crate) fn rounds_go_on(&self) {
-        self.guest.console().catch_up();
-        // The first one may have begun before.
-        for _ in 0..2 {
-            self.guest.console().wait_for(" is checked", LONG).unwrap();
-        }
+        watched::rounds_go_on(&self.guest);
     }
 
-    /// How often the engine that goes round and round has done so.
-    pub(crate) fn sequence(&self, page: u64) -> u64 {
-        let mut bytes = [0; 8];
-        let at = page + driver::SEQUENCE;
-        self.guest.memory().read_exact_at(&mut bytes, at).unwrap();
-        u64::from_le_bytes(bytes)
-    }
-
-    /// Waits until that engine writes.
+    /// Waits until the engine with that page, which goes round and round, writes.
     pub(crate) fn engine_writes(&self, page: u64) {
-        let before = self.sequence(page);
-        let end = Instant::now() + LONG;
-        while self.sequence(page) == before {
-            assert!(Instant::now() < end, "the engine does not write: {before}");
-            std::thread::yield_now();
-        }
+        watched::engine_writes(&self.guest, page);
     }
 
     /// All that the engines can write into RAM.
     pub(crate) fn pages(&self, pages: &[u64]) -> Vec<Vec<u8>> {
-        let page = |&address: &u64| {
-            let mut bytes = vec![0; driver::HUGE_PAGE];
-            self.guest.memory().read_exact_at(&mut bytes, address).unwrap();
-            bytes
-        };
-        pages.iter().map(page).collect()
+        watched::pages(&self.guest, pages)
     }
 
     /// Ends all, in good order.

@@ -6,6 +6,8 @@
 mod driver;
 mod foreign;
 mod machine;
+mod operated;
+mod watched;
 
 use driver::Role;
 use machine::{LONG, Vm, name};
