@@ -224,7 +224,8 @@ impl<B: ServerBackend + Send + 'static> Foreign<B> {
         let device = ForeignDevice::new(Arc::clone(&inner), self.quiesce, self.state);
         // A device that answers for itself writes alone.
         let dirty_tracking = false;
-        Ok(Built { device, info, raw: Some(inner), dirty_tracking, transport: vfio_user() })
+        let (raw, pops, transport) = (Some(inner as Arc<dyn RawDevice>), None, vfio_user());
+        Ok(Built { device, info, raw, pops, dirty_tracking, transport })
     }
 }
 

@@ -62,7 +62,7 @@ use crate::memory::MemoryMap;
 use crate::vfio_user::ListenError;
 use crate::vfio_user::endpoint::Endpoint;
 use crate::vfio_user::server;
-use crate::vhost_user::{Backend, VhostUser};
+use crate::vhost_user::{Backend, PopGate, VhostUser};
 use ractor::{Actor, ActorRef, SpawnErr};
 use standstill_protocol::channel::{DeviceEnd, prefer_short_waits};
 use standstill_protocol::message::{Capabilities, MAX_FDS};
@@ -182,14 +182,15 @@ pub fn serve<D: Device>(
     options: ServeOptions,
     build: impl FnOnce(Handles) -> Result<(D, DeviceInfo), DeviceError>,
 ) -> Result<(), ServeError> {
-    serve_built(options, |handles, _memory| {
+    serve_built(options, true, |handles, _memory| {
         let interrupts = handles.interrupts.clone();
         let (device, mut info) = build(handles)?;
         // The gate gives every device the P2P states.
         info.migration = with_p2p(info.migration);
         interrupts.set_counts(info.irqs());
         // The runtime marks what passes it.
-        Ok(Built { device, info, raw: None, dirty_tracking: true, transport: vfio_user() })
+        let dirty_tracking = true;
+        Ok(Built { device, info, raw: None, pops: None, dirty_tracking, transport: vfio_user() })
     })
 }
 
@@ -203,7 +204,7 @@ pub fn serve_backend<B: ServerBackend + Send + 'static>(
     options: ServeOptions,
     build: impl FnOnce() -> Result<Foreign<B>, DeviceError>,
 ) -> Result<(), ServeError> {
-    serve_built(options, |handles, memory| {
+    serve_built(options, true, |handles, memory| {
         let built = build()?.put_together(memory.clone(), handles.interrupts);
         built.map_err(DeviceError::new)
     })
@@ -219,7 +220,8 @@ pub fn serve_vhost_user<B: Backend>(
     options: ServeOptions,
     build: impl FnOnce() -> Result<VhostUser<B>, DeviceError>,
 ) -> Result<(), ServeError> {
-    serve_built(options, |_handles, memory| {
+    // A frontend that finds the socket stands still until it is answered.
+    serve_built(options, false, |_handles, memory| {
         build()?.put_together(memory.clone()).map_err(DeviceError::new)
     })
 }
@@ -239,20 +241,25 @@ pub(crate) struct Built<D> {
     pub(crate) info: DeviceInfo,
     /// Answers for regions, windows and interrupts, if the device does so itself.
     pub(crate) raw: Option<Arc<dyn RawDevice>>,
+    /// What its pops pass, if it has rings.
+    pub(crate) pops: Option<PopGate>,
     /// Whether the runtime marks what it writes to guest RAM.
     pub(crate) dirty_tracking: bool,
     pub(crate) transport: Transport<D>,
 }
 
+/// `listens_early` says that clients may wait in the data socket until the device is welcomed.
 fn serve_built<D: Device>(
     options: ServeOptions,
+    listens_early: bool,
     build: impl FnOnce(Handles, &MemoryMap) -> Result<Built<D>, DeviceError>,
 ) -> Result<(), ServeError> {
     panics::abort_on_panic();
     let control = greeting::take_control_channel();
     // What cannot be taken is a control channel all the same.
     log::start(if matches!(control, Ok(None)) { LogFormat::Text } else { LogFormat::Json });
-    let served = control.and_then(|control| listen_and_serve(options, control, build));
+    let served =
+        control.and_then(|control| listen_and_serve(options, listens_early, control, build));
     match &served {
         Ok(ended) => tracing::info!(?ended, "the device process ends"),
         Err(error) => {
@@ -264,10 +271,15 @@ fn serve_built<D: Device>(
 
 fn listen_and_serve<D: Device>(
     options: ServeOptions,
+    listens_early: bool,
     control: Option<DeviceEnd>,
     build: impl FnOnce(Handles, &MemoryMap) -> Result<Built<D>, DeviceError>,
 ) -> Result<Ended, ServeError> {
     let socket = DataSocket::bind(&options.socket)?;
+    if !listens_early {
+        // It can be made: that is known now.
+        socket.close();
+    }
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -292,7 +304,7 @@ fn greet_and_serve<D: Device>(
     let memory = MemoryMap::new(Arc::new(Gate::new()));
     let interrupts = Interrupts::new();
     let handles = Handles { dma: memory.dma(), interrupts: interrupts.clone() };
-    let Built { device, mut info, raw, dirty_tracking, transport } = {
+    let Built { device, mut info, raw, pops, dirty_tracking, transport } = {
         let _inside = runtime.enter();
         build(handles, &memory).map_err(ServeError::Build)?
     };
@@ -341,6 +353,11 @@ fn greet_and_serve<D: Device>(
     };
     if let Err(error) = runtime.block_on(parts.gate.close(Scope::All, drain)) {
         tracing::warn!(%error, "ending all the same");
+    }
+    if let Some(pops) = pops
+        && !pops.end_within(drain)
+    {
+        tracing::warn!(in_flight = pops.in_flight(), "ending with requests in flight");
     }
     Ok(ended)
 }

@@ -394,12 +394,14 @@ impl<B: Backend> VhostUser<B> {
         info.backing_files = self.backing_files;
         info.migration =
             if has_state { MigrationFlags::STOP_COPY_P2P } else { MigrationFlags::NO_STATE_P2P };
-        let core = Arc::new(Core::new(backend, facts, pops, offer, workers));
+        let core = Arc::new(Core::new(backend, facts, pops.clone(), offer, workers));
         let device = VhostUserDevice::new(Arc::clone(&core), memory);
         let listen = self.listen;
         let transport =
             move |socket, parts, actor| server::start(&core, parts, actor, socket, listen);
-        Ok(Built { device, info, raw: None, dirty_tracking: false, transport: Box::new(transport) })
+        let (pops, transport) = (Some(pops), Box::new(transport));
+        // Nobody sees what it writes to RAM.
+        Ok(Built { device, info, raw: None, pops, dirty_tracking: false, transport })
     }
 }
 

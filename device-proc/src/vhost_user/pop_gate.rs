@@ -190,6 +190,12 @@ impl PopGate {
         true
     }
 
+    /// Closes it for good, and waits as [`drained_within`](Self::drained_within) does.
+    pub(crate) fn end_within(&self, timeout: Duration) -> bool {
+        self.hold(Hold::Leaving);
+        self.drained_within(timeout)
+    }
+
     /// Whether it is closed for that reason, and maybe others.
     pub(crate) fn is_held(&self, reason: Hold) -> bool {
         *self.holds() & reason as u8 != 0

@@ -239,6 +239,7 @@ impl<B: Backend> Rings<B> {
         for ring in &self.all {
             let mut state = ring.state();
             ring.stopped(&mut state);
+            state.vring = None;
             state.expected = None;
             state.last = SavedRing::default();
         }

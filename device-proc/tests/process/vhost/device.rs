@@ -142,7 +142,7 @@ impl VhostUserBackendMut for Rng {
             };
             let Some(chain) = chain else { return Ok(()) };
             self.common.wait()?;
-            if self.common.fails {
+            if std::mem::take(&mut self.common.fails) {
                 return Err(io::Error::other("as the script says"));
             }
             complete(&chain, self.number, vring)?;

@@ -14,7 +14,7 @@ use std::sync::mpsc::sync_channel;
 use std::time::{Duration, Instant};
 use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserHeaderFlag};
 use vhost::vhost_user::{Error, Frontend, VhostUserFrontend, VhostUserProtocolFeatures};
-use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
+use vhost::{VhostBackend, VhostUserDirtyLogRegion, VhostUserMemoryRegionInfo, VringConfigData};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -201,6 +201,19 @@ impl Guest {
             frontend.get_vring_base(queue).unwrap()
         });
         u16::try_from(base).unwrap()
+    }
+
+    /// Has the pages logged that the device writes.
+    pub(crate) fn log_dirty(&mut self, log: &File) {
+        let region = VhostUserDirtyLogRegion {
+            mmap_size: log.metadata().unwrap().len(),
+            mmap_offset: 0,
+            mmap_handle: log.as_raw_fd(),
+        };
+        self.ask(|frontend| {
+            frontend.set_log_base(0, Some(region)).unwrap();
+            frontend.set_features(ACCEPTED | 1 << 30 | 1 << 26).unwrap();
+        });
     }
 
     pub(crate) fn config(&mut self) -> Vec<u8> {

@@ -2,18 +2,23 @@
 //! them.
 
 mod device;
+#[cfg(feature = "fault-injection")]
+mod faults;
 mod guest;
+mod schedules;
 mod state;
 mod stop;
 
 pub(crate) use device::{SCRIPT, run};
 
-use crate::child::{Device, until, wait};
+use crate::child::{Device, until, wait, welcome};
 use guest::{Guest, Memory};
 use rustix::fs::{CWD, FileType, Mode, OFlags, mknodat, open};
 use standstill_protocol::message::{
-    CoordinatorMessage, DeviceEvent, DeviceMessage, MemoryDeclaration, Term,
+    CoordinatorMessage, DeviceEvent, DeviceMessage, Heartbeat, MemoryDeclaration, OrphanPolicy,
+    Phase, Term, Welcome,
 };
+use standstill_protocol::migration::MigrationState as S;
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::ExitStatusExt;
@@ -123,10 +128,69 @@ fn an_error_of_the_backend_is_told_and_the_process_lives() {
     assert_eq!(guest.config(), b"01234567", "it answers");
     device.pause(1);
     device.resume(2);
+    guest.push(0);
     guest.settle(0);
-    assert_eq!(guest.stop_ring(0), 1);
-    assert_eq!(guest.memory.used(0), 0);
+    assert_eq!(guest.memory.used(0), 0, "it does not run any more");
+    device.go(3, Phase::Reset, S::Running);
+    guest.wait_used(0, 1);
+    assert_eq!(guest.stop_ring(0), 2, "the first one was taken by the backend, and lost");
     device.shut_down();
+}
+
+#[test]
+fn heartbeats_tell_what_it_is_at() {
+    let (device, _) = Device::start("vhost later hold");
+    let welcome = Welcome { heartbeat_ns: 1_000_000, ..welcome(OrphanPolicy::Exit) };
+    device.send(&CoordinatorMessage::Welcome(welcome));
+    device.channel.set_version(1);
+    let beat = |what: &str, is_so: &dyn Fn(&Heartbeat) -> bool| {
+        let mut found = None;
+        until(what, || {
+            if let DeviceMessage::Heartbeat(beat) = device.next() {
+                found = Some(beat).filter(is_so);
+            }
+            found.is_some()
+        });
+        found.unwrap().progress
+    };
+    let fifo = Fifo::of(&device);
+    let mut guest = Guest::start(&device.socket(), 1);
+    guest.settle(0);
+    let before = beat("nothing is to be done", &|beat| !beat.pending);
+    guest.push(0);
+    let request = fifo.request();
+    beat("a request is in flight", &|beat| beat.pending);
+    drop(request);
+    let after = beat("it is done", &|beat| !beat.pending);
+    assert!(after > before);
+    device.go(1, Phase::PrepareStop, S::RunningP2p);
+    guest.push(0);
+    device.go(1, Phase::Stop, S::Stop);
+    beat("a device that is stopped has nothing to do", &|beat| !beat.pending);
+}
+
+#[test]
+fn what_it_writes_is_logged() {
+    let device = Device::welcomed("vhost");
+    let mut guest = Guest::start(&device.socket(), 1);
+    let log = tempfile::tempfile().unwrap();
+    log.set_len(4096).unwrap();
+    guest.log_dirty(&log);
+    guest.push(0);
+    guest.wait_used(0, 1);
+    let mut bits = [0];
+    rustix::io::pread(&log, &mut bits, 0).unwrap();
+    // Its used ring and the buffer; descriptors and available ring are only read.
+    assert_eq!(bits, [0b1100]);
+}
+
+#[test]
+fn nobody_can_connect_before_it_is_welcomed() {
+    let (device, _) = Device::start("vhost");
+    assert!(!device.socket().exists());
+    device.send(&CoordinatorMessage::Welcome(welcome(OrphanPolicy::Exit)));
+    device.channel.set_version(1);
+    Guest::start(&device.socket(), 1);
 }
 
 #[test]
