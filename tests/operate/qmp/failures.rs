@@ -4,8 +4,8 @@
 use super::{Manner, machine, machine_is, vm_is};
 use crate::fixture::Place;
 
-/// Short, so that a test has not to wait for the ordinary ones.
-const DEADLINES: &str = "deadlines = { qmp = \"1s\", undo = \"3s\" }";
+/// Shorter than the ordinary one for what runs out here, and long for what must not.
+const DEADLINES: &str = "deadlines = { qmp = \"4s\", undo = \"30s\" }";
 
 /// Tries again until a transition succeeds: the machine is as before when it does not.
 #[track_caller]

@@ -12,9 +12,9 @@ use std::thread;
 pub(super) enum Manner {
     /// Nothing is wrong.
     Good,
-    /// It carries the command out and does not answer, and nothing else on that connection.
+    /// It carries the command out, and hangs from then on: it does not answer, and greets nobody.
     DoesNotAnswer(&'static str),
-    /// It does nothing, and nothing else on that connection.
+    /// It hangs before it has carried the command out, and never does.
     Ignores(&'static str),
     /// It carries the command out and closes the connection.
     Closes(&'static str),
@@ -162,9 +162,13 @@ fn serve(stream: UnixStream, inner: &Mutex<Inner>) -> std::io::Result<()> {
                 inner.commands.push(command.to_owned());
             }
             match inner.manner {
-                Manner::Ignores(this) if this == command => None,
+                Manner::Ignores(this) if this == command => {
+                    inner.manner = Manner::Silent;
+                    None
+                }
                 Manner::DoesNotAnswer(this) if this == command => {
                     inner.execute(command);
+                    inner.manner = Manner::Silent;
                     None
                 }
                 Manner::Closes(this) if this == command => {
