@@ -3,6 +3,8 @@
 use crate::size::parse_size;
 use clap::{Args, Subcommand};
 use standstill::device_proc::devices::copy_engine::{CopyEngine, CopyEngineConfig};
+use standstill::device_proc::devices::vhost_user_blk::{BlockConfig, MAX_QUEUES, VhostUserBlk};
+use standstill::device_proc::vhost_user::serve_vhost_user;
 use standstill::device_proc::{ServeOptions, serve};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -22,6 +24,39 @@ enum DeviceKind {
     /// Serves until it gets SIGTERM or SIGINT. If its standard input is a socket of a coordinator,
     /// it is that coordinator's device and lives as long as it is told to.
     CopyEngine(CopyEngineArgs),
+    /// A disk for a virtual machine: a virtio block device over vhost-user
+    ///
+    /// Its blocks are those of a file or of a block device, which it locks. Serves until it gets SIGTERM
+    /// or SIGINT. If its standard input is a socket of a coordinator, it is that coordinator's device and
+    /// lives as long as it is told to.
+    VhostUserBlk(BlockArgs),
+}
+
+#[derive(Args, Clone, Debug)]
+struct BlockArgs {
+    /// The image: a file or a block device, whose size is the disk's
+    #[arg(long, value_name = "PATH")]
+    file: PathBuf,
+    /// Where the vhost-user socket is made (at most 107 bytes)
+    #[arg(long, value_name = "PATH")]
+    socket: PathBuf,
+    /// How many request queues the disk has, each with a thread: 1 to 64
+    #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u16).range(1..=i64::from(MAX_QUEUES)), default_value_t = 1)]
+    queues: u16,
+    /// Refuse to write
+    #[arg(long)]
+    read_only: bool,
+    /// Pass the page cache by: direct I/O
+    #[arg(long)]
+    direct: bool,
+    /// Serial number that the guest sees (at most 20 bytes)
+    #[arg(long, value_name = "TEXT", default_value = "")]
+    serial: String,
+    /// How long each request waits before it is begun, such as 20ms
+    #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration, default_value = "0s")]
+    delay: Duration,
+    #[arg(long, help = "Do without io_uring: each queue does one request after the other")]
+    without_io_uring: bool,
 }
 
 #[derive(Args, Clone, Debug)]
@@ -48,17 +83,32 @@ struct CopyEngineArgs {
 
 /// Serves the device; returns the process's exit code when it is over.
 pub(crate) fn run(args: DeviceArgs) -> ExitCode {
-    let DeviceKind::CopyEngine(args) = args.kind;
-    let config = CopyEngineConfig {
-        memory_size: args.memory,
-        vectors: args.vectors,
-        slow_prepare: args.slow_prepare,
-        slow_stop: args.slow_stop,
-        rest: args.rest,
-        ..CopyEngineConfig::default()
+    let served = match args.kind {
+        DeviceKind::CopyEngine(args) => {
+            let config = CopyEngineConfig {
+                memory_size: args.memory,
+                vectors: args.vectors,
+                slow_prepare: args.slow_prepare,
+                slow_stop: args.slow_stop,
+                rest: args.rest,
+                ..CopyEngineConfig::default()
+            };
+            let options = ServeOptions::new(args.socket);
+            serve(options, |handles| CopyEngine::build(config, handles))
+        }
+        DeviceKind::VhostUserBlk(args) => {
+            let config = BlockConfig {
+                file: args.file,
+                queues: args.queues,
+                read_only: args.read_only,
+                direct: args.direct,
+                serial: args.serial,
+                delay: args.delay,
+                without_io_uring: args.without_io_uring,
+            };
+            serve_vhost_user(ServeOptions::new(args.socket), || VhostUserBlk::device(&config))
+        }
     };
-    let served =
-        serve(ServeOptions::new(args.socket), |handles| CopyEngine::build(config, handles));
     match served {
         Ok(()) => ExitCode::SUCCESS,
         // It was told already, in the form that a coordinator reads.

@@ -34,7 +34,7 @@ pub(crate) struct AddArgs {
     /// Its name
     #[arg(long, conflicts_with = "file")]
     name: Option<String>,
-    /// A device of this program: copy-engine
+    /// A device of this program: copy-engine or vhost-user-blk
     #[arg(long, conflicts_with_all = ["file", "program"])]
     kind: Option<String>,
     /// Another program

@@ -5,6 +5,7 @@ use super::fields::{Fields, Placed};
 use super::names::check_file_name;
 use super::{Defaults, ON_LOSS, PRESENCE, Places};
 use standstill::coordinator::{DeviceSpec, LossPolicy, Presence, QEMU_VFIO_USER, RestartPolicy};
+use standstill::device_proc::devices::vhost_user_blk::{MAX_QUEUES, MAX_SERIAL};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
@@ -28,17 +29,34 @@ pub(crate) const DEVICE_KEYS: [&str; 13] = [
 ];
 /// The keys of the kind `copy-engine` besides.
 pub(crate) const COPY_ENGINE_KEYS: [&str; 3] = ["memory", "slow-prepare", "slow-stop"];
+/// The keys of the kind `vhost-user-blk` besides.
+pub(crate) const DISK_KEYS: [&str; 5] = ["file", "queues", "read-only", "direct", "serial"];
 /// The keys of a `restart`.
 pub(crate) const RESTART_KEYS: [&str; 4] = ["budget", "window", "first-backoff", "longest-backoff"];
 
 /// The kinds that this program has.
-const KINDS: [(&str, Kind); 1] = [("copy-engine", Kind::CopyEngine)];
+const KINDS: [(&str, Kind); 2] =
+    [("copy-engine", Kind::CopyEngine), ("vhost-user-blk", Kind::VhostUserBlk)];
 /// The smallest and the largest memory of a copy engine.
 const COPY_ENGINE_MEMORY: std::ops::RangeInclusive<u64> = 4096..=4 << 30;
+
+/// How many queues a disk can have.
+const DISK_QUEUES: std::ops::RangeInclusive<u32> = 1..=MAX_QUEUES as u32;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
     CopyEngine,
+    VhostUserBlk,
+}
+
+impl Kind {
+    /// The keys of this kind alone.
+    fn keys(self) -> &'static [&'static str] {
+        match self {
+            Self::CopyEngine => &COPY_ENGINE_KEYS,
+            Self::VhostUserBlk => &DISK_KEYS,
+        }
+    }
 }
 
 /// The other end of a device's data socket.
@@ -196,21 +214,28 @@ fn program(
         ),
         _ => {}
     }
-    if kind_place.is_none() {
-        for key in COPY_ENGINE_KEYS {
-            if let Some(place) = fields.key(key) {
-                let message = format!("`{key}` is for devices of kind \"copy-engine\"");
-                fields.note(Problem::new(message, place).label("not with a `program`"));
+    // Of a kind that is misspelt nobody knows the keys.
+    if kind_place.is_none() || kind.is_some() {
+        let label = if kind.is_some() { "not with this `kind`" } else { "not with a `program`" };
+        for (word, other) in KINDS.iter().filter(|(_, other)| kind != Some(*other)) {
+            for key in other.keys() {
+                if let Some(place) = fields.key(key) {
+                    let message = format!("`{key}` is for devices of kind {word:?}");
+                    fields.note(Problem::new(message, place).label(label));
+                }
             }
         }
-    } else if let Some(place) = fields.key("args") {
+    }
+    if let Some(place) = fields.key("args").filter(|_| kind_place.is_some()) {
         let message = "`args` are for devices with a `program`";
         fields.note(Problem::new(message, place).label("not with a `kind`"));
     }
-    let known: Vec<_> = DEVICE_KEYS.iter().chain(&COPY_ENGINE_KEYS).copied().collect();
+    let of_kinds = KINDS.iter().flat_map(|(_, kind)| kind.keys());
+    let known: Vec<_> = DEVICE_KEYS.iter().chain(of_kinds).copied().collect();
     fields.only(&known);
     match (kind, other) {
         (Some(Kind::CopyEngine), _) => Some(Program::BuiltIn(copy_engine(fields, name, socket))),
+        (Some(Kind::VhostUserBlk), _) => Some(Program::BuiltIn(disk(fields, name, socket, places))),
         (None, Some(program)) => {
             let path = PathBuf::from(&program.value);
             // A bare name is looked up in PATH.
@@ -221,8 +246,11 @@ fn program(
     }
 }
 
-/// The arguments of `standstill`.
-fn copy_engine(
+/// The arguments of `standstill` that every device of this program has; notes that it has no socket, and
+/// what that is for.
+fn built_in(
+    kind: &str,
+    label: &'static str,
     fields: &Fields<'_>,
     name: &Placed<String>,
     socket: Option<&Placed<PathBuf>>,
@@ -231,15 +259,67 @@ fn copy_engine(
         let message = format!("device {:?} needs a `socket`", name.value);
         fields.note(
             Problem::new(message, name.span.clone())
-                .label("a copy engine serves a vfio-user client there")
+                .label(label)
                 .help("a relative path is below the machine's runtime directory"),
         );
     }
-    let mut args = vec!["device".to_owned(), "copy-engine".to_owned()];
+    let mut args = vec!["device".to_owned(), kind.to_owned()];
     if let Some(socket) = socket {
         // Its path came from a text.
         args.push(format!("--socket={}", socket.value.display()));
     }
+    args
+}
+
+/// The arguments of `standstill`.
+fn disk(
+    fields: &Fields<'_>,
+    name: &Placed<String>,
+    socket: Option<&Placed<PathBuf>>,
+    places: &Places,
+) -> Vec<String> {
+    let label = "a disk serves a vhost-user frontend there";
+    let mut args = built_in("vhost-user-blk", label, fields, name, socket);
+    match fields.text("file") {
+        Some(file) => args.push(format!("--file={}", places.file.join(file.value).display())),
+        None if fields.key("file").is_none() => {
+            let message = format!("device {:?} needs a `file`", name.value);
+            let problem = Problem::new(message, name.span.clone());
+            fields.note(problem.help("a relative path begins at the folder of the machine file"));
+        }
+        None => {}
+    }
+    if let Some(queues) = fields.number::<u32>("queues") {
+        if !DISK_QUEUES.contains(&queues) {
+            let place = fields.key("queues").unwrap_or_default();
+            let problem = Problem::new("a disk cannot have so many `queues`", place);
+            fields.note(problem.label("expected 1 to 64"));
+        }
+        args.push(format!("--queues={queues}"));
+    }
+    for key in ["read-only", "direct"] {
+        if fields.choice(key, &[("yes", true), ("no", false)]) == Some(true) {
+            args.push(format!("--{key}"));
+        }
+    }
+    if let Some(serial) = fields.text("serial") {
+        if serial.value.len() > MAX_SERIAL {
+            let problem = Problem::new("`serial` of a disk is too long", serial.span);
+            fields.note(problem.label("expected at most 20 bytes"));
+        }
+        args.push(format!("--serial={}", serial.value));
+    }
+    args
+}
+
+/// The arguments of `standstill`.
+fn copy_engine(
+    fields: &Fields<'_>,
+    name: &Placed<String>,
+    socket: Option<&Placed<PathBuf>>,
+) -> Vec<String> {
+    let label = "a copy engine serves a vfio-user client there";
+    let mut args = built_in("copy-engine", label, fields, name, socket);
     if let Some(memory) = fields.size("memory") {
         if !COPY_ENGINE_MEMORY.contains(&memory.value) || !memory.value.is_power_of_two() {
             let problem =

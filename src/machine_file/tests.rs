@@ -1,4 +1,4 @@
-use super::device::{COPY_ENGINE_KEYS, DEVICE_KEYS, RESTART_KEYS};
+use super::device::{COPY_ENGINE_KEYS, DEVICE_KEYS, DISK_KEYS, Program, RESTART_KEYS};
 use super::hook::HOOK_KEYS;
 use super::*;
 use proptest::prelude::*;
@@ -167,6 +167,7 @@ fn what_is_no_toml_is_shown_where_it_is() {
 #[test]
 fn a_device_that_cannot_be_is_refused_with_the_reason() {
     let long = "x".repeat(100);
+    let disk = "kind = \"vhost-user-blk\"\nsocket = \"s\"\nfile = \"d\"\n";
     for (lines, part) in [
         ("", "needs a `kind` or a `program`"),
         ("kind = \"copy-engine\"\nprogram = \"/d\"\nsocket = \"s\"", "not both"),
@@ -175,6 +176,14 @@ fn a_device_that_cannot_be_is_refused_with_the_reason() {
         ("kind = \"copy-engine\"\nsocket = \"s\"\nmemory = \"5KiB\"", "a power of two"),
         ("kind = \"copy-engine\"\nsocket = \"s\"\nmemory = \"1X\"", "unknown unit"),
         ("kind = \"copy-engine\"\nsocket = \"operator.sock\"", "is the operator socket"),
+        ("kind = \"vhost-user-blk\"\nfile = \"d\"", "a vhost-user frontend there"),
+        ("kind = \"vhost-user-blk\"\nsocket = \"s\"", "needs a `file`"),
+        (&format!("{disk}queues = 65"), "expected 1 to 64"),
+        (&format!("{disk}queues = 0"), "expected 1 to 64"),
+        (&format!("{disk}serial = \"123456789012345678901\""), "at most 20 bytes"),
+        (&format!("{disk}read-only = \"perhaps\""), "`read-only`"),
+        (&format!("{disk}memory = \"1MiB\""), "`memory` is for devices of kind \"copy-engine\""),
+        ("program = \"/d\"\nfile = \"d\"", "`file` is for devices of kind \"vhost-user-blk\""),
         (&format!("program = \"/d\"\nsocket = \"{long}\""), "at most 107 are possible"),
         ("program = \"/d\"\nfirst-phase = \"1s\"", "needs a `second-phase`"),
         ("program = \"/d\"\nrestart = { budget = 1 }", "no effect without"),
@@ -250,6 +259,24 @@ fn a_vm_that_cannot_be_is_refused_with_the_reason() {
 }
 
 #[test]
+fn a_disk_is_started_as_it_is_described() {
+    let text = "name = \"vm0\"\n[[device]]\nname = \"disk\"\nkind = \"vhost-user-blk\"\n\
+                socket = \"disk.sock\"\nfile = \"images/disk.img\"\nqueues = 4\nserial = \"s 1\"\n\
+                read-only = \"yes\"\ndirect = \"no\"\n";
+    let expected = [
+        "device",
+        "vhost-user-blk",
+        "--socket=/run/standstill/vm0/disk.sock",
+        &format!("--file={}", places().file.join("images/disk.img").display()),
+        "--queues=4",
+        "--read-only",
+        "--serial=s 1",
+    ];
+    let expected = Program::BuiltIn(expected.map(str::to_owned).to_vec());
+    assert_eq!(read(text).devices[0].program, Some(expected));
+}
+
+#[test]
 fn a_device_of_its_own_is_read_with_and_without_its_header() {
     let machine = read("name = \"vm0\"");
     let device = "name = \"d\"\nkind = \"copy-engine\"\nsocket = \"d.sock\"\n";
@@ -283,6 +310,7 @@ fn every_key_is_documented() {
         &RAM_KEYS,
         &DEVICE_KEYS,
         &COPY_ENGINE_KEYS,
+        &DISK_KEYS,
         &RESTART_KEYS,
         &HOOK_KEYS,
     ];
@@ -336,5 +364,6 @@ const VALUES: [&str; 9] =
     ["1", "-1", "1.5", "true", "\"\"", "\"5s\"", "[]", "[\"a\"]", "{ a = \"b\" }"];
 
 fn all_keys() -> Vec<&'static str> {
-    [&MACHINE_KEYS[..], &DEADLINE_KEYS, &DEVICE_KEYS, &COPY_ENGINE_KEYS, &HOOK_KEYS].concat()
+    [&MACHINE_KEYS[..], &DEADLINE_KEYS, &DEVICE_KEYS, &COPY_ENGINE_KEYS, &DISK_KEYS, &HOOK_KEYS]
+        .concat()
 }

@@ -38,7 +38,8 @@ mod work;
 
 pub use image::ImageError;
 
-use crate::vhost_user::PopGate;
+use crate::device::{DeviceError, StateVersion};
+use crate::vhost_user::{PopGate, SaveState, VhostUser, Workers};
 use config::ConfigSpace;
 use engine::{Engine, Parts};
 use image::Image;
@@ -196,6 +197,40 @@ impl VhostUserBlk {
         })
     }
 
+    /// Opens the image and makes the device, as [`serve_vhost_user`] takes it.
+    ///
+    /// [`serve_vhost_user`]: crate::vhost_user::serve_vhost_user
+    ///
+    /// ```no_run
+    /// use standstill_device_proc::ServeOptions;
+    /// use standstill_device_proc::devices::vhost_user_blk::{BlockConfig, VhostUserBlk};
+    /// use standstill_device_proc::vhost_user::serve_vhost_user;
+    ///
+    /// fn run() -> Result<(), Box<dyn std::error::Error>> {
+    ///     let disk = BlockConfig::new("/srv/vm/disk.img");
+    ///     Ok(serve_vhost_user(ServeOptions::new("/run/vm/disk.sock"), || VhostUserBlk::device(&disk))?)
+    /// }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`BlockError`].
+    pub fn device(config: &BlockConfig) -> Result<VhostUser<Arc<Self>>, DeviceError> {
+        let pops = PopGate::new(config.queues.into());
+        let disk = Arc::new(Self::build(config, &pops).map_err(DeviceError::new)?);
+        let backing_file = disk.backing_file().map_err(DeviceError::new)?;
+        let completions = disk.completions().map_err(DeviceError::new)?;
+        let device = VhostUser::new(KIND, disk)
+            .holds_permits(pops)
+            .completes_in_order()
+            .saves_state(StateVersion::default())
+            .listens(move |_, workers| listen(&completions, workers));
+        Ok(match backing_file {
+            Some(file) => device.backing_file(file),
+            None => device,
+        })
+    }
+
     /// The image, if its lock is what proves that a killed device process has ended all that it did:
     /// see the [module](self#its-lock).
     ///
@@ -221,27 +256,6 @@ impl VhostUserBlk {
         self.engines.iter().map(of).collect()
     }
 
-    /// Writes what a driver can have changed, and what tells that another disk is the same one.
-    ///
-    /// # Errors
-    ///
-    /// If it cannot be written.
-    pub fn save_state(&self, to: &mut dyn Write) -> io::Result<()> {
-        let writeback = self.writeback.load(Ordering::Relaxed);
-        state::save(self.identity, writeback, to).map_err(io::Error::other)
-    }
-
-    /// Reads what [`save_state`](Self::save_state) wrote, to the end. Nothing changes if it fails.
-    ///
-    /// # Errors
-    ///
-    /// If it is damaged, or that of another disk; the text says what differs.
-    pub fn load_state(&self, from: &mut dyn Read) -> io::Result<()> {
-        let writeback = state::load(self.identity, from).map_err(io::Error::other)?;
-        self.writeback.store(writeback, Ordering::Relaxed);
-        Ok(())
-    }
-
     /// What is written must be stable before it is answered: the driver has said so, or it does not
     /// know that it could flush. The virtio specification, section 5.2.6.2.
     fn is_write_through(&self) -> bool {
@@ -253,6 +267,20 @@ impl VhostUserBlk {
 
     fn restart(&self) {
         self.engines.iter().for_each(|engine| lock(engine).restart());
+    }
+}
+
+impl SaveState for VhostUserBlk {
+    /// Writes what a driver can have changed, and what tells that another disk is the same one.
+    fn save(&self, to: &mut dyn Write) -> io::Result<()> {
+        let writeback = self.writeback.load(Ordering::Relaxed);
+        state::save(self.identity, writeback, to).map_err(io::Error::other)
+    }
+
+    fn load(&self, from: &mut dyn Read) -> io::Result<()> {
+        let writeback = state::load(self.identity, from).map_err(io::Error::other)?;
+        self.writeback.store(writeback, Ordering::Relaxed);
+        Ok(())
     }
 }
 
@@ -360,6 +388,17 @@ impl VhostUserBackend for VhostUserBlk {
         let mode = Mode { write_through: self.is_write_through() };
         lock(engine).run(vring, &memory, mode).map_err(io::Error::other)
     }
+}
+
+/// Has each queue's thread hear of its completions.
+fn listen(completions: &[Option<OwnedFd>], workers: &Workers<'_>) -> io::Result<()> {
+    // Any number beyond those of the queues and of the event that ends a thread.
+    let event = completions.len() as u64 + 1;
+    let mut of_threads = completions.iter().enumerate();
+    of_threads.try_for_each(|(thread, fd)| match fd {
+        Some(fd) => workers.listen(thread, fd, event),
+        None => Ok(()),
+    })
 }
 
 /// One for each queue, or none.

@@ -63,6 +63,10 @@ pub(crate) fn run(socket: &str) -> ! {
         let served = vhost::run(socket, &script.split_whitespace().collect::<Vec<_>>());
         std::process::exit(served.map_or_else(|error| error.exit_code().into(), |()| 0));
     }
+    if let Some(script) = script.strip_prefix(vhost::disk::SCRIPT) {
+        let served = vhost::disk::run(socket, &script.split_whitespace().collect::<Vec<_>>());
+        std::process::exit(served.map_or_else(|error| error.exit_code().into(), |()| 0));
+    }
     let script: Vec<_> = script.split_whitespace().map(String::from).collect();
     let served = serve(ServeOptions::new(socket), |handles| build(handles, script));
     std::process::exit(served.map_or_else(|error| error.exit_code().into(), |()| 0));

@@ -281,14 +281,14 @@ fn the_cache_mode_goes_along_with_the_disk_and_to_no_other_one() {
     let machine = Machine::new(Kind::Cached, |config| config.serial = "one".into());
     machine.device.set_config(32, &[0]).unwrap();
     let mut saved = Vec::new();
-    machine.device.save_state(&mut saved).unwrap();
+    machine.device.save(&mut saved).unwrap();
 
     let other = Machine::new(Kind::Cached, |config| config.serial = "other".into());
-    let error = other.device.load_state(&mut &saved[..]).unwrap_err();
+    let error = other.device.load(&mut &saved[..]).unwrap_err();
     assert!(error.to_string().contains("serial number \"one\", this one has \"other\""), "{error}");
     assert_eq!(other.device.get_config(32, 1), [1]);
     let same = Machine::new(Kind::DirectWithoutRing, |config| config.serial = "one".into());
-    same.device.load_state(&mut &saved[..]).unwrap();
+    same.device.load(&mut &saved[..]).unwrap();
     assert_eq!(same.device.get_config(32, 1), [0]);
 }
 

@@ -26,6 +26,10 @@ const RING: u64 = 0x4000;
 const AVAIL: u64 = 0x1000;
 const USED: u64 = 0x2000;
 const BUFFERS: u64 = 0x3000;
+/// Where the data of requests of a block device is.
+const BLOCKS: u64 = 0x3400;
+/// The most of them that are under way at a time: they have three descriptors each.
+const MOST_BLOCKS: u16 = 5;
 /// What a driver accepts: version 1.
 pub(crate) const ACCEPTED: u64 = 1 << 32;
 
@@ -72,6 +76,44 @@ impl Memory {
         self.pushed[queue] = index.wrapping_add(1);
         let at = GuestAddress(base + AVAIL + 2);
         self.memory.store(self.pushed[queue], at, Ordering::Release).unwrap();
+    }
+
+    /// Puts one more request of a block device into a ring: its type, a sector, and 512 bytes that are
+    /// written there, or read from there into their place.
+    pub(crate) fn push_block(&mut self, queue: usize, kind: u32, sector: u64, data: &[u8; 512]) {
+        let base = RING * queue as u64;
+        let index = self.pushed[queue];
+        let place = index % MOST_BLOCKS;
+        let header = base + BUFFERS + 32 * u64::from(place);
+        let block = base + BLOCKS + 512 * u64::from(place);
+        let put = |bytes: &[u8], at| self.memory.write_slice(bytes, GuestAddress(at)).unwrap();
+        put(&u64::from(kind).to_le_bytes(), header);
+        put(&sector.to_le_bytes(), header + 8);
+        put(&[0xff], header + 16);
+        put(data, block);
+        let head = 3 * place;
+        let from_device = if kind == 0 { 2 } else { 0 };
+        let parts = [(header, 16, 1), (block, 512, 1 | from_device), (header + 16, 1, 2)];
+        for (number, (addr, len, flags)) in (head..).zip(parts) {
+            let descriptor = base + 16 * u64::from(number);
+            put(&addr.to_le_bytes(), descriptor);
+            let next = u64::from(number + 1) << 48;
+            put(&(len | flags << 32 | next).to_le_bytes(), descriptor + 8);
+        }
+        put(&head.to_le_bytes(), base + AVAIL + 4 + 2 * u64::from(index % SIZE));
+        self.pushed[queue] = index.wrapping_add(1);
+        let at = GuestAddress(base + AVAIL + 2);
+        self.memory.store(self.pushed[queue], at, Ordering::Release).unwrap();
+    }
+
+    /// The status and the data of a request of a block device, by its place in the order of pushing.
+    pub(crate) fn block(&self, queue: usize, request: u16) -> (u8, [u8; 512]) {
+        let base = RING * queue as u64;
+        let place = u64::from(request % MOST_BLOCKS);
+        let status = self.memory.read_obj(GuestAddress(base + BUFFERS + 32 * place + 16)).unwrap();
+        let mut block = [0; 512];
+        self.memory.read_slice(&mut block, GuestAddress(base + BLOCKS + 512 * place)).unwrap();
+        (status, block)
     }
 
     /// As if the device had used a ring that far.
@@ -234,6 +276,12 @@ impl Guest {
     /// Puts one more request into a ring, and kicks.
     pub(crate) fn push(&mut self, queue: usize) {
         self.memory.push(queue);
+        self.kicks[queue].write(1).unwrap();
+    }
+
+    /// As [`push`](Self::push), for a block device.
+    pub(crate) fn push_block(&mut self, queue: usize, kind: u32, sector: u64, data: &[u8; 512]) {
+        self.memory.push_block(queue, kind, sector, data);
         self.kicks[queue].write(1).unwrap();
     }
 

@@ -2,6 +2,7 @@
 //! them.
 
 mod device;
+pub(crate) mod disk;
 #[cfg(feature = "fault-injection")]
 mod faults;
 mod guest;

@@ -1,0 +1,196 @@
+//! The block device in a device process.
+//!
+//! The script is words: `file:PATH`, `serial:TEXT`, `delay:MILLISECONDS`, `direct`, `without-io-uring`.
+
+use super::guest::Guest;
+use crate::child::{Device, command, wait};
+use standstill_device_proc::ServeOptions;
+use standstill_device_proc::devices::vhost_user_blk::{BlockConfig, VhostUserBlk};
+use standstill_device_proc::serve::ServeError;
+use standstill_device_proc::vhost_user::serve_vhost_user;
+use standstill_protocol::message::{CoordinatorMessage, PeerDma, Phase};
+use standstill_protocol::migration::{MigrationFlags, MigrationState as S};
+use std::fs::File;
+use std::io::{Seek, SeekFrom};
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+use tempfile::TempDir;
+use vhost::vhost_user::VhostUserFrontend;
+use vhost::vhost_user::message::VhostUserConfigFlags;
+
+pub(crate) const SCRIPT: &str = "disk";
+
+// Types of requests.
+const READ: u32 = 0;
+const WRITE: u32 = 1;
+const OK: u8 = 0;
+/// Where the cache mode is in the configuration space.
+const WRITEBACK: u32 = 32;
+
+/// Runs as a device process, until that is to end.
+pub(crate) fn run(socket: &str, script: &[&str]) -> Result<(), ServeError> {
+    let word = |key: &str| script.iter().find_map(|word| word.strip_prefix(key));
+    let delay = word("delay:").map_or(0, |number| number.parse().unwrap());
+    let config = BlockConfig {
+        direct: script.contains(&"direct"),
+        serial: word("serial:").unwrap_or_default().to_owned(),
+        delay: Duration::from_millis(delay),
+        without_io_uring: script.contains(&"without-io-uring"),
+        ..BlockConfig::new(word("file:").unwrap())
+    };
+    serve_vhost_user(ServeOptions::new(socket), || VhostUserBlk::device(&config))
+}
+
+/// An image of 64 KiB, where direct I/O is possible.
+struct Image {
+    path: PathBuf,
+    _folder: TempDir,
+}
+
+impl Image {
+    fn new() -> Self {
+        // Beside the test program: where temporary files usually are there may be no direct I/O.
+        let here = std::env::current_exe().unwrap();
+        let folder = tempfile::tempdir_in(here.parent().unwrap()).unwrap();
+        let path = folder.path().join("disk");
+        File::create_new(&path).unwrap().set_len(64 << 10).unwrap();
+        Self { path, _folder: folder }
+    }
+
+    fn script(&self, more: &str) -> String {
+        format!("disk file:{} {more}", self.path.display())
+    }
+
+    fn block(&self, sector: u64) -> [u8; 512] {
+        let mut block = [0; 512];
+        File::open(&self.path).unwrap().read_exact_at(&mut block, sector * 512).unwrap();
+        block
+    }
+}
+
+fn cache_mode(guest: &mut Guest) -> u8 {
+    let flags = VhostUserConfigFlags::WRITABLE;
+    guest.ask(|frontend| frontend.get_config(WRITEBACK, 1, flags, &[0]).unwrap().1)[0]
+}
+
+#[test]
+fn it_says_of_itself_what_is_true() {
+    let image = Image::new();
+    let (_device, hello) = Device::start(&image.script(""));
+    assert_eq!(hello.kind, "vhost-user-blk");
+    assert_eq!(hello.capabilities.migration, MigrationFlags::STOP_COPY_P2P);
+    assert_eq!(hello.capabilities.peer_dma, PeerDma::Possible);
+    assert!(hello.capabilities.progress);
+    // Its lock is the proof that a killed one writes no more.
+    let other = File::options().write(true).open(&image.path).unwrap();
+    assert!(matches!(other.try_lock(), Err(std::fs::TryLockError::WouldBlock)));
+}
+
+#[test]
+fn what_is_in_flight_ends_before_a_stop_is_answered_and_the_rest_waits() {
+    for more in ["delay:100", "delay:100 direct", "delay:10 without-io-uring"] {
+        let image = Image::new();
+        let device = Device::welcomed(&image.script(more));
+        let mut guest = Guest::start(&device.socket(), 1);
+        for round in 0..3_u8 {
+            let (epoch, before) = (2 * u64::from(round) + 1, 4 * u16::from(round));
+            for sector in 0..3 {
+                guest.push_block(0, WRITE, sector, &[round + 1; 512]);
+            }
+            guest.settle(0);
+            device.go(epoch, Phase::PrepareStop, S::RunningP2p);
+            let used = guest.memory.used(0);
+            device.go(epoch, Phase::Stop, S::Stop);
+            assert_eq!(guest.memory.used(0), used, "{more}: the memory is not declared RAM");
+            assert!(used == before || guest.was_signalled(0));
+            // All that was taken out of the ring is done, and only that.
+            for sector in 0..3 {
+                let done = before + u16::try_from(sector).unwrap() < used;
+                let expected = if done { round + 1 } else { round };
+                assert_eq!(image.block(sector), [expected; 512], "{more}");
+            }
+            guest.push_block(0, READ, 0, &[0xee; 512]);
+            guest.settle(0);
+            assert_eq!(guest.memory.used(0), used, "{more}");
+            device.resume(epoch + 1);
+            guest.wait_used(0, before + 4);
+            assert_eq!(guest.memory.block(0, before + 3), (OK, [round + 1; 512]), "{more}");
+        }
+        device.shut_down();
+    }
+}
+
+/// QEMU restarts a ring at the used index, Cloud Hypervisor at the index of what was not yet popped.
+#[test]
+fn who_follows_a_killed_device_does_what_was_in_flight() {
+    for (more, base) in [("", 0), ("", 3), ("direct", 0), ("direct", 3)] {
+        let image = Image::new();
+        let mut device = Device::welcomed(&image.script(&format!("delay:60000 {more}")));
+        let mut guest = Guest::start(&device.socket(), 1);
+        for sector in 0..3 {
+            guest.push_block(0, WRITE, sector, &[7; 512]);
+        }
+        guest.settle(0);
+        device.process.kill().unwrap();
+        wait(&mut device.process);
+        assert_eq!((guest.memory.used(0), image.block(0)), (0, [0; 512]));
+        let memory = guest.disconnect();
+        let next = Device::welcomed(&image.script(more));
+        let mut guest = Guest::connect(&next.socket(), memory);
+        guest.start_ring(0, base);
+        guest.wait_used(0, 3);
+        for sector in 0..3 {
+            assert_eq!(image.block(sector), [7; 512], "{more} {base}");
+        }
+        guest.push_block(0, READ, 2, &[0; 512]);
+        guest.wait_used(0, 4);
+        assert_eq!(guest.memory.block(0, 3), (OK, [7; 512]));
+    }
+}
+
+#[test]
+fn the_cache_mode_goes_along_with_its_disk_and_no_other_one_takes_it() {
+    let image = Image::new();
+    let device = Device::welcomed(&image.script("serial:first"));
+    let mut guest = Guest::start(&device.socket(), 1);
+    guest.push_block(0, WRITE, 0, &[1; 512]);
+    guest.wait_used(0, 1);
+    assert_eq!(cache_mode(&mut guest), 1);
+    guest.set_config(WRITEBACK, &[0]).unwrap();
+    device.go(101, Phase::PrepareStop, S::RunningP2p);
+    device.go(101, Phase::Stop, S::StopCopy);
+    let mut file = tempfile::tempfile().unwrap();
+    let save = CoordinatorMessage::Command(command(102, Phase::Save, S::StopCopy));
+    device.send_with(&save, &[file.as_fd()]);
+    assert_eq!(device.reached().state, S::StopCopy);
+    let memory = guest.disconnect().copy();
+    device.shut_down();
+
+    let mut load = |image: &Path, serial: &str| {
+        let device = Device::welcomed(&format!("disk file:{} serial:{serial}", image.display()));
+        device.pause(1);
+        file.seek(SeekFrom::Start(0)).unwrap();
+        let load = CoordinatorMessage::Command(command(102, Phase::Load, S::Stop));
+        device.send_with(&load, &[file.as_fd()]);
+        device
+    };
+    let other = load(&image.path, "second").refused();
+    let text = "with the serial number \"first\", this one has \"second\"";
+    assert!(other.refusal.text.contains(text), "{other:?}");
+    let small = Image::new();
+    File::options().write(true).open(&small.path).unwrap().set_len(32 << 10).unwrap();
+    let other = load(&small.path, "first").refused();
+    assert!(other.refusal.text.contains("65536 bytes, this one has 32768"), "{other:?}");
+
+    let device = load(&image.path, "first");
+    assert_eq!(device.reached().state, S::Stop);
+    let mut guest = Guest::connect(&device.socket(), memory);
+    assert_eq!(cache_mode(&mut guest), 0);
+    guest.start_ring(0, 1);
+    guest.push_block(0, READ, 0, &[0; 512]);
+    device.resume(103);
+    guest.wait_used(0, 2);
+    assert_eq!(guest.memory.block(0, 1), (OK, [1; 512]));
+}
