@@ -127,7 +127,10 @@ impl<B: Backend> Device for VhostUserDevice<B> {
 
     async fn prepare_stop(&self, budget: Duration) -> Result<(), DeviceError> {
         self.begin_rest();
-        if self.core.reaches_ram_only(&self.memory) {
+        let ram_only = self.core.reaches_ram_only(&self.memory);
+        let in_flight = self.core.pops.in_flight();
+        tracing::debug!(in_flight, ram_only, "nothing more is popped");
+        if ram_only {
             return Ok(());
         }
         self.drain(budget).await.inspect_err(|_| self.go_on())

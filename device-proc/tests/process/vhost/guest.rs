@@ -3,6 +3,7 @@
 //! Every call of the frontend has a deadline, after which its connection is cut: the crate has none.
 
 use crate::child::{PATIENCE, until};
+use fastrand::Rng;
 use rustix::fs::{MemfdFlags, memfd_create};
 use std::fs::File;
 use std::net::Shutdown;
@@ -134,7 +135,15 @@ impl Memory {
         self.memory.read_obj(GuestAddress(RING * queue as u64 + BUFFERS + 64 * slot)).unwrap()
     }
 
-    fn region(&self) -> VhostUserMemoryRegionInfo {
+    /// Writes anything to some place of the rings.
+    pub(crate) fn scribble(&self, random: &mut Rng) {
+        let ring = RING * random.u64(..self.pushed.len() as u64);
+        let part = [0, AVAIL, USED, BUFFERS][random.usize(..4)];
+        let at = GuestAddress(ring + part + random.u64(..64));
+        self.memory.write_slice(&random.u32(..).to_le_bytes(), at).unwrap();
+    }
+
+    pub(crate) fn region(&self) -> VhostUserMemoryRegionInfo {
         let region = self.memory.find_region(GuestAddress(0)).unwrap();
         VhostUserMemoryRegionInfo::from_guest_region(region).unwrap()
     }
@@ -179,6 +188,11 @@ impl Guest {
             guest.start_ring(queue, 0);
         }
         guest
+    }
+
+    /// The connection itself, for what no frontend says.
+    pub(crate) fn stream(&self) -> &UnixStream {
+        &self.stream
     }
 
     /// One call, within the deadline.

@@ -6,6 +6,7 @@ pub(crate) mod disk;
 #[cfg(feature = "fault-injection")]
 mod faults;
 mod guest;
+mod hostile;
 mod schedules;
 mod state;
 mod stop;
