@@ -124,7 +124,7 @@ impl Hook for Processors {
         let _turn = self.shared.turn.lock();
         let end = Instant::now() + self.within;
         let state = self.state(end)?;
-        match first(Target::Stands, state.into(), self.memory.ran()) {
+        match first(Target::Stands, state.into()) {
             First::Refuse => return Err(busy(state)),
             First::Leave => {
                 let (state, ran) = (qapi::Enum::name(&state), self.memory.ran());
@@ -169,7 +169,7 @@ impl Processors {
         let end = Instant::now() + self.within;
         if self.memory.ran() {
             let state = self.state(end)?;
-            match first(Target::Runs, state.into(), true) {
+            match first(Target::Runs, state.into()) {
                 First::Refuse => return Err(busy(state)),
                 First::Leave => left_standing_or_running(state),
                 First::Bring => self.bring(Target::Runs, end)?,

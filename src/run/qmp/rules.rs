@@ -57,13 +57,13 @@ pub(super) enum First {
     Refuse,
 }
 
-/// What is done with the VM when the machine stops, or starts again. `ran`: a pause has stopped it.
-pub(super) fn first(target: Target, vm: Vm, ran: bool) -> First {
+/// What is done with the VM when the machine stops; or starts again, if the pause has stopped the VM.
+pub(super) fn first(target: Target, vm: Vm) -> First {
     match (target, vm) {
         (Target::Stands, Vm::Runs) => First::Bring,
         (Target::Stands, Vm::Ready | Vm::Stuck) => First::Leave,
-        (Target::Runs, Vm::Ready) if ran => First::Bring,
-        (Target::Runs, Vm::Ready | Vm::Stuck | Vm::Runs) => First::Leave,
+        (Target::Runs, Vm::Ready) => First::Bring,
+        (Target::Runs, Vm::Stuck | Vm::Runs) => First::Leave,
         (_, Vm::Busy) => First::Refuse,
     }
 }
@@ -120,22 +120,21 @@ mod tests {
     const ALL: [Vm; 4] = [Vm::Runs, Vm::Ready, Vm::Stuck, Vm::Busy];
 
     #[test]
-    fn a_vm_that_its_owner_has_stopped_stays_stopped() {
+    fn a_vm_that_stands_is_left_and_so_is_one_that_cannot_go_on() {
         for vm in [Vm::Ready, Vm::Stuck] {
-            assert_eq!(first(Target::Stands, vm, false), First::Leave);
-            assert_eq!(first(Target::Runs, vm, false), First::Leave);
+            assert_eq!(first(Target::Stands, vm), First::Leave);
         }
-        assert_eq!(first(Target::Stands, Vm::Runs, false), First::Bring);
-        assert_eq!(first(Target::Runs, Vm::Ready, true), First::Bring);
+        assert_eq!(first(Target::Stands, Vm::Runs), First::Bring);
+        assert_eq!(first(Target::Runs, Vm::Ready), First::Bring);
         // It has ended or runs elsewhere by now, or somebody else was sooner.
-        assert_eq!(first(Target::Runs, Vm::Stuck, true), First::Leave);
-        assert_eq!(first(Target::Runs, Vm::Runs, true), First::Leave);
+        assert_eq!(first(Target::Runs, Vm::Stuck), First::Leave);
+        assert_eq!(first(Target::Runs, Vm::Runs), First::Leave);
     }
 
     #[test]
     fn a_guest_that_sleeps_can_wake_and_counts_as_one_that_runs() {
         assert_eq!(Vm::from(RunState::suspended), Vm::Runs);
-        assert_eq!(first(Target::Stands, RunState::suspended.into(), false), First::Bring);
+        assert_eq!(first(Target::Stands, RunState::suspended.into()), First::Bring);
     }
 
     #[test]
@@ -148,7 +147,7 @@ mod tests {
             RunState::colo,
         ] {
             for target in [Target::Stands, Target::Runs] {
-                assert_eq!(first(target, state.into(), true), First::Refuse);
+                assert_eq!(first(target, state.into()), First::Refuse);
                 for progress in [IN_TIME, LATE, LATE_UNANSWERED] {
                     assert_ne!(next(target, state.into(), progress), Next::Done);
                 }

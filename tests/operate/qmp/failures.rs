@@ -116,17 +116,18 @@ fn a_hold_that_the_owner_accepts_gives_the_call_up_and_no_late_stop_follows() {
     place.expect(5, &["pause"]);
     place.expect(0, &["accept-hold"]);
     place.expect(0, &["resume"]);
-    // Until it was given up the call may have been repeated, and was not heard.
+    let commands = vm.commands().len();
     vm.set_manner(Manner::Good);
-    let mut hooks = 0;
-    while hooks == 0 {
-        assert_eq!(vm.state(), "running");
+    // The hook takes part again when its call has returned.
+    loop {
+        assert_eq!(vm.commands().len(), commands, "the VM was stopped out of turn");
         let report = place.json(&["pause"])["report"].clone();
-        hooks = report["hooks"].as_array().unwrap().len();
-        if hooks == 0 {
-            place.expect(0, &["resume"]);
+        if !report["hooks"].as_array().unwrap().is_empty() {
+            break;
         }
+        place.expect(0, &["resume"]);
     }
+    assert_eq!(vm.commands().len(), commands + 1);
     assert_eq!(vm.state(), "paused");
     place.expect(0, &["resume"]);
     assert_eq!(vm.state(), "running");
