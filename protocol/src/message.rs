@@ -503,6 +503,8 @@ pub enum CounterKind {
     Received,
     /// Interrupts raised, by vector.
     Interrupts,
+    /// Requests that were in flight when the first step of the stop was taken, by queue.
+    InFlight,
 }
 
 /// Answer to a [`Query`].

@@ -5,11 +5,12 @@
 use super::Backend;
 use super::core::Core;
 use super::pop_gate::Hold;
-use crate::device::{AccessError, Device, DeviceError, Progress};
+use crate::device::{AccessError, Device, DeviceError, Moment, Progress};
 use crate::memory::MemoryMap;
+use standstill_protocol::message::{Counter, CounterKind, Evidence, MAX_COUNTERS};
 use std::io::{Read, Write};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 /// How long requests in flight may take to end before a reset that the coordinator asks for.
@@ -30,17 +31,23 @@ pub(crate) struct VhostUserDevice<B: Backend> {
     core: Arc<Core<B>>,
     /// Knows what is RAM.
     memory: MemoryMap,
+    /// By queue, how many requests were in flight when the first step of the last stop came.
+    at_stop: Vec<AtomicU64>,
 }
 
 impl<B: Backend> VhostUserDevice<B> {
     pub(super) fn new(core: Arc<Core<B>>, memory: MemoryMap) -> Self {
-        Self { core, memory }
+        let at_stop = (0..core.pops.queues()).map(|_| AtomicU64::new(0)).collect();
+        Self { core, memory, at_stop }
     }
 
     /// Takes care that what is in flight comes to its end, however much waits behind it.
     fn begin_rest(&self) {
         let core = &self.core;
         core.pops.hold(Hold::Stopped);
+        for (queue, count) in self.at_stop.iter().enumerate() {
+            count.store(core.pops.in_flight_of(queue), Ordering::Relaxed);
+        }
         let rest = core.rings.begin_rest();
         if core.facts.holds_permits || core.pops.in_flight() == 0 {
             return;
@@ -152,6 +159,20 @@ impl<B: Backend> Device for VhostUserDevice<B> {
 
     fn load(&self, from: &mut dyn Read) -> Result<(), DeviceError> {
         self.core.load(from).map_err(DeviceError::new)
+    }
+
+    /// What the stop has to wait for.
+    fn evidence(&self, moment: Moment) -> Evidence {
+        if moment != Moment::PrepareStopped {
+            return Evidence::default();
+        }
+        let counter = |(queue, count): (u32, &AtomicU64)| Counter {
+            kind: CounterKind::InFlight,
+            index: queue,
+            value: count.load(Ordering::Relaxed),
+        };
+        let counters = (0..).zip(&self.at_stop).map(counter).take(MAX_COUNTERS).collect();
+        Evidence { memory_hash: None, counters }
     }
 
     /// There is work where a driver has put something into a ring whose used index has not come so far,

@@ -144,8 +144,9 @@ fn file() -> impl Strategy<Value = FileIdentity> {
 
 fn evidence() -> impl Strategy<Value = Evidence> {
     use CounterKind::*;
-    let counter = (select(vec![Written, Received, Interrupts]), any::<u32>(), any::<u64>())
-        .prop_map(|(kind, index, value)| Counter { kind, index, value });
+    let counter =
+        (select(vec![Written, Received, Interrupts, InFlight]), any::<u32>(), any::<u64>())
+            .prop_map(|(kind, index, value)| Counter { kind, index, value });
     (option::of(any::<u64>()), vec(counter, 0..=MAX_COUNTERS))
         .prop_map(|(memory_hash, counters)| Evidence { memory_hash, counters })
 }

@@ -1,0 +1,150 @@
+//! A machine with disks, and a guest that has them.
+
+use crate::driver;
+use rustix::process::{Pid, Signal};
+use standstill::coordinator::blocking::Machine;
+use standstill::coordinator::report::{CommandReport, TransitionReport};
+use standstill::coordinator::{DeviceSpec, LossPolicy, MachineBuilder};
+use standstill::protocol::message::CounterKind;
+use standstill_testkit::deadlines_of;
+use standstill_testkit::qemu::{Guest, GuestBuilder, Qemu};
+use std::fs::File;
+use std::ops::Deref;
+use std::path::PathBuf;
+use std::time::Duration;
+use tempfile::TempDir;
+
+/// Longer than anything here takes on a busy machine.
+pub(crate) const LONG: Duration = Duration::from_secs(120);
+
+/// Size of a disk in bytes.
+const DISK: u64 = 64 << 20;
+
+/// A disk, for the coordinator and for QEMU.
+pub(crate) const NAME: &str = "disk0";
+
+/// A device process under a coordinator, and a guest whose QEMU is its frontend.
+///
+/// If a test fails, the guest's drop says what the guest and QEMU have said.
+pub(crate) struct Vm {
+    // First: QEMU must not see its devices die.
+    pub(crate) guest: Guest,
+    pub(crate) host: Host,
+}
+
+/// All but the guest.
+pub(crate) struct Host {
+    pub(crate) machine: Machine,
+    pub(crate) qemu: Qemu,
+    /// With the socket and the image; removed at the end.
+    pub(crate) folder: TempDir,
+    queues: u16,
+}
+
+// Most of what a test does with it is done with the machine.
+impl Deref for Vm {
+    type Target = Host;
+
+    fn deref(&self) -> &Host {
+        &self.host
+    }
+}
+
+impl Host {
+    /// One disk, whose device process gets these arguments, too. `None` if tests with QEMU are left out.
+    pub(crate) fn start(queues: u16, arguments: &[&str]) -> Option<Self> {
+        Self::start_with(queues, arguments, LossPolicy::Fail)
+    }
+
+    /// The same, with what is done when the device is lost.
+    pub(crate) fn start_with(queues: u16, arguments: &[&str], on_loss: LossPolicy) -> Option<Self> {
+        let qemu = Qemu::for_tests()?;
+        // Not in memory, for what goes past the page cache.
+        let folder =
+            tempfile::Builder::new().prefix("disk-").tempdir_in(env!("CARGO_TARGET_TMPDIR"));
+        let folder = folder.unwrap();
+        File::create(folder.path().join("image")).unwrap().set_len(DISK).unwrap();
+        let device = DeviceSpec::new(NAME, env!("CARGO_BIN_EXE_standstill"))
+            .args(["device", "vhost-user-blk", "--serial=disk0", "--file"])
+            .arg(folder.path().join("image"))
+            .arg("--socket")
+            .arg(folder.path().join(NAME))
+            .arg(format!("--queues={queues}"))
+            .args(arguments);
+        let builder = MachineBuilder::new("vm0").deadlines(deadlines_of(LONG));
+        let machine = builder.devices([device.on_loss(on_loss)]).start_blocking().unwrap();
+        Some(Self { machine, qemu, folder, queues })
+    }
+
+    pub(crate) fn socket(&self) -> PathBuf {
+        self.folder.path().join(NAME)
+    }
+
+    /// A guest that has the disk.
+    pub(crate) fn guest(&self, script: &str) -> GuestBuilder<'_> {
+        self.qemu
+            .guest()
+            .processors(u32::from(self.queues))
+            .vhost_user_blk(NAME, &self.socket(), self.queues)
+            .program("/bin/driver", std::env::current_exe().unwrap())
+            .init(script)
+    }
+}
+
+impl Vm {
+    /// A guest that writes and reads its disk for ever.
+    pub(crate) fn start(queues: u16, arguments: &[&str]) -> Option<Self> {
+        Some(Self::boot(Host::start(queues, arguments)?))
+    }
+
+    pub(crate) fn boot(host: Host) -> Self {
+        let guest = host.guest(&writes()).start().unwrap();
+        host.machine.declare_ram(guest.memory()).unwrap();
+        let vm = Self { guest, host };
+        vm.goes_on();
+        vm
+    }
+
+    /// Waits for what is written, read and found right after now.
+    pub(crate) fn goes_on(&self) {
+        self.guest.console().catch_up();
+        // The first one may have been said before.
+        for _ in 0..2 {
+            self.guest.console().wait_for(" writes are checked", LONG).unwrap();
+        }
+    }
+
+    /// Kills the device process.
+    pub(crate) fn kill(&self) {
+        let status = self.machine.status().unwrap();
+        let pid = status.devices[0].pid.and_then(|pid| Pid::from_raw(pid.cast_signed())).unwrap();
+        rustix::process::kill_process(pid, Signal::KILL).unwrap();
+    }
+
+    /// Ends all, in good order.
+    pub(crate) fn end(self) {
+        self.goes_on();
+        self.guest.end().unwrap();
+        self.host.machine.shutdown().unwrap();
+    }
+}
+
+/// How many requests were in flight when the device was told to prepare for a stop.
+pub(crate) fn in_flight(report: &TransitionReport) -> u64 {
+    let commands = report.participants.iter().flat_map(|device| &device.commands);
+    let evidence = commands.filter_map(CommandReport::evidence);
+    let counters = evidence.flat_map(|evidence| &evidence.counters);
+    counters
+        .filter(|counter| counter.kind == CounterKind::InFlight)
+        .map(|counter| counter.value)
+        .sum()
+}
+
+/// The script of a guest that writes and reads its disk for ever.
+pub(crate) fn writes() -> String {
+    // If it ends, the guest does, and nobody waits for it any more.
+    format!(
+        "{}=/dev/vda RUST_BACKTRACE=0 driver --exact driver_in_the_guest --nocapture",
+        driver::VARIABLE
+    )
+}
