@@ -3,6 +3,7 @@
 use super::super::{BlockConfig, Memory, VhostUserBlk, Vring};
 use crate::vhost_user::PopGate;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::io::Errno;
 use rustix::time::Timespec;
 use std::fs::File;
 use std::io;
@@ -298,7 +299,12 @@ impl Driver {
     pub(super) fn complete_some(&self) {
         let completions = self.completions.as_ref().expect("a device with io_uring");
         let mut fds = [PollFd::new(completions, PollFlags::IN)];
-        assert_eq!(poll(&mut fds, Some(&LONG)), Ok(1), "nothing has finished");
+        let mut polled = poll(&mut fds, Some(&LONG));
+        // By a signal for another test of this process.
+        while polled == Err(Errno::INTR) {
+            polled = poll(&mut fds, Some(&LONG));
+        }
+        assert_eq!(polled, Ok(1), "nothing has finished");
         self.kick().unwrap();
     }
 
@@ -349,5 +355,5 @@ pub(super) fn pattern(seed: u64, len: usize) -> Vec<u8> {
     (0..len.div_ceil(8)).flat_map(|_| next()).take(len).collect()
 }
 
-/// Waits that long for nothing.
-pub(super) const BRIEF: Duration = Duration::from_millis(20);
+/// How long requests are delayed that must not be done before the test has looked.
+pub(super) const DELAY: Duration = Duration::from_millis(500);
