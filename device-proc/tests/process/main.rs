@@ -15,6 +15,7 @@ mod faults;
 mod fds;
 mod foreign;
 mod greeting;
+mod in_band;
 mod revoke;
 mod state;
 mod takeover;

@@ -248,8 +248,14 @@ impl Memory {
         format!("memory:/proc/{}/fd/{}", std::process::id(), self.0.as_raw_fd())
     }
 
-    fn write(&self, at: u64, bytes: &[u8]) {
+    pub(crate) fn write(&self, at: u64, bytes: &[u8]) {
         self.0.write_all_at(bytes, at).unwrap();
+    }
+
+    pub(crate) fn read(&self, at: u64, length: usize) -> Vec<u8> {
+        let mut bytes = vec![0; length];
+        self.0.read_exact_at(&mut bytes, at).unwrap();
+        bytes
     }
 }
 
@@ -282,9 +288,7 @@ fn a_gibibyte_of_memory_goes_through_a_pipe() {
         }
     }
     for at in places {
-        let mut bytes = [0; 16];
-        to.0.read_exact_at(&mut bytes, at).unwrap();
-        assert_eq!(bytes.as_slice(), pattern(at), "at {at:#x}");
+        assert_eq!(to.read(at, 16), pattern(at), "at {at:#x}");
     }
 }
 
