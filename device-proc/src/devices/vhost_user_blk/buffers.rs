@@ -10,10 +10,11 @@ use super::{Memory, request::Refusal};
 use libc::{c_int, iovec};
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use vm_memory::bitmap::Bitmap;
-use vm_memory::{Bytes, GuestMemoryBackend};
+use vm_memory::{Address, Bytes, GuestMemoryBackend};
 
 /// What a file wants of buffers for direct I/O, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,14 +59,19 @@ impl Buffers {
         self.memory = None;
     }
 
-    /// Makes them guest memory, which they keep from now on.
+    /// Makes them guest memory, which they keep from now on: this part of the segments.
     ///
     /// # Errors
     ///
     /// If there is no memory at one of the segments.
-    pub(super) fn set(&mut self, memory: &Arc<Memory>, data: &[Segment]) -> Result<(), Refusal> {
+    pub(super) fn set(
+        &mut self,
+        memory: &Arc<Memory>,
+        data: &[Segment],
+        part: Range<usize>,
+    ) -> Result<(), Refusal> {
         self.clear();
-        for segment in data {
+        for segment in pieces(data, part) {
             for slice in
                 GuestMemoryBackend::get_slices(&**memory, segment.addr, segment.len as usize)
             {
@@ -124,18 +130,18 @@ impl Buffers {
         !self.bounce.is_empty()
     }
 
-    /// Copies the segments into the bounce buffer, before the I/O.
+    /// Copies the part of the segments that these are into the bounce buffer, before the I/O.
     ///
     /// # Errors
     ///
     /// If there is no memory at one of the segments.
-    pub(super) fn fill(&mut self, data: &[Segment]) -> Result<(), Refusal> {
+    pub(super) fn fill(&mut self, data: &[Segment], part: Range<usize>) -> Result<(), Refusal> {
         let (Some(memory), mut rest) =
             (&self.memory, self.bounce.get_mut(self.bounce_begin..).unwrap_or_default())
         else {
             return Ok(());
         };
-        for segment in data {
+        for segment in pieces(data, part) {
             let (now, later) = rest.split_at_mut(rest.len().min(segment.len as usize));
             memory.read_slice(now, segment.addr).map_err(|_| Refusal::Memory(segment.addr.0))?;
             rest = later;
@@ -148,15 +154,14 @@ impl Buffers {
         Ok(())
     }
 
-    /// After the I/O, tells the segments what is in the first `bytes` of them: copies it from a bounce
-    /// buffer, and marks the pages in the log of dirty ones in any case.
-    pub(super) fn pour(&self, data: &[Segment], bytes: usize) {
+    /// After the I/O, tells the part of the segments that these are what is in it: copies it from a
+    /// bounce buffer, and marks the pages in the log of dirty ones in any case.
+    pub(super) fn pour(&self, data: &[Segment], part: Range<usize>) {
         let Some(memory) = &self.memory else { return };
         let bounced = self.is_bounce();
         let mut from = self.bounce.get(self.bounce_begin..).unwrap_or_default();
-        let mut rest = bytes;
-        for segment in data {
-            let len = rest.min(segment.len as usize);
+        for segment in pieces(data, part) {
+            let len = segment.len as usize;
             if bounced {
                 let (now, later) = from.split_at(from.len().min(len));
                 // Checked before; it marks what it writes.
@@ -167,10 +172,6 @@ impl Buffers {
                 {
                     slice.bitmap().mark_dirty(0, slice.len());
                 }
-            }
-            rest -= len;
-            if rest == 0 {
-                break;
             }
         }
     }
@@ -213,6 +214,20 @@ impl Buffers {
         let count = vectors.len().min(MAX_VECTORS);
         (vectors.as_ptr(), c_int::try_from(count).unwrap_or(c_int::MAX))
     }
+}
+
+/// What of the segments is in that part of all their bytes.
+fn pieces(data: &[Segment], part: Range<usize>) -> impl Iterator<Item = Segment> {
+    let (mut skip, mut rest) = (part.start, part.len());
+    data.iter().filter_map(move |segment| {
+        let before = skip.min(segment.len as usize);
+        skip -= before;
+        let len = rest.min(segment.len as usize - before);
+        rest -= len;
+        let addr = segment.addr.checked_add(before as u64)?;
+        // No more than the segment has.
+        u32::try_from(len).ok().filter(|len| *len > 0).map(|len| Segment { addr, len })
+    })
 }
 
 /// The most vectors of one system call: `UIO_MAXIOV`.

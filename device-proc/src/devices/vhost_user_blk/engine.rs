@@ -191,7 +191,8 @@ impl Engine {
             let request = parse(chain, &self.parts.image.disk, &mut pieces);
             let memory = Arc::clone(&memory);
             let stage = Stage::New;
-            self.window.push(Work { head, popped, memory, request, pieces, buffers, stage });
+            let part = 0..0;
+            self.window.push(Work { head, popped, memory, request, pieces, buffers, part, stage });
             room -= 1;
             taken += 1;
         }

@@ -81,6 +81,27 @@ fn what_is_written_is_read_however_it_is_cut() {
 }
 
 #[test]
+fn what_is_longer_than_a_bounce_buffer_is_moved_in_pieces() {
+    for kind in Kind::ALL {
+        let machine = Machine::new(kind, |_| {});
+        let mut driver = machine.driver(0);
+        // Not aligned, in two regions of memory; more than two buffers, and no multiple of one.
+        let (at, lengths) = ((1 << 20) - 0x4_0001, [300 << 10, 1, 511, 399 << 10]);
+        let len = lengths.iter().sum::<u32>() as usize;
+        let data = pattern(9, len);
+        let pieces = scattered(at, &lengths, 3, readable);
+        put_pieces(&driver, &pieces, &data);
+        assert_eq!(driver.request(VIRTIO_BLK_T_OUT, 2048, &pieces), OK);
+        assert!(on_disk(&machine, 2048 * 512, len) == data, "{kind:?}");
+        put_pieces(&driver, &pieces, &vec![0xee; len]);
+        let pieces = scattered(at, &lengths, 3, writable);
+        assert_eq!(driver.request(VIRTIO_BLK_T_IN, 2048, &pieces), OK);
+        assert!(get_pieces(&driver, &pieces) == data, "{kind:?}");
+        assert_eq!(driver.get(at - 1, 1), [0], "{kind:?}");
+    }
+}
+
+#[test]
 fn indirect_descriptors_and_the_end_of_the_disk() {
     for kind in Kind::ALL {
         let machine = Machine::new(kind, |_| {});

@@ -11,6 +11,7 @@ use super::window::Sequence;
 use crate::vhost_user::Popped;
 use rustix::fs::FallocateFlags;
 use std::io;
+use std::ops::Range;
 use std::sync::Arc;
 use vm_memory::Bytes;
 
@@ -31,6 +32,10 @@ pub(super) struct Means<'a> {
     pub(super) mode: Mode,
 }
 
+/// The longest bounce buffer in bytes, unless a block is longer: what is longer goes through it piece by
+/// piece, so that a guest cannot make the device take memory as it likes.
+const BOUNCE: usize = 256 << 10;
+
 /// Length of a serial number in bytes.
 pub(super) const SERIAL: usize = 20;
 
@@ -46,6 +51,8 @@ pub(super) struct Work {
     pub(super) pieces: Pieces,
     /// Where the data is; given away while the kernel works on them.
     pub(super) buffers: Buffers,
+    /// What of the data is in them, in bytes; all of what is before was moved.
+    pub(super) part: Range<usize>,
     pub(super) stage: Stage,
 }
 
@@ -118,11 +125,9 @@ impl Work {
     /// Writes the answer to guest memory. The used ring is not touched.
     pub(super) fn conclude(&mut self, status: Status) {
         let Ok(request) = &self.request else { return };
-        if let Ok(Operation::Read { len, .. }) = request.what
-            && self.stage == Stage::Data
-        {
+        if matches!(request.what, Ok(Operation::Read { .. })) && self.stage == Stage::Data {
             // Also of a read that failed half-way: nobody knows what is in memory then.
-            self.buffers.pour(&self.pieces.data, len as usize);
+            self.buffers.pour(&self.pieces.data, self.part.clone());
         }
         // It was there when the request was parsed, and is kept since.
         let _ = self.memory.write_obj(status.byte(), request.status);
@@ -138,8 +143,8 @@ impl Work {
                 tracing::debug!(%refusal, "a request is refused");
                 Ok(Step::Over(refusal.status()))
             }
-            Ok(Operation::Read { .. } | Operation::Write { .. }) => {
-                self.take_buffers(means).map_err(io::Error::other)?;
+            Ok(Operation::Read { len, .. } | Operation::Write { len, .. }) => {
+                self.take_buffers(0..len as usize, means).map_err(io::Error::other)?;
                 self.stage = Stage::Data;
                 self.transfer(sequence, means)
             }
@@ -152,18 +157,37 @@ impl Work {
         }
     }
 
-    /// Guest memory itself, or a bounce buffer where that cannot be.
-    fn take_buffers(&mut self, means: &Means<'_>) -> Result<(), Refusal> {
-        self.buffers.set(&self.memory, &self.pieces.data)?;
+    /// Guest memory itself, or a bounce buffer where that cannot be: for this part of the data, or the
+    /// beginning of it.
+    fn take_buffers(&mut self, mut part: Range<usize>, means: &Means<'_>) -> Result<(), Refusal> {
+        let data = &self.pieces.data;
+        self.buffers.set(&self.memory, data, part.clone())?;
         if let Some(alignment) = means.image.direct
             && !self.buffers.are_aligned(alignment)
         {
+            let blocks = (BOUNCE / alignment.length).max(1);
+            part.end = part.end.min(part.start + blocks * alignment.length);
+            self.buffers.set(&self.memory, data, part.clone())?;
             self.buffers.bounce(alignment);
             if matches!(self.operation(), Some(Operation::Write { .. })) {
-                self.buffers.fill(&self.pieces.data)?;
+                self.buffers.fill(&self.pieces.data, part.clone())?;
             }
         }
+        self.part = part;
         Ok(())
+    }
+
+    /// What was behind the part that is moved; false if nothing was.
+    fn take_next(&mut self, len: usize, reads: bool, means: &Means<'_>) -> Result<bool, Refusal> {
+        let begin = self.part.end;
+        if begin >= len {
+            return Ok(false);
+        }
+        if reads {
+            self.buffers.pour(&self.pieces.data, self.part.clone());
+        }
+        self.take_buffers(begin..len, means)?;
+        Ok(true)
     }
 
     fn operation(&self) -> Option<Operation> {
@@ -177,8 +201,13 @@ impl Work {
             Some(Operation::Write { offset, len }) => (offset, len, true),
             _ => return Ok(Step::Over(Status::IoError)),
         };
-        while self.buffers.left() > 0 {
-            let done = (len as usize).saturating_sub(self.buffers.left());
+        loop {
+            if self.buffers.left() == 0
+                && !self.take_next(len as usize, !writes, means).map_err(io::Error::other)?
+            {
+                return Ok(Step::Over(Status::Ok));
+            }
+            let done = self.part.end.saturating_sub(self.buffers.left());
             let offset = begin + done as u64;
             let moved = match self.at_once(offset, writes, means) {
                 Some(moved) => moved,
@@ -203,7 +232,6 @@ impl Work {
                 Err(error) => return Err(error),
             }
         }
-        Ok(Step::Over(Status::Ok))
     }
 
     /// Reads or writes now and here, if that is the best way; `None` if not.
