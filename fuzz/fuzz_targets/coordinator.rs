@@ -13,6 +13,7 @@ use standstill_fuzz::session;
 use standstill_fuzz::track::{Fds, Step, Steps};
 use standstill_protocol::codec::{MAGIC, Message, decode};
 use standstill_protocol::message::DeviceMessage;
+use std::rc::Rc;
 
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
@@ -65,7 +66,8 @@ fuzz_target!(|input: &[u8]| {
 /// What is played, with its packets whole.
 #[derive(Clone, Debug)]
 enum Kept {
-    Packet(Vec<u8>, u8),
+    /// Shared by those that are the same: the plan is no part of what is measured.
+    Packet(Rc<[u8]>, u8),
     Greet,
     Obey,
     Close,
@@ -123,7 +125,7 @@ impl Plan {
                 Err(_) => true,
             };
         }
-        Kept::Packet(packet, fds.count)
+        Kept::Packet(packet.into(), fds.count)
     }
 
     /// The last packet again and again.

@@ -26,7 +26,7 @@ const THREADS: usize = 8;
 /// A thread flushes after that many writes.
 const FLUSH: u64 = 50;
 /// How many operations there are between two lines on the console.
-const LINE: u64 = 100;
+const LINE: u64 = 20;
 
 /// Writes and reads for ever; panics on the first error, and on the first byte that is wrong.
 #[expect(clippy::print_stdout, reason = "the test outside goes by what is on the console")]

@@ -131,7 +131,7 @@ fn a_disk_whose_process_is_killed_thirty_times_loses_nothing() {
 
 #[test]
 fn a_stop_of_the_vm_waits_for_the_requests_of_a_slow_disk() {
-    let Some(vm) = Vm::start(1, &["--delay=1500ms"]) else { return };
+    let Some(vm) = Vm::start(1, &["--delay=1s"]) else { return };
     for _ in 0..3 {
         vm.guest.stop().unwrap();
         vm.guest.go_on().unwrap();

@@ -102,13 +102,12 @@ impl Work {
             // However the delay ended.
             Stage::New => self.try_begin(sequence, means),
             Stage::Data => match result {
-                Ok(0) => Err(io::ErrorKind::UnexpectedEof.into()),
-                Ok(bytes) => {
+                Ok(bytes) if bytes > 0 => {
                     self.buffers.advance(bytes);
                     self.transfer(sequence, means)
                 }
                 Err(error) if is_interrupted(&error) => self.transfer(sequence, means),
-                Err(error) => Err(error),
+                failed => self.once_more(&failed, sequence, means),
             },
             Stage::Range(index) => match result {
                 Ok(_) => self.range(index + 1, sequence, means),
@@ -234,6 +233,31 @@ impl Work {
         }
     }
 
+    /// `io_uring` has moved nothing: a kernel that has no thread for it gives up what another call would
+    /// have done. So it is tried once more, and waited for; what fails then has failed.
+    fn once_more(
+        &mut self,
+        failed: &io::Result<usize>,
+        sequence: Sequence,
+        means: &mut Means<'_>,
+    ) -> io::Result<Step> {
+        let (begin, writes) = match self.operation() {
+            Some(Operation::Read { offset, .. }) => (offset, false),
+            Some(Operation::Write { offset, .. }) => (offset, true),
+            _ => return Ok(Step::Over(Status::IoError)),
+        };
+        tracing::warn!(?failed, "a request is tried once more, without io_uring");
+        let done = self.part.end.saturating_sub(self.buffers.left());
+        let stable = if means.mode.write_through && writes { libc::RWF_DSYNC } else { 0 };
+        match self.move_data(begin + done as u64, writes, stable, means.image)? {
+            0 => Err(io::ErrorKind::UnexpectedEof.into()),
+            bytes => {
+                self.buffers.advance(bytes);
+                self.transfer(sequence, means)
+            }
+        }
+    }
+
     /// Reads or writes now and here, if that is the best way; `None` if not.
     ///
     /// From and to the page cache it is: to hand a request to the kernel takes longer than to copy
@@ -256,6 +280,8 @@ impl Work {
             if writes { &image.writes_without_waiting } else { &image.reads_without_waiting };
         if image::is_set(without_waiting) {
             match self.move_data(offset, writes, libc::RWF_NOWAIT, image) {
+                // The end of the file is not where anything is asked for.
+                Ok(0) => return None,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return None,
                 Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => {
                     image::clear(without_waiting);
