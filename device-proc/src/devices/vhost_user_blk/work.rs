@@ -22,6 +22,22 @@ pub(super) struct Mode {
     pub(super) write_through: bool,
 }
 
+impl Mode {
+    /// For a system call that reads or writes.
+    fn flags(self, writes: bool) -> i32 {
+        if self.write_through && writes { libc::RWF_DSYNC } else { 0 }
+    }
+}
+
+/// How a piece of the data is moved.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum By {
+    /// The best way.
+    Any,
+    /// A call that is waited for.
+    Waiting,
+}
+
 /// What works on a request.
 pub(super) struct Means<'a> {
     pub(super) image: &'a Image,
@@ -107,7 +123,12 @@ impl Work {
                     self.transfer(sequence, means)
                 }
                 Err(error) if is_interrupted(&error) => self.transfer(sequence, means),
-                failed => self.once_more(&failed, sequence, means),
+                failed => {
+                    // A kernel that has no thread for it gives up what another call would have done: it is
+                    // tried once more, and waited for. What fails then has failed.
+                    tracing::warn!(?failed, "a request is tried once more, without io_uring");
+                    self.go_on_moving(By::Waiting, sequence, means)
+                }
             },
             Stage::Range(index) => match result {
                 Ok(_) => self.range(index + 1, sequence, means),
@@ -195,6 +216,16 @@ impl Work {
 
     /// Reads or writes what is left to be.
     fn transfer(&mut self, sequence: Sequence, means: &mut Means<'_>) -> io::Result<Step> {
+        self.go_on_moving(By::Any, sequence, means)
+    }
+
+    /// The same; `next` is how the next piece is moved.
+    fn go_on_moving(
+        &mut self,
+        mut next: By,
+        sequence: Sequence,
+        means: &mut Means<'_>,
+    ) -> io::Result<Step> {
         let (begin, len, writes) = match self.operation() {
             Some(Operation::Read { offset, len }) => (offset, len, false),
             Some(Operation::Write { offset, len }) => (offset, len, true),
@@ -208,7 +239,13 @@ impl Work {
             }
             let done = self.part.end.saturating_sub(self.buffers.left());
             let offset = begin + done as u64;
-            let moved = match self.at_once(offset, writes, means) {
+            let moved = match std::mem::replace(&mut next, By::Any) {
+                By::Any => self.at_once(offset, writes, means),
+                By::Waiting => {
+                    Some(self.move_data(offset, writes, means.mode.flags(writes), means.image))
+                }
+            };
+            let moved = match moved {
                 Some(moved) => moved,
                 None => {
                     let Some(ring) = means.ring.as_deref_mut() else {
@@ -233,31 +270,6 @@ impl Work {
         }
     }
 
-    /// `io_uring` has moved nothing: a kernel that has no thread for it gives up what another call would
-    /// have done. So it is tried once more, and waited for; what fails then has failed.
-    fn once_more(
-        &mut self,
-        failed: &io::Result<usize>,
-        sequence: Sequence,
-        means: &mut Means<'_>,
-    ) -> io::Result<Step> {
-        let (begin, writes) = match self.operation() {
-            Some(Operation::Read { offset, .. }) => (offset, false),
-            Some(Operation::Write { offset, .. }) => (offset, true),
-            _ => return Ok(Step::Over(Status::IoError)),
-        };
-        tracing::warn!(?failed, "a request is tried once more, without io_uring");
-        let done = self.part.end.saturating_sub(self.buffers.left());
-        let stable = if means.mode.write_through && writes { libc::RWF_DSYNC } else { 0 };
-        match self.move_data(begin + done as u64, writes, stable, means.image)? {
-            0 => Err(io::ErrorKind::UnexpectedEof.into()),
-            bytes => {
-                self.buffers.advance(bytes);
-                self.transfer(sequence, means)
-            }
-        }
-    }
-
     /// Reads or writes now and here, if that is the best way; `None` if not.
     ///
     /// From and to the page cache it is: to hand a request to the kernel takes longer than to copy
@@ -269,7 +281,7 @@ impl Work {
         means: &Means<'_>,
     ) -> Option<io::Result<usize>> {
         let image = means.image;
-        let stable = if means.mode.write_through && writes { libc::RWF_DSYNC } else { 0 };
+        let stable = means.mode.flags(writes);
         if means.ring.is_none() {
             return Some(self.move_data(offset, writes, stable, image));
         }
