@@ -41,6 +41,7 @@
 //! - [`outside`]: faults that befall a device process or its coordinator, whatever its program is;
 //! - [`plan`]: which faults hit whom and when, as data;
 //! - [`sweep`]: tries plans on machines of any device programs, and judges what comes of them;
+//! - [`vhost_user`]: the VMM's side of a vhost-user device, and the driver behind it;
 //! - [`qemu`]: a real VMM with a real guest, over the data sockets of device processes;
 //! - [`script`]: a device process without a device, that does at which message what you say;
 //! - [`pilot`]: a coordinator in a process of its own, to be killed or stopped;
@@ -70,6 +71,7 @@ pub mod qemu;
 pub mod script;
 pub mod sweep;
 pub mod trace;
+pub mod vhost_user;
 
 pub use deadline::{GRACE, deadlines_of, within};
 pub use gate::{Gate, GateKey};

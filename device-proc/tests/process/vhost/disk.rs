@@ -10,6 +10,7 @@ use standstill_device_proc::serve::ServeError;
 use standstill_device_proc::vhost_user::serve_vhost_user;
 use standstill_protocol::message::{CoordinatorMessage, PeerDma, Phase};
 use standstill_protocol::migration::{MigrationFlags, MigrationState as S};
+use standstill_testkit::vhost_user::{BlockRequest, BlockStatus};
 use std::fs::File;
 use std::io::{Seek, SeekFrom};
 use std::os::fd::AsFd;
@@ -17,15 +18,9 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use tempfile::TempDir;
-use vhost::vhost_user::VhostUserFrontend;
-use vhost::vhost_user::message::VhostUserConfigFlags;
 
 pub(crate) const SCRIPT: &str = "disk";
 
-// Types of requests.
-const READ: u32 = 0;
-const WRITE: u32 = 1;
-const OK: u8 = 0;
 /// Where the cache mode is in the configuration space.
 const WRITEBACK: u32 = 32;
 
@@ -70,9 +65,21 @@ impl Image {
     }
 }
 
+/// One sector.
+fn read(sector: u64) -> BlockRequest {
+    BlockRequest::Read { sector, length: 512 }
+}
+
+fn write(sector: u64, byte: u8) -> BlockRequest {
+    BlockRequest::Write { sector, data: vec![byte; 512] }
+}
+
+fn was_read(byte: u8) -> (BlockStatus, Vec<u8>) {
+    (BlockStatus::Ok, vec![byte; 512])
+}
+
 fn cache_mode(guest: &mut Guest) -> u8 {
-    let flags = VhostUserConfigFlags::WRITABLE;
-    guest.ask(|frontend| frontend.get_config(WRITEBACK, 1, flags, &[0]).unwrap().1)[0]
+    guest.frontend.config(WRITEBACK, 1).unwrap()[0]
 }
 
 #[test]
@@ -97,7 +104,7 @@ fn what_is_in_flight_ends_before_a_stop_is_answered_and_the_rest_waits() {
         for round in 0..3_u8 {
             let (epoch, before) = (2 * u64::from(round) + 1, 4 * u16::from(round));
             for sector in 0..3 {
-                guest.push_block(0, WRITE, sector, &[round + 1; 512]);
+                guest.push_block(0, &write(sector, round + 1));
             }
             guest.settle(0);
             device.go(epoch, Phase::PrepareStop, S::RunningP2p);
@@ -111,12 +118,16 @@ fn what_is_in_flight_ends_before_a_stop_is_answered_and_the_rest_waits() {
                 let expected = if done { round + 1 } else { round };
                 assert_eq!(image.block(sector), [expected; 512], "{more}");
             }
-            guest.push_block(0, READ, 0, &[0xee; 512]);
+            guest.push_block(0, &read(0));
             guest.settle(0);
             assert_eq!(guest.memory.used(0), used, "{more}");
             device.resume(epoch + 1);
             guest.wait_used(0, before + 4);
-            assert_eq!(guest.memory.block(0, before + 3), (OK, [round + 1; 512]), "{more}");
+            assert_eq!(
+                guest.memory.block(0, usize::from(before) + 3),
+                was_read(round + 1),
+                "{more}"
+            );
         }
         device.shut_down();
     }
@@ -130,7 +141,7 @@ fn who_follows_a_killed_device_does_what_was_in_flight() {
         let mut device = Device::welcomed(&image.script(&format!("delay:60000 {more}")));
         let mut guest = Guest::start(&device.socket(), 1);
         for sector in 0..3 {
-            guest.push_block(0, WRITE, sector, &[7; 512]);
+            guest.push_block(0, &write(sector, 7));
         }
         guest.settle(0);
         device.process.kill().unwrap();
@@ -144,9 +155,9 @@ fn who_follows_a_killed_device_does_what_was_in_flight() {
         for sector in 0..3 {
             assert_eq!(image.block(sector), [7; 512], "{more} {base}");
         }
-        guest.push_block(0, READ, 2, &[0; 512]);
+        guest.push_block(0, &read(2));
         guest.wait_used(0, 4);
-        assert_eq!(guest.memory.block(0, 3), (OK, [7; 512]));
+        assert_eq!(guest.memory.block(0, 3), was_read(7));
     }
 }
 
@@ -155,7 +166,7 @@ fn the_cache_mode_goes_along_with_its_disk_and_no_other_one_takes_it() {
     let image = Image::new();
     let device = Device::welcomed(&image.script("serial:first"));
     let mut guest = Guest::start(&device.socket(), 1);
-    guest.push_block(0, WRITE, 0, &[1; 512]);
+    guest.push_block(0, &write(0, 1));
     guest.wait_used(0, 1);
     assert_eq!(cache_mode(&mut guest), 1);
     guest.set_config(WRITEBACK, &[0]).unwrap();
@@ -189,8 +200,8 @@ fn the_cache_mode_goes_along_with_its_disk_and_no_other_one_takes_it() {
     let mut guest = Guest::connect(&device.socket(), memory);
     assert_eq!(cache_mode(&mut guest), 0);
     guest.start_ring(0, 1);
-    guest.push_block(0, READ, 0, &[0; 512]);
+    guest.push_block(0, &read(0));
     device.resume(103);
     guest.wait_used(0, 2);
-    assert_eq!(guest.memory.block(0, 1), (OK, [1; 512]));
+    assert_eq!(guest.memory.block(0, 1), was_read(1));
 }

@@ -98,11 +98,11 @@ fn misbehave(device: &Device, seed: u64) {
         0 => Guest::connect(&device.socket(), Memory::new(2)),
         _ => Guest::start(&device.socket(), 2),
     };
-    let address = guest.memory.region().userspace_addr;
+    let address = guest.memory.address();
     for _ in 0..random.usize(..12) {
         if random.u8(..4) == 0 {
             guest.memory.scribble(&mut random);
-            guest.kicks.iter().for_each(|kick| kick.write(1).unwrap());
+            (0..2).for_each(|queue| guest.kick(queue));
         }
         let memory = memfd_create("hostile", MemfdFlags::CLOEXEC).unwrap();
         rustix::fs::ftruncate(&memory, 0x10000).unwrap();

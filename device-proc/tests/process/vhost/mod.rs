@@ -25,7 +25,6 @@ use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
-use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::VhostUserProtocolFeatures as Protocol;
 
 /// Where requests wait, in a device that holds them.
@@ -175,15 +174,11 @@ fn heartbeats_tell_what_it_is_at() {
 fn what_it_writes_is_logged() {
     let device = Device::welcomed("vhost");
     let mut guest = Guest::start(&device.socket(), 1);
-    let log = tempfile::tempfile().unwrap();
-    log.set_len(4096).unwrap();
-    guest.log_dirty(&log);
+    let log = guest.log_dirty();
     guest.push(0);
     guest.wait_used(0, 1);
-    let mut bits = [0];
-    rustix::io::pread(&log, &mut bits, 0).unwrap();
     // Its used ring and the buffer; descriptors and available ring are only read.
-    assert_eq!(bits, [0b1100]);
+    assert_eq!(log.pages().unwrap(), [2, 3]);
 }
 
 #[test]
@@ -283,7 +278,7 @@ fn a_reset_in_band_drains_and_the_driver_begins_anew() {
     guest.push(0);
     let request = fifo.request();
     let resetting = std::thread::spawn(move || {
-        guest.ask(|frontend| frontend.reset_device().unwrap());
+        guest.frontend.reset().unwrap();
         guest
     });
     assert_eq!(device.query(0).epoch.0, 0, "the control side does not wait");
@@ -305,10 +300,7 @@ fn a_device_that_cannot_drain_ends() {
         let mut guest = Guest::start(&device.socket(), 1);
         guest.push(0);
         let _request = fifo.request();
-        guest.ask(|frontend| {
-            frontend.set_vring_enable(0, false).unwrap();
-            vhost::VhostBackend::get_vring_base(frontend, 0).unwrap_err();
-        });
+        guest.frontend.stop_ring(0).unwrap_err();
         assert_eq!(wait(&mut device.process).signal(), Some(6), "{script}");
         assert_eq!(guest.memory.used(0), 0);
     }

@@ -5,6 +5,7 @@ use super::guest::{Guest, Memory};
 use crate::child::{Device, command};
 use standstill_protocol::message::{CoordinatorMessage, Phase, RefusalKind};
 use standstill_protocol::migration::{MigrationFlags, MigrationState as S};
+use standstill_testkit::vhost_user::VhostUserError;
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::fd::{AsFd, OwnedFd};
@@ -60,7 +61,7 @@ fn bytes(mut file: &File) -> Vec<u8> {
 }
 
 /// Has a frontend transfer the state of a device through a pipe.
-fn in_band(guest: &mut Guest, direction: Direction, end: OwnedFd) -> Result<(), vhost::Error> {
+fn in_band(guest: &mut Guest, direction: Direction, end: OwnedFd) -> Result<(), VhostUserError> {
     guest.ask(|frontend| {
         let channel = frontend.set_device_state_fd(direction, When::STOPPED, end)?;
         assert!(channel.is_none());
@@ -68,7 +69,7 @@ fn in_band(guest: &mut Guest, direction: Direction, end: OwnedFd) -> Result<(), 
     })
 }
 
-fn check(guest: &mut Guest) -> Result<(), vhost::Error> {
+fn check(guest: &mut Guest) -> Result<(), VhostUserError> {
     guest.ask(|frontend| frontend.check_device_state())
 }
 

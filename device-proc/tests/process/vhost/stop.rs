@@ -65,7 +65,7 @@ fn the_first_phase_waits_for_what_may_reach_peers_and_not_for_ram() {
             let fifo = Fifo::of(&device);
             let mut guest = Guest::start(&device.socket(), 1);
             if is_ram {
-                declare(&device, &guest.memory.file);
+                declare(&device, guest.memory.file());
             }
             guest.push(0);
             let request = fifo.request();
