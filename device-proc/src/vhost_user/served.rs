@@ -14,7 +14,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use vhost::vhost_user::VhostUserProtocolFeatures;
 use vhost::vhost_user::message::{VhostTransferStateDirection, VhostTransferStatePhase};
@@ -34,6 +34,8 @@ struct Both<B: Backend> {
     transfers: Transfers,
     /// The crate leaves them open.
     exit_fds: Mutex<Vec<RawFd>>,
+    /// Held from before a frontend is accepted until the socket is closed for all others.
+    accepting: Mutex<()>,
 }
 
 impl<B: Backend> Clone for Served<B> {
@@ -44,8 +46,20 @@ impl<B: Backend> Clone for Served<B> {
 
 impl<B: Backend> Served<B> {
     pub(super) fn new(core: Arc<Core<B>>, parts: Arc<Parts<VhostUserDevice<B>>>) -> Self {
-        let (transfers, exit_fds) = (Transfers::default(), Mutex::default());
-        Self(Arc::new(Both { core, parts, transfers, exit_fds }))
+        Self(Arc::new(Both {
+            core,
+            parts,
+            transfers: Transfers::default(),
+            exit_fds: Mutex::default(),
+            accepting: Mutex::default(),
+        }))
+    }
+
+    /// As long as this is held, a frontend that is accepted is not told the features, without which it
+    /// asks for nothing. So whoever has had an answer and goes, finds the socket closed when it comes
+    /// again: in the queue of a listener that is about to close, its connection would be lost.
+    pub(super) fn accepting(&self) -> MutexGuard<'_, ()> {
+        self.0.accepting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn core(&self) -> &Core<B> {
@@ -62,7 +76,7 @@ impl<B: Backend> Served<B> {
         }
     }
 
-    fn exit_fds(&self) -> std::sync::MutexGuard<'_, Vec<RawFd>> {
+    fn exit_fds(&self) -> MutexGuard<'_, Vec<RawFd>> {
         self.0.exit_fds.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -119,6 +133,7 @@ impl<B: Backend> VhostUserBackend for Served<B> {
     }
 
     fn features(&self) -> u64 {
+        drop(self.accepting());
         self.core().offer.features
     }
 

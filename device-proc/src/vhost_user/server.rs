@@ -124,6 +124,7 @@ impl<B: Backend> Server<B> {
         }
         let socket = self.socket.open().map_err(ServerError::Socket)?;
         let mut listener = Listener::from(UnixListener::from(socket));
+        let _accepting = self.served.accepting();
         let accepted = daemon.start(&mut listener).map_err(ServerError::Accept);
         drop(listener);
         // Before it can be told that there is a frontend: another one that comes now has to see at once

@@ -89,6 +89,16 @@ fn requests_are_served_by_all_queues_and_threads() {
 }
 
 #[test]
+fn a_frontend_that_goes_and_comes_again_at_once_is_answered() {
+    let device = Device::welcomed("vhost");
+    let mut memory = Memory::new(1);
+    for _ in 0..300 {
+        memory = Guest::connect(&device.socket(), memory).disconnect();
+    }
+    device.shut_down();
+}
+
+#[test]
 fn what_cannot_be_served_is_not_offered() {
     let offered = |script| {
         let device = Device::welcomed(script);
