@@ -11,7 +11,6 @@ mod disk;
 mod driver;
 mod hang;
 mod limits;
-mod log;
 mod machine;
 mod restart;
 mod take_over;

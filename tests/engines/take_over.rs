@@ -2,13 +2,13 @@
 //! one takes them over.
 
 use crate::driver::Engine;
-use crate::log;
 use crate::machine::{ENGINES, Guest, LONG, Processes};
 use standstill::coordinator::{Machine, MachineError, Outcome, TakenOver};
 use standstill::protocol::message::{CoordinatorMessage, DeviceEvent, DeviceMessage, OrphanPolicy};
 use standstill::protocol::message::{Term, Welcome};
 use standstill::protocol::migration::MigrationState::{self as S, Running, RunningP2p, Stop};
 use standstill::protocol::transition::{HeldReason, MachineState};
+use standstill_testkit::log;
 
 /// How long a device that is slow takes: time enough to find it half way on a busy machine.
 const SLOW: u64 = 6000;

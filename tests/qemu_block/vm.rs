@@ -6,8 +6,8 @@ use standstill::coordinator::blocking::Machine;
 use standstill::coordinator::report::{CommandReport, TransitionReport};
 use standstill::coordinator::{DeviceSpec, LossPolicy, MachineBuilder};
 use standstill::protocol::message::CounterKind;
-use standstill_testkit::deadlines_of;
 use standstill_testkit::qemu::{Guest, GuestBuilder, Qemu};
+use standstill_testkit::{deadlines_of, log};
 use std::fs::File;
 use std::ops::Deref;
 use std::path::PathBuf;
@@ -25,7 +25,8 @@ pub(crate) const NAME: &str = "disk0";
 
 /// A device process under a coordinator, and a guest whose QEMU is its frontend.
 ///
-/// If a test fails, the guest's drop says what the guest and QEMU have said.
+/// If a test fails, the guest's drop says what the guest and QEMU have said, and the host's what was
+/// logged.
 pub(crate) struct Vm {
     // First: QEMU must not see its devices die.
     pub(crate) guest: Guest,
@@ -59,6 +60,7 @@ impl Host {
     /// The same, with what is done when the device is lost.
     pub(crate) fn start_with(queues: u16, arguments: &[&str], on_loss: LossPolicy) -> Option<Self> {
         let qemu = Qemu::for_tests()?;
+        log::keep();
         // Not in memory, for what goes past the page cache.
         let folder =
             tempfile::Builder::new().prefix("disk-").tempdir_in(env!("CARGO_TARGET_TMPDIR"));
@@ -88,6 +90,15 @@ impl Host {
             .vhost_user_blk(NAME, &self.socket(), self.queues)
             .program("/bin/driver", std::env::current_exe().unwrap())
             .init(script)
+    }
+}
+
+impl Drop for Host {
+    #[expect(clippy::print_stderr, reason = "a test that fails says what it knows")]
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("what was logged, by the devices of other tests, too:\n{}", log::text());
+        }
     }
 }
 

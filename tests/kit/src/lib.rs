@@ -49,6 +49,7 @@
 //!
 //! **What happened**
 //! - [`trace`]: who was told and answered what, when, in one order over all processes and threads;
+//! - [`log`]: what this process and its device processes have logged;
 //! - [`participant`]: hooks and local devices that write to the trace;
 //! - [`gate`]: holds a device, a local device or a hook until a test lets it go;
 //! - [`deadline`]: calls must end in time;
@@ -60,6 +61,7 @@
 
 pub mod deadline;
 pub mod gate;
+pub mod log;
 pub mod machine;
 pub mod outside;
 pub mod participant;

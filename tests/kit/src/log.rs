@@ -1,23 +1,38 @@
-//! The log of this process, in which the lines of its devices are.
+//! The log of this process, in which the lines of its devices are, too.
 
 use std::io::{self, Write};
-use std::sync::{Mutex, Once};
+use std::sync::{Mutex, MutexGuard, Once, PoisonError};
 use std::time::{Duration, Instant};
 use tracing_subscriber::fmt::MakeWriter;
 
 static LINES: Mutex<Vec<u8>> = Mutex::new(Vec::new());
-static START: Once = Once::new();
 
-/// From now on all lines are kept.
-pub(crate) fn keep() {
+/// From now on all lines from INFO on are kept, of all tests of this process. Does nothing the second
+/// time.
+///
+/// # Panics
+///
+/// If the process has another subscriber to its events.
+pub fn keep() {
+    static START: Once = Once::new();
     START.call_once(|| tracing_subscriber::fmt().with_ansi(false).with_writer(Lines).init());
 }
 
+/// What was kept so far.
+#[must_use]
+pub fn text() -> String {
+    String::from_utf8_lossy(&lines()).into_owned()
+}
+
 /// Waits for a line in which all of this is.
-pub(crate) async fn wait_for(parts: &[&str]) {
+///
+/// # Panics
+///
+/// If there is none after a minute; says what there is.
+pub async fn wait_for(parts: &[&str]) {
     let end = Instant::now() + Duration::from_secs(60);
     loop {
-        let text = String::from_utf8_lossy(&LINES.lock().unwrap()).into_owned();
+        let text = text();
         if text.lines().any(|line| parts.iter().all(|part| line.contains(part))) {
             return;
         }
@@ -26,11 +41,15 @@ pub(crate) async fn wait_for(parts: &[&str]) {
     }
 }
 
+fn lines() -> MutexGuard<'static, Vec<u8>> {
+    LINES.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 struct Lines;
 
 impl Write for Lines {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        LINES.lock().unwrap().write(bytes)
+        lines().write(bytes)
     }
 
     fn flush(&mut self) -> io::Result<()> {
