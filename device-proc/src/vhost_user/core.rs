@@ -5,7 +5,7 @@
 use super::config::Kept;
 use super::offer::{OF_THE_CONNECTION, Offer};
 use super::pop_gate::{Hold, PopGate};
-use super::rings::{Rings, Started};
+use super::rings::{Look, Rings, Started};
 use super::state::{Saved, StateError};
 use super::{Backend, Memory, SavesState};
 use crate::actor::Message;
@@ -71,13 +71,14 @@ impl<B: Backend> Core<B> {
         workers: Vec<Vec<usize>>,
     ) -> Self {
         let queues = backend.num_queues();
+        let own_permits = facts.holds_permits.then(|| pops.clone());
         Self {
             backend,
             facts,
             pops,
             offer,
             workers,
-            rings: Rings::new(queues),
+            rings: Rings::new(queues, own_permits),
             memory: Mutex::default(),
             table: Mutex::default(),
             accepted: AtomicU64::new(0),
@@ -112,12 +113,13 @@ impl<B: Backend> Core<B> {
         self.workers.get(thread)?.get(index).copied()
     }
 
-    /// The first event of a ring since it was started, if it was. Whether it can be served now.
+    /// The first look at a ring since it was started, if it was; `late` if something may have been taken
+    /// out of it. Whether it can be served now.
     #[cold]
-    pub(super) fn start_ring(&self, queue: usize, vring: &B::Vring) -> bool {
+    pub(super) fn start_ring(&self, queue: usize, vring: &B::Vring, late: bool) -> bool {
         let Some(memory) = self.memory().clone() else { return false };
-        let (accepted, in_order) = (self.accepted(), self.facts.completes_in_order);
-        match self.rings.start(queue, vring, &memory, accepted, in_order) {
+        let look = Look { in_order: self.facts.completes_in_order, late };
+        match self.rings.start(queue, vring, &memory, self.accepted(), look) {
             Started::NotReady => false,
             Started::Yes(None) => {
                 tracing::debug!(queue, "the ring is started");

@@ -39,13 +39,20 @@ pub struct PopGate(Arc<Gates>);
 
 struct Gates {
     queues: Box<[Arc<Queue>]>,
-    /// Why it is closed: a bit for each [`Hold`].
-    holds: Mutex<u8>,
+    holds: Mutex<Holds>,
     /// Wakes [`wait_open`](PopGate::wait_open).
     changed: Condvar,
     /// The gate of the device's DMA, which can be told to hold nobody back.
     #[cfg(feature = "fault-injection")]
     dma: std::sync::OnceLock<Arc<crate::gate::Gate>>,
+}
+
+/// Why it is closed.
+struct Holds {
+    /// For all queues: a bit for each [`Hold`].
+    all: u8,
+    /// By queue: its ring is not started, as far as the runtime has seen.
+    not_started: Box<[bool]>,
 }
 
 /// One ring's count. Rings are served by threads of their own, so that no two share a cache line.
@@ -73,10 +80,11 @@ impl PopGate {
     /// Open, for that many queues, with nothing in flight.
     #[must_use]
     pub fn new(queues: usize) -> Self {
+        let not_started = vec![false; queues].into_boxed_slice();
         let queues = (0..queues).map(|_| Arc::default()).collect();
         Self(Arc::new(Gates {
             queues,
-            holds: Mutex::new(0),
+            holds: Mutex::new(Holds { all: 0, not_started }),
             changed: Condvar::new(),
             #[cfg(feature = "fault-injection")]
             dma: std::sync::OnceLock::new(),
@@ -84,9 +92,9 @@ impl PopGate {
     }
 
     /// Leave to take one request (or one batch of them) out of this queue's ring. `None` if the gate
-    /// is closed, or there is no such queue: then nothing may be popped, and the caller returns as if
-    /// there were no work. What is in the ring is found again by the kick that every started ring gets
-    /// when the gate opens. Never waits.
+    /// is closed, the frontend has not started the ring, or there is no such queue: then nothing may be
+    /// popped, and the caller returns as if there were no work. What is in the ring is found again by the
+    /// kick that every started ring gets when the gate opens, or by the ring's first event. Never waits.
     #[inline]
     #[must_use]
     pub fn enter(&self, queue: usize) -> Option<Popped> {
@@ -125,7 +133,7 @@ impl PopGate {
     /// Whether it is closed.
     #[must_use]
     pub fn is_closed(&self) -> bool {
-        *self.holds() != 0
+        self.holds().all != 0
     }
 
     /// How many [`Popped`] there are.
@@ -169,7 +177,7 @@ impl PopGate {
     /// Closes it for that reason, too.
     pub(crate) fn hold(&self, reason: Hold) {
         let mut holds = self.holds();
-        *holds |= reason as u8;
+        holds.all |= reason as u8;
         for queue in &self.0.queues {
             queue.0.close();
         }
@@ -179,15 +187,40 @@ impl PopGate {
     /// That reason is gone. Returns whether it is open now.
     pub(crate) fn release(&self, reason: Hold) -> bool {
         let mut holds = self.holds();
-        *holds &= !(reason as u8);
-        if *holds != 0 {
+        holds.all &= !(reason as u8);
+        if holds.all != 0 {
             return false;
         }
-        for queue in &self.0.queues {
-            queue.0.open();
+        for (queue, not_started) in self.0.queues.iter().zip(&holds.not_started) {
+            if !not_started {
+                queue.0.open();
+            }
         }
         self.0.changed.notify_all();
         true
+    }
+
+    /// The ring of this queue is not started: nothing may be taken out of it.
+    pub(crate) fn hold_queue(&self, queue: usize) {
+        self.set_not_started(queue, true);
+    }
+
+    /// It is.
+    pub(crate) fn release_queue(&self, queue: usize) {
+        self.set_not_started(queue, false);
+    }
+
+    fn set_not_started(&self, number: usize, is_so: bool) {
+        let mut holds = self.holds();
+        let Some(queue) = self.0.queues.get(number) else { return };
+        if let Some(not_started) = holds.not_started.get_mut(number) {
+            *not_started = is_so;
+        }
+        if is_so {
+            queue.0.close();
+        } else if holds.all == 0 {
+            queue.0.open();
+        }
     }
 
     /// Closes it for good, and waits as [`drained_within`](Self::drained_within) does.
@@ -198,15 +231,15 @@ impl PopGate {
 
     /// Whether it is closed for that reason, and maybe others.
     pub(crate) fn is_held(&self, reason: Hold) -> bool {
-        *self.holds() & reason as u8 != 0
+        self.holds().all & reason as u8 != 0
     }
 
     /// Blocks the calling OS thread while it is closed; returns false if that is so since the threads
     /// are to end.
     pub(crate) fn wait_open(&self) -> bool {
         let mut holds = self.holds();
-        while *holds != 0 {
-            if *holds & Hold::Exiting as u8 != 0 {
+        while holds.all != 0 {
+            if holds.all & Hold::Exiting as u8 != 0 {
                 return false;
             }
             holds = self.0.changed.wait(holds).unwrap_or_else(PoisonError::into_inner);
@@ -214,7 +247,7 @@ impl PopGate {
         true
     }
 
-    fn holds(&self) -> MutexGuard<'_, u8> {
+    fn holds(&self) -> MutexGuard<'_, Holds> {
         self.0.holds.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -300,6 +333,25 @@ mod tests {
         other.join().unwrap();
         pops.open();
         assert!(!pops.is_closed() && pops.enter(0).is_some());
+    }
+
+    #[test]
+    fn a_queue_whose_ring_is_not_started_stays_closed() {
+        let pops = PopGate::new(2);
+        pops.hold_queue(0);
+        assert!(pops.enter(0).is_none() && pops.enter(1).is_some() && !pops.is_closed());
+        pops.close();
+        pops.open();
+        assert!(pops.enter(0).is_none() && pops.enter(1).is_some());
+        pops.close();
+        pops.release_queue(0);
+        assert!(pops.enter(0).is_none());
+        pops.open();
+        let popped = pops.enter(0).unwrap();
+        pops.hold_queue(0);
+        assert!(!pops.passed_within(0, Duration::from_millis(1)));
+        drop(popped);
+        assert!(pops.passed_within(0, LONG) && pops.enter(0).is_none());
     }
 
     #[tokio::test]

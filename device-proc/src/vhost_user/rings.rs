@@ -4,6 +4,11 @@
 //! A ring is started when the frontend says so, but the crate tells that only by the first event of it
 //! ([`Rings::start`]). It is stopped by `GET_VRING_BASE`, by a reset or by the end of the connection.
 //!
+//! Nothing may be taken out of a ring before that first event: it tells where the ring goes on by the
+//! index that the frontend has set. A thread has other events, too, and one of them can come between the
+//! frontend's message and the ring's first event. Whoever has permits of its own gets none for a ring that
+//! is not started; for the others each event is a first look at all rings of its thread.
+//!
 //! # In the middle of an event
 //!
 //! A backend without permits of its own takes what it finds, request by request or batch by batch, and
@@ -19,6 +24,7 @@
 #![forbid(unsafe_code)]
 
 use super::kick::kick;
+use super::pop_gate::PopGate;
 use super::state::{SavedRing, Start, StartError, StateError};
 use super::{Backend, Memory};
 use crate::device::Progress;
@@ -38,6 +44,8 @@ pub(super) struct Rings<B: Backend> {
     /// Queues whose rings were made not ready here. Held while waiting for the lock of a ring: never
     /// taken by the control thread while something is in flight.
     closed: Mutex<Vec<usize>>,
+    /// What a backend with permits of its own passes.
+    pops: Option<PopGate>,
 }
 
 struct Ring<B: Backend> {
@@ -57,8 +65,10 @@ struct RingState<B: Backend> {
     last: SavedRing,
     /// How the frontend must start it: it was loaded so, with these features accepted.
     expected: Option<(SavedRing, u64)>,
-    /// It was not started, and that was told.
-    refused: bool,
+    /// Why it was not started, which was told.
+    refused: Option<StartError>,
+    /// How often it was stopped.
+    stops: u64,
 }
 
 struct Place<B: Backend> {
@@ -79,7 +89,16 @@ impl<B: Backend> Place<B> {
     }
 }
 
-/// What came of the first event of a ring.
+/// How a ring is looked at for the first time.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Look {
+    /// Its backend completes in order.
+    pub(super) in_order: bool,
+    /// Something may have been taken out of it, and used, since the frontend has started it.
+    pub(super) late: bool,
+}
+
+/// What came of the first look at a ring.
 #[derive(Debug)]
 pub(super) enum Started {
     /// It is started. If the frontend has set another index than the one at which it goes on, that.
@@ -91,7 +110,8 @@ pub(super) enum Started {
 }
 
 impl<B: Backend> Rings<B> {
-    pub(super) fn new(queues: usize) -> Self {
+    /// `pops` is what a backend with permits of its own passes.
+    pub(super) fn new(queues: usize, pops: Option<PopGate>) -> Self {
         let ring = || Ring {
             started: AtomicBool::new(false),
             signal_due: AtomicBool::new(false),
@@ -100,11 +120,15 @@ impl<B: Backend> Rings<B> {
                 place: None,
                 last: SavedRing::default(),
                 expected: None,
-                refused: false,
+                refused: None,
+                stops: 0,
             }),
         };
         let all = (0..queues).map(|_| ring()).collect();
-        Self { all, rests: AtomicU64::new(0), closed: Mutex::default() }
+        if let Some(pops) = &pops {
+            (0..queues).for_each(|queue| pops.hold_queue(queue));
+        }
+        Self { all, rests: AtomicU64::new(0), closed: Mutex::default(), pops }
     }
 
     #[inline]
@@ -116,7 +140,7 @@ impl<B: Backend> Rings<B> {
         (0..self.all.len()).any(|queue| self.is_started(queue))
     }
 
-    /// The first event of a ring that is not started as far as is known. Called by the thread that
+    /// The first look at a ring that is not started as far as is known. Called by the thread that
     /// serves it.
     pub(super) fn start(
         &self,
@@ -124,9 +148,10 @@ impl<B: Backend> Rings<B> {
         vring: &B::Vring,
         memory: &Memory<B>,
         accepted: u64,
-        completes_in_order: bool,
+        look: Look,
     ) -> Started {
         let Some(ring) = self.all.get(queue) else { return Started::NotReady };
+        let stops = ring.state().stops;
         let found = {
             let vring = vring.get_ref();
             let queue = vring.get_queue();
@@ -137,6 +162,14 @@ impl<B: Backend> Rings<B> {
             in_memory.then(|| queue.state())
         };
         let mut state = ring.state();
+        if state.stops != stops {
+            // It was stopped meanwhile, and gives another first event if it was started again.
+            return Started::NotReady;
+        }
+        if let Some(error @ StartError::Late { .. }) = state.refused {
+            // Where it goes on cannot be found out any more.
+            return Started::Refused(error, false);
+        }
         let checked = match found {
             None => Err(StartError::Memory),
             Some(found) => {
@@ -147,13 +180,19 @@ impl<B: Backend> Rings<B> {
                     accepted,
                 };
                 let expected = state.expected.as_ref().map(|(ring, features)| (ring, *features));
-                start.check(expected, completes_in_order).map(|at| (found, at))
+                match start.check(expected, look.in_order) {
+                    Ok(at) if look.late && at != found.next_avail => {
+                        let (next_avail, next_used) = (found.next_avail, found.next_used);
+                        Err(StartError::Late { next_avail, next_used })
+                    }
+                    checked => checked.map(|at| (found, at)),
+                }
             }
         };
         let (found, at) = match checked {
             Ok(both) => both,
             Err(error) => {
-                let is_news = !std::mem::replace(&mut state.refused, true);
+                let is_news = state.refused.replace(error).is_none();
                 return Started::Refused(error, is_news);
             }
         };
@@ -163,11 +202,14 @@ impl<B: Backend> Rings<B> {
         }
         state.vring = Some(vring.clone());
         state.expected = None;
-        state.refused = false;
+        state.refused = None;
         let (avail, used) = (found.avail_ring, found.used_ring);
         state.place = Some(Place { memory: memory.clone(), avail, used });
         ring.signal_due.store(true, Ordering::Relaxed);
         ring.started.store(true, Ordering::Release);
+        if let Some(pops) = &self.pops {
+            pops.release_queue(queue);
+        }
         Started::Yes(moved)
     }
 
@@ -176,12 +218,24 @@ impl<B: Backend> Rings<B> {
         let Some(ring) = self.all.get(queue) else { return };
         let mut closed = self.closed();
         closed.retain(|closed| *closed != queue);
-        ring.stopped(&mut ring.state());
+        self.mark_stopped(queue, &mut ring.state());
         let vring = ring.state().vring.clone();
         if let Some(vring) = vring {
             // It may have been made ready here after the crate had stopped it.
             vring.set_queue_ready(false);
         }
+    }
+
+    fn mark_stopped(&self, queue: usize, state: &mut RingState<B>) {
+        if let Some(ring) = self.all.get(queue) {
+            ring.started.store(false, Ordering::Release);
+        }
+        if let Some(pops) = &self.pops {
+            pops.hold_queue(queue);
+        }
+        state.place = None;
+        state.refused = None;
+        state.stops += 1;
     }
 
     /// From now on nothing more is to be taken out of the rings, by whoever is in the middle of an event
@@ -236,9 +290,9 @@ impl<B: Backend> Rings<B> {
     /// The frontend has reset the device: it starts its rings over, wherever it likes.
     pub(super) fn reset(&self) {
         self.closed().clear();
-        for ring in &self.all {
+        for (queue, ring) in self.all.iter().enumerate() {
             let mut state = ring.state();
-            ring.stopped(&mut state);
+            self.mark_stopped(queue, &mut state);
             state.vring = None;
             state.expected = None;
             state.last = SavedRing::default();
@@ -255,9 +309,9 @@ impl<B: Backend> Rings<B> {
     /// The connection has ended, and nothing is in flight.
     pub(super) fn disconnected(&self) {
         self.closed().clear();
-        for ring in &self.all {
+        for (queue, ring) in self.all.iter().enumerate() {
             let mut state = ring.state();
-            ring.stopped(&mut state);
+            self.mark_stopped(queue, &mut state);
             if let Some(vring) = state.vring.take() {
                 state.last = SavedRing::of(&vring.get_ref().get_queue().state());
             }
@@ -381,11 +435,5 @@ impl<B: Backend> Ring<B> {
     /// Held for moments only: no lock of a ring is waited for with it.
     fn state(&self) -> MutexGuard<'_, RingState<B>> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn stopped(&self, state: &mut RingState<B>) {
-        self.started.store(false, Ordering::Release);
-        state.place = None;
-        state.refused = false;
     }
 }

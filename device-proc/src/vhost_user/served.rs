@@ -108,6 +108,19 @@ impl<B: Backend> Served<B> {
         }
     }
 
+    /// Starts those rings of a thread that the frontend has started, and of which no event was seen yet;
+    /// `late` if the backend may have seen them before.
+    fn look_at_rings(&self, vrings: &[B::Vring], thread: usize, late: bool) {
+        let core = self.core();
+        for (index, vring) in vrings.iter().enumerate() {
+            if let Some(queue) = core.queue(thread, index)
+                && !core.rings.is_started(queue)
+            {
+                core.start_ring(queue, vring, late);
+            }
+        }
+    }
+
     /// What an error means that a backend has returned.
     fn judge(&self, error: &io::Error, vrings: &[B::Vring], thread: usize) {
         // Whoever looks into a ring that is stopped is told so, and hands it on.
@@ -248,10 +261,16 @@ impl<B: Backend> VhostUserBackend for Served<B> {
         let ring = vrings.get(usize::from(device_event));
         let queue = core.queue(thread, device_event.into());
         if let (Some(vring), Some(queue)) = (ring, queue) {
-            if !core.rings.is_started(queue) && !core.start_ring(queue, vring) {
+            if !core.rings.is_started(queue) && !core.start_ring(queue, vring, false) {
                 return Ok(());
             }
             self.signal(queue, vring);
+        }
+        // A backend may look into all rings of its thread, whatever event it is. Whoever has permits gets
+        // none for rings that are not started.
+        let looks_at_all = ring.is_none() && !core.facts.holds_permits;
+        if looks_at_all {
+            self.look_at_rings(vrings, thread, false);
         }
         // Held until it is clear what an error means: a ring may be stopped until then.
         let _popped = if core.facts.holds_permits {
@@ -262,6 +281,10 @@ impl<B: Backend> VhostUserBackend for Served<B> {
         };
         if let Err(error) = core.backend.handle_event(device_event, evset, vrings, thread) {
             self.judge(&error, vrings, thread);
+        }
+        if looks_at_all {
+            // Those that were started in the middle of it.
+            self.look_at_rings(vrings, thread, true);
         }
         core.events.fetch_add(1, Ordering::Relaxed);
         Ok(())

@@ -199,6 +199,11 @@ pub(super) enum StartError {
     Indexes { next_avail: u16, next_used: u16, size: u16 },
     #[error("its ring does not lie in the memory of the frontend")]
     Memory,
+    #[error(
+        "the frontend goes on at {next_avail} of a ring that is used up to {next_used}, and something \
+         was taken out of it before that was seen"
+    )]
+    Late { next_avail: u16, next_used: u16 },
 }
 
 impl Start {

@@ -5,7 +5,7 @@
 
 use super::buffers::Buffers;
 use super::image::Image;
-use super::request::{Pieces, Status, parse};
+use super::request::{Pieces, Request, Status, parse};
 use super::uring::Ring;
 use super::window::{Sequence, Window};
 use super::work::{Means, Mode, SERIAL, Stage, Step, Work};
@@ -63,13 +63,23 @@ pub(super) struct Engine {
     /// The ring is not used any more.
     broken: bool,
     /// Chains to which nothing could be answered.
-    unanswerable: u64,
+    unanswerable: Refused,
+    /// Requests that were answered with an error before anything was done for them.
+    refused: Refused,
 }
 
 impl Engine {
     pub(super) fn new(parts: Parts) -> Self {
         let window = Window::with_capacity(parts.max_requests);
-        Self { parts, window, spare: Vec::new(), told: Vec::new(), broken: false, unanswerable: 0 }
+        Self {
+            parts,
+            window,
+            spare: Vec::new(),
+            told: Vec::new(),
+            broken: false,
+            unanswerable: Refused::default(),
+            refused: Refused::default(),
+        }
     }
 
     /// Can be polled, and is readable when there is something for [`run`](Self::run) to do beside
@@ -201,13 +211,17 @@ impl Engine {
 
     fn begin(&mut self, sequence: Sequence, mode: Mode) {
         let Some(work) = self.window.get_mut(sequence) else { return };
-        if let Err(error) = &work.request {
-            self.unanswerable += 1;
-            if self.unanswerable.is_power_of_two() {
-                let (queue, count) = (self.parts.queue, self.unanswerable);
-                tracing::warn!(queue, count, %error, "a request that cannot be answered");
+        let queue = self.parts.queue;
+        match &work.request {
+            Err(error) => {
+                self.unanswerable.note(queue, error, "a request that cannot be answered");
             }
-        } else if !self.parts.delay.is_zero() {
+            Ok(Request { what: Err(refusal), .. }) => {
+                self.refused.note(queue, refusal, "a request is refused");
+            }
+            Ok(_) => {}
+        }
+        if work.request.is_ok() && !self.parts.delay.is_zero() {
             match self.parts.ring.as_mut().map(|ring| ring.wait(sequence)) {
                 Some(Ok(())) => return,
                 // It is begun at once then.
@@ -296,6 +310,20 @@ enum Popping {
     GoesOn,
     /// No, or it may not be taken out, or whoever changes that kicks.
     Rests,
+}
+
+/// How many requests were of no use, of one kind.
+#[derive(Default)]
+struct Refused(u64);
+
+impl Refused {
+    /// One more. Not each is in the log: a guest must not be able to fill it.
+    fn note(&mut self, queue: usize, why: &dyn std::fmt::Display, text: &str) {
+        self.0 += 1;
+        if self.0.is_power_of_two() {
+            tracing::warn!(queue, count = self.0, %why, "{text}");
+        }
+    }
 }
 
 /// Waits for the delay of a request that nothing else can wait for.

@@ -159,10 +159,7 @@ impl Work {
             Err(_) => return Ok(Step::Over(Status::IoError)),
         };
         match what {
-            Err(refusal) => {
-                tracing::debug!(%refusal, "a request is refused");
-                Ok(Step::Over(refusal.status()))
-            }
+            Err(refusal) => Ok(Step::Over(refusal.status())),
             Ok(Operation::Read { len, .. } | Operation::Write { len, .. }) => {
                 self.take_buffers(0..len as usize, means).map_err(io::Error::other)?;
                 self.stage = Stage::Data;

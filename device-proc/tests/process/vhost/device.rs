@@ -5,16 +5,21 @@
 //! and closes it; `later` completes requests on a thread of its own; `fail` gives an error for the
 //! first request; `queues:NUMBER`; `threads` has one for each queue; `in-order` says that requests
 //! complete so; `stateless` and `no-state`; `old` has not all features; `kind:NAME`;
-//! `deadline:MILLISECONDS` to drain.
+//! `deadline:MILLISECONDS` to drain; `own` has an event that is none of a ring, whenever something is
+//! written to the fifo with `.own` at its end: it waits as a request does with `hold`, and looks into all
+//! rings then.
 
+use rustix::fs::{CWD, FileType, Mode, mknodat};
 use standstill_device_proc::ServeOptions;
 use standstill_device_proc::device::StateVersion;
 use standstill_device_proc::serve::ServeError;
 use standstill_device_proc::vhost_user::{
-    PopGate, Popped, SaveState, SaveStateMut, VhostUser, serve_vhost_user,
+    Backend, PopGate, Popped, SaveState, SaveStateMut, VhostUser, serve_vhost_user,
 };
 use std::fs::File;
 use std::io::{self, Read, Write};
+use std::ops::Range;
+use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, RwLock};
@@ -44,6 +49,7 @@ struct Common {
     threads: bool,
     /// Each request waits here.
     fifo: Option<String>,
+    own: Option<Arc<Own>>,
     fails: bool,
     features: u64,
 }
@@ -62,6 +68,39 @@ impl Common {
             Some(fifo) => File::open(fifo)?.read_to_end(&mut Vec::new()).map(drop),
             None => Ok(()),
         }
+    }
+}
+
+/// An event that is none of a ring.
+struct Own {
+    /// What makes it.
+    event: File,
+    /// Where it waits.
+    fifo: String,
+}
+
+impl Own {
+    const NUMBER: u16 = 100;
+
+    fn new(socket: &str) -> Self {
+        let path = format!("{socket}.own");
+        mknodat(CWD, &path, FileType::Fifo, Mode::RWXU, 0).unwrap();
+        // Somebody always has it open to write.
+        let event = File::options().read(true).write(true).open(path).unwrap();
+        Self { event, fifo: format!("{socket}.fifo") }
+    }
+
+    fn wait(&self) -> io::Result<()> {
+        (&self.event).read_exact(&mut [0])?;
+        File::open(&self.fifo)?.read_to_end(&mut Vec::new()).map(drop)
+    }
+}
+
+/// Which rings an event is for.
+fn rings_of(event: u16, own: Option<&Own>, vrings: &[Vring]) -> io::Result<Range<usize>> {
+    match own.filter(|_| event == Own::NUMBER) {
+        Some(own) => own.wait().map(|()| 0..vrings.len()),
+        None => Ok(event.into()..usize::from(event) + 1),
     }
 }
 
@@ -131,7 +170,16 @@ impl VhostUserBackendMut for Rng {
         vrings: &[Vring],
         _: usize,
     ) -> io::Result<()> {
-        let vring = &vrings[usize::from(device_event)];
+        let own = self.common.own.clone();
+        for queue in rings_of(device_event, own.as_deref(), vrings)? {
+            self.serve(&vrings[queue])?;
+        }
+        Ok(())
+    }
+}
+
+impl Rng {
+    fn serve(&mut self, vring: &Vring) -> io::Result<()> {
         let memory = self.memory.clone().unwrap();
         loop {
             // As many backends do it: an error if the ring is not ready.
@@ -233,13 +281,15 @@ impl VhostUserBackend for Later {
         vrings: &[Vring],
         thread: usize,
     ) -> io::Result<()> {
-        let vring = &vrings[usize::from(device_event)];
-        let queue = if self.common.threads { thread } else { device_event.into() };
-        let memory = self.memory.read().unwrap().clone().unwrap();
-        while let Some(popped) = self.pops.enter(queue) {
-            let chain = vring.get_mut().get_queue_mut().pop_descriptor_chain(memory.memory());
-            let Some(chain) = chain else { break };
-            self.begun.lock().unwrap().send((chain, vring.clone(), popped)).unwrap();
+        for index in rings_of(device_event, self.common.own.as_deref(), vrings)? {
+            let vring = &vrings[index];
+            let queue = if self.common.threads { thread } else { index };
+            let memory = self.memory.read().unwrap().clone().unwrap();
+            while let Some(popped) = self.pops.enter(queue) {
+                let chain = vring.get_mut().get_queue_mut().pop_descriptor_chain(memory.memory());
+                let Some(chain) = chain else { break };
+                self.begun.lock().unwrap().send((chain, vring.clone(), popped)).unwrap();
+            }
         }
         Ok(())
     }
@@ -268,24 +318,27 @@ pub(crate) fn run(socket: &str, script: &[&str]) -> Result<(), ServeError> {
         queues: number("queues:").unwrap_or(1),
         threads: says("threads"),
         fifo: says("hold").then(|| format!("{socket}.fifo")),
+        own: says("own").then(|| Arc::new(Own::new(socket))),
         fails: says("fail"),
         features: if says("old") { FEATURES & !(1 << 32) } else { FEATURES },
     };
     let kind = script.iter().find_map(|word| word.strip_prefix("kind:")).unwrap_or("rng");
     let deadline = Duration::from_millis(number("deadline:").unwrap_or(30_000) as u64);
     let options = ServeOptions::new(socket);
+    let own = common.own.clone();
     if says("later") {
         return serve_vhost_user(options, || {
             let pops = PopGate::new(common.queues);
             let backend = Later::new(common, pops.clone());
             let device = VhostUser::new(kind, backend).holds_permits(pops).drain_deadline(deadline);
-            let device = device.saves_state(StateVersion::default());
+            let device = listening(device.saves_state(StateVersion::default()), own);
             Ok(if says("in-order") { device.completes_in_order() } else { device })
         });
     }
     let rng = Rng { common, number: 0, config: *b"01234567", memory: None };
     serve_vhost_user(options, || {
         let device = VhostUser::new(kind, Arc::new(Mutex::new(rng))).drain_deadline(deadline);
+        let device = listening(device, own);
         let device = if says("in-order") { device.completes_in_order() } else { device };
         Ok(match (says("stateless"), says("no-state")) {
             (true, _) => device.stateless(),
@@ -293,4 +346,12 @@ pub(crate) fn run(socket: &str, script: &[&str]) -> Result<(), ServeError> {
             _ => device.saves_state(StateVersion::default()),
         })
     })
+}
+
+fn listening<B: Backend>(device: VhostUser<B>, own: Option<Arc<Own>>) -> VhostUser<B> {
+    match own {
+        Some(own) => device
+            .listens(move |_, workers| workers.listen(0, own.event.as_fd(), Own::NUMBER.into())),
+        None => device,
+    }
 }

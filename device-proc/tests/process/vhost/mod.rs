@@ -5,6 +5,7 @@ mod device;
 pub(crate) mod disk;
 #[cfg(feature = "fault-injection")]
 mod faults;
+mod first_look;
 mod guest;
 mod hostile;
 mod schedules;
