@@ -1,9 +1,11 @@
 //! `standstill device …`: one device process by itself.
 
 use crate::size::parse_size;
-use clap::{Args, Subcommand};
+use clap::{Args, Subcommand, ValueEnum};
 use standstill::device_proc::devices::copy_engine::{CopyEngine, CopyEngineConfig};
-use standstill::device_proc::devices::vhost_user_blk::{BlockConfig, MAX_QUEUES, VhostUserBlk};
+use standstill::device_proc::devices::vhost_user_blk::{
+    BlockConfig, Lock, MAX_QUEUES, VhostUserBlk,
+};
 use standstill::device_proc::vhost_user::serve_vhost_user;
 use standstill::device_proc::{ServeOptions, serve};
 use std::path::PathBuf;
@@ -57,6 +59,18 @@ struct BlockArgs {
     delay: Duration,
     #[arg(long, help = "Do without io_uring: each queue does one request after the other")]
     without_io_uring: bool,
+    /// When the image is locked
+    #[arg(long, value_name = "WHEN", default_value = "process")]
+    lock: LockArg,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum LockArg {
+    /// As long as this process lives
+    Process,
+    /// While the guest uses it, so that another process can take the disk over in a live migration. The
+    /// file SOCKET.lock is locked as long as this process lives then
+    Rings,
 }
 
 #[derive(Args, Clone, Debug)]
@@ -97,6 +111,14 @@ pub(crate) fn run(args: DeviceArgs) -> ExitCode {
             serve(options, |handles| CopyEngine::build(config, handles))
         }
         DeviceKind::VhostUserBlk(args) => {
+            let lock = match args.lock {
+                LockArg::Process => Lock::Process,
+                LockArg::Rings => {
+                    let mut proof = args.socket.clone().into_os_string();
+                    proof.push(".lock");
+                    Lock::Rings { proof: proof.into() }
+                }
+            };
             let config = BlockConfig {
                 file: args.file,
                 queues: args.queues,
@@ -105,6 +127,7 @@ pub(crate) fn run(args: DeviceArgs) -> ExitCode {
                 serial: args.serial,
                 delay: args.delay,
                 without_io_uring: args.without_io_uring,
+                lock,
             };
             serve_vhost_user(ServeOptions::new(args.socket), || VhostUserBlk::device(&config))
         }

@@ -41,6 +41,7 @@
 //!
 //! `docs/vhost-user.md` says more, and what a VMM has to do with it.
 
+mod claim;
 mod config;
 mod core;
 mod device;
@@ -55,6 +56,7 @@ mod state;
 mod transfers;
 
 pub use crate::serve::serve_vhost_user;
+pub(crate) use claim::Claim;
 pub use pop_gate::{PopGate, Popped};
 
 use self::core::{Core, Facts};
@@ -268,6 +270,7 @@ pub struct VhostUser<B> {
     state_version: StateVersion,
     listen: Option<Listen<B>>,
     backing_files: Vec<OwnedFd>,
+    claim: Option<Box<dyn Claim>>,
 }
 
 impl<B> fmt::Debug for VhostUser<B> {
@@ -292,6 +295,7 @@ impl<B: Backend> VhostUser<B> {
             state_version: StateVersion::default(),
             listen: None,
             backing_files: Vec::new(),
+            claim: None,
         }
     }
 
@@ -363,6 +367,12 @@ impl<B: Backend> VhostUser<B> {
         self
     }
 
+    /// It needs that to itself while a ring is started. For backends with permits of their own: the
+    /// events of fds that they listen to come also while nothing may be popped.
+    pub(crate) fn claims(self, claim: impl Claim) -> Self {
+        Self { claim: Some(Box::new(claim)), ..self }
+    }
+
     /// The device, how it is described, and its transport.
     pub(crate) fn put_together(
         self,
@@ -394,7 +404,7 @@ impl<B: Backend> VhostUser<B> {
         info.backing_files = self.backing_files;
         info.migration =
             if has_state { MigrationFlags::STOP_COPY_P2P } else { MigrationFlags::NO_STATE_P2P };
-        let core = Arc::new(Core::new(backend, facts, pops.clone(), offer, workers));
+        let core = Arc::new(Core::new(backend, facts, pops.clone(), offer, workers, self.claim));
         let device = VhostUserDevice::new(Arc::clone(&core), memory);
         let listen = self.listen;
         let transport =

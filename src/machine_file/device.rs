@@ -30,7 +30,7 @@ pub(crate) const DEVICE_KEYS: [&str; 13] = [
 /// The keys of the kind `copy-engine` besides.
 pub(crate) const COPY_ENGINE_KEYS: [&str; 3] = ["memory", "slow-prepare", "slow-stop"];
 /// The keys of the kind `vhost-user-blk` besides.
-pub(crate) const DISK_KEYS: [&str; 5] = ["file", "queues", "read-only", "direct", "serial"];
+pub(crate) const DISK_KEYS: [&str; 6] = ["file", "queues", "read-only", "direct", "serial", "lock"];
 /// The keys of a `restart`.
 pub(crate) const RESTART_KEYS: [&str; 4] = ["budget", "window", "first-backoff", "longest-backoff"];
 
@@ -308,6 +308,9 @@ fn disk(
             fields.note(problem.label("expected at most 20 bytes"));
         }
         args.push(format!("--serial={}", serial.value));
+    }
+    if let Some(lock) = fields.choice("lock", &[("process", "process"), ("rings", "rings")]) {
+        args.push(format!("--lock={lock}"));
     }
     args
 }

@@ -182,6 +182,7 @@ fn a_device_that_cannot_be_is_refused_with_the_reason() {
         (&format!("{disk}queues = 0"), "expected 1 to 64"),
         (&format!("{disk}serial = \"123456789012345678901\""), "at most 20 bytes"),
         (&format!("{disk}read-only = \"perhaps\""), "`read-only`"),
+        (&format!("{disk}lock = \"ring\""), "did you mean \"rings\""),
         (&format!("{disk}memory = \"1MiB\""), "`memory` is for devices of kind \"copy-engine\""),
         ("program = \"/d\"\nfile = \"d\"", "`file` is for devices of kind \"vhost-user-blk\""),
         (&format!("program = \"/d\"\nsocket = \"{long}\""), "at most 107 are possible"),
@@ -262,7 +263,7 @@ fn a_vm_that_cannot_be_is_refused_with_the_reason() {
 fn a_disk_is_started_as_it_is_described() {
     let text = "name = \"vm0\"\n[[device]]\nname = \"disk\"\nkind = \"vhost-user-blk\"\n\
                 socket = \"disk.sock\"\nfile = \"images/disk.img\"\nqueues = 4\nserial = \"s 1\"\n\
-                read-only = \"yes\"\ndirect = \"no\"\n";
+                read-only = \"yes\"\ndirect = \"no\"\nlock = \"rings\"\n";
     let expected = [
         "device",
         "vhost-user-blk",
@@ -271,6 +272,7 @@ fn a_disk_is_started_as_it_is_described() {
         "--queues=4",
         "--read-only",
         "--serial=s 1",
+        "--lock=rings",
     ];
     let expected = Program::BuiltIn(expected.map(str::to_owned).to_vec());
     assert_eq!(read(text).devices[0].program, Some(expected));

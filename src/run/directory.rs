@@ -8,7 +8,8 @@
 //!     ├── control/               what a later coordinator needs (docs/take-over.md)
 //!     ├── added/                 devices that were added while it ran
 //!     ├── vm-ran                 there while a pause has stopped a VM that ran
-//!     └── engine0.sock           data sockets, if the machine file says so
+//!     ├── engine0.sock           data sockets, if the machine file says so
+//!     └── disk0.sock.lock        locked as long as the device process lives, if it needs that
 //! ```
 
 use crate::machine_file::checks::somebody_listens;
@@ -22,6 +23,7 @@ use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt};
 use std::path::{Path, PathBuf};
+use std::sync::mpsc::sync_channel;
 use std::time::{Duration, Instant};
 use thiserror::Error;
 
@@ -247,10 +249,29 @@ impl MachineDirectory {
         // Left if the devices could not be proven gone.
         let _ = std::fs::remove_dir(self.control());
         self.remove_dead_sockets();
+        self.remove_free_locks();
         let _ = std::fs::remove_file(self.path.join(LOCK));
         // Left if somebody still serves a socket there, or something else was put there.
         if let Err(error) = std::fs::remove_dir(&self.path) {
             tracing::debug!(machine = self.machine, %error, "the machine's folder is left");
+        }
+    }
+
+    /// Removes the files beside sockets whose lock stands for a device process, where there is none.
+    fn remove_free_locks(&self) {
+        let Ok(entries) = std::fs::read_dir(&self.path) else { return };
+        for path in entries.filter_map(Result::ok).map(|entry| entry.path()) {
+            let is_lock = path.extension().is_some_and(|extension| extension == "lock");
+            let is_own = path.file_name().is_some_and(|name| name == LOCK);
+            let is_file = || path.symlink_metadata().is_ok_and(|found| found.is_file());
+            if is_lock
+                && !is_own
+                && is_file()
+                && becomes_free(&path)
+                && let Err(error) = std::fs::remove_file(&path)
+            {
+                tracing::debug!(path = %path.display(), %error, "a lock's file is left");
+            }
         }
     }
 
@@ -342,6 +363,16 @@ fn lock(folder: &Path, machine: &str, take: bool) -> Result<File, DirectoryError
         }
     }
     Err(failed(Errno::AGAIN))
+}
+
+/// Whether a file is locked by nobody. What a process that has just ended has left of itself may keep a
+/// lock for some milliseconds.
+fn becomes_free(path: &Path) -> bool {
+    let Ok(file) = File::open(path) else { return false };
+    let (free, wait) = sync_channel(1);
+    // Left behind if somebody lives who has it.
+    std::thread::spawn(move || free.send(file.lock().is_ok()));
+    wait.recv_timeout(TURN).unwrap_or(false)
 }
 
 /// For people, and for error messages.

@@ -1,6 +1,7 @@
 //! Machine files that are wrong, and what they speak of.
 
 use crate::fixture::{Place, two_engines};
+use rustix::process::{Pid, Signal, kill_process};
 use std::os::unix::net::UnixListener;
 
 /// What `check` and `run` say about a file; both refuse it.
@@ -160,4 +161,35 @@ fn a_qmp_socket_need_not_be_there_and_must_not_be_something_else() {
     place.write("plain", "");
     let said = refused(&place, &text("plain"));
     assert!(said.contains("plain is no socket") && said.contains("-qmp unix:PATH"), "{said}");
+}
+
+/// Each has a file beside its socket whose lock proves that it has ended: that of the image may be the
+/// other one's.
+#[test]
+fn two_disks_of_one_image_are_fenced_one_by_one_and_leave_nothing_behind() {
+    let place = Place::new();
+    place.write("disk.img", &"0".repeat(64 << 10));
+    let disk = |name: &str| {
+        format!(
+            "[[device]]\nname = \"{name}\"\nkind = \"vhost-user-blk\"\nsocket = \"{name}.sock\"\n\
+             file = \"disk.img\"\nlock = \"rings\"\non-loss = \"restart\"\n"
+        )
+    };
+    let running = place.run(&format!("name = \"vm0\"\n{}{}", disk("disk0"), disk("disk1")));
+    let folder = place.runtime().join("vm0");
+    assert!(folder.join("disk0.sock.lock").exists() && folder.join("disk1.sock.lock").exists());
+    let lost = place.pid_of("disk1");
+    // As if the other one had a ring started.
+    let image = std::fs::File::open(place.path("disk.img")).unwrap();
+    image.lock().unwrap();
+    kill_process(Pid::from_raw(i32::try_from(lost).unwrap()).unwrap(), Signal::KILL).unwrap();
+    place.status_until("ready again", |status| {
+        let disk = &status["devices"][1];
+        disk["standing"] == "ready" && disk["pid"] != lost
+    });
+    place.expect(0, &["pause"]);
+    place.expect(0, &["resume"]);
+    place.expect(0, &["shutdown"]);
+    assert!(running.ends().status.success());
+    assert!(!folder.exists());
 }

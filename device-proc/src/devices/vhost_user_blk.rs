@@ -21,6 +21,14 @@
 //! was killed, that nothing of it is under way any more. One that is only read may be locked by
 //! several devices at once; but with direct I/O it is locked exclusively as well, since such reads go
 //! on writing to guest memory after their process has ended.
+//!
+//! It is locked as long as the process lives, or only while a ring is started ([`Lock`]), for devices
+//! that hand a disk over to each other. In that case no two of them ever have I/O under way at a time:
+//! a device has the lock from before it pops its first request until the last one is answered, through
+//! the open file that its I/O goes through; and for what a killed one has left the kernel keeps it. But
+//! whether it is free says nothing of one certain process any more. So that process has another file
+//! locked as long as it lives, which is part of each of its `io_uring`s: the kernel lets go of that when
+//! the last request of these has ended.
 
 #![deny(unsafe_code)]
 
@@ -30,6 +38,7 @@ mod engine;
 #[cfg(any(test, fuzzing))]
 pub mod fuzzing;
 mod image;
+mod lock;
 mod request;
 mod state;
 mod uring;
@@ -43,7 +52,9 @@ use crate::vhost_user::{PopGate, SaveState, VhostUser, Workers};
 use config::ConfigSpace;
 use engine::{Engine, Parts};
 use image::Image;
+use lock::ImageLock;
 use state::Identity;
+use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
@@ -81,6 +92,21 @@ const SECTOR: u32 = 512;
 type Memory = GuestMemoryMmap<BitmapMmapRegion>;
 type Vring = VringRwLock<GuestMemoryAtomic<Memory>>;
 
+/// When an image is locked. One that is only read through the page cache is locked shared, as long as the
+/// process lives, whatever is said here.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Lock {
+    /// As long as the device process lives.
+    Process,
+    /// While a ring is started: what a device has to say that takes part in a live migration, at either
+    /// end. Requests wait while another process has the lock.
+    Rings {
+        /// A file for this device alone, beside its socket for example. It is made if it is not there,
+        /// stays, and is locked as long as the device process lives: that is what a fence waits for.
+        proof: PathBuf,
+    },
+}
+
 /// How a disk is made.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BlockConfig {
@@ -99,11 +125,13 @@ pub struct BlockConfig {
     pub delay: Duration,
     /// Do without `io_uring`, also where there is one.
     pub without_io_uring: bool,
+    /// When the image is locked.
+    pub lock: Lock,
 }
 
 impl BlockConfig {
     /// A disk of this image: one queue, read and written through the page cache, without a serial
-    /// number and without delays.
+    /// number and without delays, locked as long as its process lives.
     pub fn new(file: impl Into<PathBuf>) -> Self {
         Self {
             file: file.into(),
@@ -113,6 +141,7 @@ impl BlockConfig {
             serial: String::new(),
             delay: Duration::ZERO,
             without_io_uring: false,
+            lock: Lock::Process,
         }
     }
 }
@@ -137,6 +166,9 @@ pub enum BlockError {
 /// The device. See the [module](self).
 pub struct VhostUserBlk {
     image: Arc<Image>,
+    /// The image's lock if it is had while a ring is started, and what is locked as long as the process
+    /// lives then.
+    shared: Option<Shared>,
     config: ConfigSpace,
     identity: Identity,
     engines: Vec<Mutex<Engine>>,
@@ -145,6 +177,11 @@ pub struct VhostUserBlk {
     acked_features: AtomicU64,
     /// The cache mode in the configuration space.
     writeback: AtomicBool,
+}
+
+struct Shared {
+    path: PathBuf,
+    proof: File,
 }
 
 impl std::fmt::Debug for VhostUserBlk {
@@ -157,7 +194,8 @@ impl VhostUserBlk {
     /// Opens the image and makes the device. `pops` has as many queues as the device.
     ///
     /// The image is not locked yet, unless it is only read: give [`backing_file`](Self::backing_file)
-    /// to the runtime.
+    /// to the runtime. With [`Lock::Rings`] that is not the image, which [`device`](Self::device) alone
+    /// sees to.
     ///
     /// # Errors
     ///
@@ -169,11 +207,18 @@ impl VhostUserBlk {
         }
         let serial = serial(&config.serial)?;
         let image = Arc::new(Image::open(&config.file, config.read_only, config.direct)?);
+        let shared = match &config.lock {
+            Lock::Rings { proof } if image.is_exclusive() => {
+                let (path, proof) = (config.file.clone(), lock::open_proof(proof)?);
+                Some(Shared { path, proof })
+            }
+            Lock::Rings { .. } | Lock::Process => None,
+        };
         let engine = |queue: u16| {
             Mutex::new(Engine::new(Parts {
                 queue: queue.into(),
                 image: Arc::clone(&image),
-                ring: ring(config, &image),
+                ring: ring(config, &image, shared.as_ref().map(|shared| &shared.proof)),
                 pops: pops.clone(),
                 serial,
                 delay: config.delay,
@@ -188,6 +233,7 @@ impl VhostUserBlk {
             Identity { size: disk.size, block: disk.block, read_only: disk.read_only, serial };
         Ok(Self {
             image,
+            shared,
             config: space,
             identity,
             engines,
@@ -220,25 +266,37 @@ impl VhostUserBlk {
         let disk = Arc::new(Self::build(config, &pops).map_err(DeviceError::new)?);
         let backing_file = disk.backing_file().map_err(DeviceError::new)?;
         let completions = disk.completions().map_err(DeviceError::new)?;
+        let lock = disk.shared.as_ref().map(|shared| ImageLock {
+            file: Arc::clone(&disk.image.file),
+            path: shared.path.clone(),
+        });
         let device = VhostUser::new(KIND, disk)
             .holds_permits(pops)
             .completes_in_order()
             .saves_state(StateVersion::default())
             .listens(move |_, workers| listen(&completions, workers));
+        let device = match lock {
+            Some(lock) => device.claims(lock),
+            None => device,
+        };
         Ok(match backing_file {
             Some(file) => device.backing_file(file),
             None => device,
         })
     }
 
-    /// The image, if its lock is what proves that a killed device process has ended all that it did:
-    /// see the [module](self#its-lock).
+    /// The file whose lock proves that a killed device process has ended all that it did, if there is
+    /// one: the image, or the file of [`Lock::Rings`]. See the [module](self#its-lock).
     ///
     /// # Errors
     ///
     /// If the fd cannot be duplicated.
     pub fn backing_file(&self) -> Result<Option<OwnedFd>, BlockError> {
-        self.image.backing_file().map_err(BlockError::Fd)
+        let file = match &self.shared {
+            Some(shared) => Some(&shared.proof),
+            None => self.image.is_exclusive().then_some(&*self.image.file),
+        };
+        file.map(|file| file.try_clone().map(OwnedFd::from)).transpose().map_err(BlockError::Fd)
     }
 
     /// For each queue an fd to be polled by the queue's thread: when it is readable, `handle_event` is
@@ -250,7 +308,7 @@ impl VhostUserBlk {
     /// If an fd cannot be duplicated.
     pub fn completions(&self) -> Result<Vec<Option<OwnedFd>>, BlockError> {
         let of = |engine: &Mutex<Engine>| {
-            let fd = lock(engine).completions().map(|fd| fd.try_clone_to_owned());
+            let fd = engine_of(engine).completions().map(|fd| fd.try_clone_to_owned());
             fd.transpose().map_err(BlockError::Fd)
         };
         self.engines.iter().map(of).collect()
@@ -266,7 +324,7 @@ impl VhostUserBlk {
     }
 
     fn restart(&self) {
-        self.engines.iter().for_each(|engine| lock(engine).restart());
+        self.engines.iter().for_each(|engine| engine_of(engine).restart());
     }
 }
 
@@ -362,7 +420,7 @@ impl VhostUserBackend for VhostUserBlk {
     fn stop_vring(&self, queue_index: u32) -> io::Result<()> {
         let engine = usize::try_from(queue_index).ok().and_then(|index| self.engines.get(index));
         if let Some(engine) = engine {
-            lock(engine).restart();
+            engine_of(engine).restart();
         }
         Ok(())
     }
@@ -386,7 +444,7 @@ impl VhostUserBackend for VhostUserBlk {
         let memory = self.memory.read().unwrap_or_else(PoisonError::into_inner).clone();
         let Some(memory) = memory else { return Ok(()) };
         let mode = Mode { write_through: self.is_write_through() };
-        lock(engine).run(vring, &memory, mode).map_err(io::Error::other)
+        engine_of(engine).run(vring, &memory, mode).map_err(io::Error::other)
     }
 }
 
@@ -402,12 +460,12 @@ fn listen(completions: &[Option<OwnedFd>], workers: &Workers<'_>) -> io::Result<
 }
 
 /// One for each queue, or none.
-fn ring(config: &BlockConfig, image: &Image) -> Option<Ring> {
+fn ring(config: &BlockConfig, image: &Image, proof: Option<&File>) -> Option<Ring> {
     if config.without_io_uring {
         tracing::info!("without io_uring, as was asked for");
         return None;
     }
-    let ring = Ring::new(Arc::clone(&image.file), config.delay);
+    let ring = Ring::new(Arc::clone(&image.file), config.delay, proof);
     ring.inspect_err(|error| {
         tracing::warn!(%error, "there is no io_uring: each queue does one request after the other");
     })
@@ -421,7 +479,7 @@ fn serial(text: &str) -> Result<[u8; SERIAL], BlockError> {
     Ok(serial)
 }
 
-fn lock(engine: &Mutex<Engine>) -> MutexGuard<'_, Engine> {
+fn engine_of(engine: &Mutex<Engine>) -> MutexGuard<'_, Engine> {
     engine.lock().unwrap_or_else(PoisonError::into_inner)
 }
 

@@ -2,6 +2,7 @@
 
 #![forbid(unsafe_code)]
 
+use super::claim::{Claim, Claimed};
 use super::config::Kept;
 use super::offer::{OF_THE_CONNECTION, Offer};
 use super::pop_gate::{Hold, PopGate};
@@ -40,6 +41,8 @@ pub(super) struct Core<B: Backend> {
     /// The queues that each thread serves.
     pub(super) workers: Vec<Vec<usize>>,
     pub(super) rings: Rings<B>,
+    /// What it has to itself while a ring is started.
+    pub(super) claimed: Option<Claimed>,
     /// The frontend's memory, and the files behind it.
     memory: Mutex<Option<Memory<B>>>,
     table: Mutex<Vec<Option<FileIdentity>>>,
@@ -69,9 +72,11 @@ impl<B: Backend> Core<B> {
         pops: PopGate,
         offer: Offer,
         workers: Vec<Vec<usize>>,
+        claim: Option<Box<dyn Claim>>,
     ) -> Self {
         let queues = backend.num_queues();
         let own_permits = facts.holds_permits.then(|| pops.clone());
+        let claimed = claim.map(|claim| Claimed::new(claim, &pops));
         Self {
             backend,
             facts,
@@ -79,6 +84,7 @@ impl<B: Backend> Core<B> {
             offer,
             workers,
             rings: Rings::new(queues, own_permits),
+            claimed,
             memory: Mutex::default(),
             table: Mutex::default(),
             accepted: AtomicU64::new(0),
@@ -120,11 +126,8 @@ impl<B: Backend> Core<B> {
         let Some(memory) = self.memory().clone() else { return false };
         let look = Look { in_order: self.facts.completes_in_order, late };
         match self.rings.start(queue, vring, &memory, self.accepted(), look) {
-            Started::NotReady => false,
-            Started::Yes(None) => {
-                tracing::debug!(queue, "the ring is started");
-                true
-            }
+            Started::NotReady => return false,
+            Started::Yes(None) => tracing::debug!(queue, "the ring is started"),
             Started::Yes(Some(base)) => {
                 tracing::info!(
                     queue,
@@ -132,16 +135,17 @@ impl<B: Backend> Core<B> {
                     "the frontend starts a ring beyond its used index: what was popped and not done is \
                      done again"
                 );
-                true
             }
             Started::Refused(error, is_news) => {
                 if is_news {
                     tracing::error!(queue, %error, "the ring is not served");
                     self.tell(format!("queue {queue}: {error}"));
                 }
-                false
+                return false;
             }
         }
+        self.claim();
+        true
     }
 
     /// The frontend has another table of memory.

@@ -183,6 +183,8 @@ impl<B: Backend> Device for VhostUserDevice<B> {
         let mut progress = core.rings.progress(is_watched);
         progress.done = progress.done.wrapping_add(core.events.load(Ordering::Relaxed));
         progress.pending &= !core.pops.is_held(Hold::Stopped);
+        // Who waits for somebody else does not hang.
+        progress.pending &= !core.pops.is_held(Hold::Unclaimed);
         progress.pending &= core.frontend_is_there.load(Ordering::Relaxed);
         Some(progress)
     }

@@ -74,6 +74,8 @@ pub(crate) enum Hold {
     Leaving = 8,
     /// The threads that served it are to end.
     Exiting = 16,
+    /// Somebody else has what the device needs to itself, or no ring is started that it needs it for.
+    Unclaimed = 32,
 }
 
 impl PopGate {

@@ -170,6 +170,7 @@ impl<B: Backend> VhostUserBackend for Served<B> {
         core.backend.reset_device();
         core.kept().clear();
         core.rings.reset();
+        core.give_back();
         core.set_accepted(0);
         core.pops.release(Hold::Resetting);
     }
@@ -246,6 +247,7 @@ impl<B: Backend> VhostUserBackend for Served<B> {
         }
         // As above.
         let _ = core.pops.passed_within(queue, Duration::MAX);
+        core.give_back();
         Ok(())
     }
 

@@ -6,6 +6,7 @@
 
 #![forbid(unsafe_code)]
 
+use super::claim;
 use super::core::Core;
 use super::device::VhostUserDevice;
 use super::fail_stop::FailStop;
@@ -60,6 +61,7 @@ pub(super) fn start<B: Backend>(
     core.pops.leaks_with(&parts.gate);
     // There is one transport in a process.
     let _ = core.actor.set(actor.clone());
+    claim::start(core)?;
     let server = Server { served: Served::new(Arc::clone(core), parts), actor, socket, listen };
     Builder::new().name("frontends".into()).spawn(move || server.run())?;
     Ok(())
@@ -145,6 +147,7 @@ impl<B: Backend> Server<B> {
         drop(daemon);
         self.served.close_exit_fds();
         core.rings.disconnected();
+        core.give_back();
         core.forget_memory();
         core.pops.release(Hold::Exiting);
         core.pops.release(Hold::Leaving);

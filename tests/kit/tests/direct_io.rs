@@ -90,10 +90,11 @@ struct Seen {
     exit_to_proof: Duration,
 }
 
-fn start_writer(path: &Path) -> DeviceProcess {
+fn start_writer(path: &Path, proof: Option<&Path>) -> DeviceProcess {
     let spec = ProcessSpec::new(env!("CARGO_BIN_EXE_direct-writer"))
         .arg(path)
-        .args([BLOCKS.to_string(), BLOCK_BYTES.to_string()]);
+        .args([BLOCKS.to_string(), BLOCK_BYTES.to_string()])
+        .args(proof);
     // It has no coordinator to talk to.
     let (_ours, theirs) = UnixStream::pair().unwrap();
     let mut process = Spawner::new().unwrap().spawn(&spec, theirs.into()).unwrap();
@@ -105,7 +106,7 @@ fn start_writer(path: &Path) -> DeviceProcess {
 }
 
 /// Kills a writer, and watches the file from its exit to some time after the proof.
-fn attempt(folder: &Path) -> Seen {
+fn attempt(folder: &Path, lock: Locked) -> Seen {
     let path = tempfile::NamedTempFile::new_in(folder).unwrap().into_temp_path();
     // The space is there and was never written. So a read finds zeros until a write is done, and
     // need not queue up behind it in the disk.
@@ -113,8 +114,13 @@ fn attempt(folder: &Path) -> Seen {
     fallocate(space, FallocateFlags::empty(), 0, (BLOCKS * BLOCK_BYTES) as u64).unwrap();
     let flags = OFlags::RDONLY | OFlags::DIRECT | OFlags::CLOEXEC;
     let file = File::from(open(&*path, flags, Mode::empty()).unwrap());
-    let mut process = start_writer(&path);
-    let reopen = || BackingFile::reopen(file.try_clone().unwrap().into()).unwrap();
+    let proof = tempfile::NamedTempFile::new_in(folder).unwrap();
+    let (proof_path, locked) = match lock {
+        Locked::File => (None, &file),
+        Locked::Proof => (Some(proof.path()), proof.as_file()),
+    };
+    let mut process = start_writer(&path, proof_path);
+    let reopen = || BackingFile::reopen(locked.try_clone().unwrap().into()).unwrap();
     let (backing, witness) = (reopen(), reopen());
     assert!(witness.is_locked().unwrap(), "the writer holds no lock");
 
@@ -169,8 +175,25 @@ fn attempt(folder: &Path) -> Seen {
     Seen { locked_after_exit, changed_after_exit, exit_to_proof }
 }
 
+/// What the writer has locked.
+#[derive(Clone, Copy, Debug)]
+enum Locked {
+    /// What it writes.
+    File,
+    /// Another file, which is registered with its `io_uring`.
+    Proof,
+}
+
+/// One after the other: they use the same disk.
 #[test]
 fn the_proof_of_a_fence_waits_for_direct_writes_in_flight_and_nothing_changes_after_it() {
+    for lock in [Locked::File, Locked::Proof] {
+        waits_for_writes_in_flight(lock);
+    }
+}
+
+#[expect(clippy::print_stderr, reason = "for a person who reads the output of the test")]
+fn waits_for_writes_in_flight(lock: Locked) {
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR"));
     std::fs::create_dir_all(folder).unwrap();
     // Memory, where a direct write is done at once.
@@ -182,8 +205,8 @@ fn the_proof_of_a_fence_waits_for_direct_writes_in_flight_and_nothing_changes_af
     let mut locked_after_exit = false;
     let mut changed_after_exit = 0;
     for number in 1..=MOST_ATTEMPTS {
-        let seen = attempt(folder);
-        eprintln!("attempt {number}: {seen:?}");
+        let seen = attempt(folder, lock);
+        eprintln!("{lock:?}, attempt {number}: {seen:?}");
         locked_after_exit |= seen.locked_after_exit;
         changed_after_exit += seen.changed_after_exit;
         if number >= LEAST_ATTEMPTS && locked_after_exit && changed_after_exit > 0 {

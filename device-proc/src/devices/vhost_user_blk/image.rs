@@ -10,7 +10,6 @@ use rustix::fs::{
 };
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
-use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -93,14 +92,13 @@ impl Image {
         })
     }
 
-    /// The file if its lock is what proves that a killed incarnation writes no more.
+    /// Whether one process at a time may work on it, and a lock has to prove that a killed one has ended.
     ///
     /// That is so for every disk that can be written. What can only be read has nothing to write to
     /// the disk; but its reads go on writing to guest memory, after their process has ended, if they
     /// are direct.
-    pub(super) fn backing_file(&self) -> io::Result<Option<OwnedFd>> {
-        let proves = !self.disk.read_only || self.direct.is_some();
-        proves.then(|| self.file.try_clone().map(OwnedFd::from)).transpose()
+    pub(super) fn is_exclusive(&self) -> bool {
+        !self.disk.read_only || self.direct.is_some()
     }
 
     /// Makes stable what was written.

@@ -220,7 +220,7 @@ fn only_what_is_read_through_the_page_cache_is_shared() {
     let pops = PopGate::new(1);
     let second = VhostUserBlk::build(&config, &pops).unwrap();
     // Who writes takes the lock for itself alone, and cannot have it.
-    let writer = std::fs::File::options().write(true).open(&path).unwrap();
+    let writer = File::options().write(true).open(&path).unwrap();
     assert!(matches!(writer.try_lock(), Err(std::fs::TryLockError::WouldBlock)));
     drop((second, cached.device));
     writer.try_lock().unwrap();

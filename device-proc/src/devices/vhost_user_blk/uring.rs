@@ -51,12 +51,13 @@ struct Slot {
 }
 
 impl Ring {
-    /// Makes one for a file. `delay` is how long a [`wait`](Self::wait) takes.
+    /// Makes one for a file. `delay` is how long a [`wait`](Self::wait) takes. The kernel has `proof`
+    /// open as long as a request is in flight, also after the process has ended.
     ///
     /// # Errors
     ///
     /// If the kernel gives none (ENOSYS, EPERM), or none that has all that is needed.
-    pub(super) fn new(file: Arc<File>, delay: Duration) -> io::Result<Self> {
+    pub(super) fn new(file: Arc<File>, delay: Duration, proof: Option<&File>) -> io::Result<Self> {
         // Results come while this thread is in the kernel anyway, not by an interruption.
         let build = |cooperative| {
             let mut builder = IoUring::builder();
@@ -86,6 +87,9 @@ impl Ring {
                 io::ErrorKind::Unsupported,
                 "this kernel's io_uring is too old",
             ));
+        }
+        if let Some(proof) = proof {
+            ring.submitter().register_files(&[proof.as_raw_fd()])?;
         }
         let delay = types::Timespec::new().sec(delay.as_secs()).nsec(delay.subsec_nanos());
         Ok(Self {

@@ -1,11 +1,12 @@
 //! The block device in a device process.
 //!
-//! The script is words: `file:PATH`, `serial:TEXT`, `delay:MILLISECONDS`, `direct`, `without-io-uring`.
+//! The script is words: `file:PATH`, `serial:TEXT`, `delay:MILLISECONDS`, `direct`, `without-io-uring`;
+//! `proof:PATH` has the image locked only while a ring is started.
 
 use super::guest::Guest;
 use crate::child::{Device, command, wait};
 use standstill_device_proc::ServeOptions;
-use standstill_device_proc::devices::vhost_user_blk::{BlockConfig, VhostUserBlk};
+use standstill_device_proc::devices::vhost_user_blk::{BlockConfig, Lock, VhostUserBlk};
 use standstill_device_proc::serve::ServeError;
 use standstill_device_proc::vhost_user::serve_vhost_user;
 use standstill_protocol::message::{CoordinatorMessage, PeerDma, Phase};
@@ -33,19 +34,20 @@ pub(crate) fn run(socket: &str, script: &[&str]) -> Result<(), ServeError> {
         serial: word("serial:").unwrap_or_default().to_owned(),
         delay: Duration::from_millis(delay),
         without_io_uring: script.contains(&"without-io-uring"),
+        lock: word("proof:").map_or(Lock::Process, |path| Lock::Rings { proof: path.into() }),
         ..BlockConfig::new(word("file:").unwrap())
     };
     serve_vhost_user(ServeOptions::new(socket), || VhostUserBlk::device(&config))
 }
 
 /// An image of 64 KiB, where direct I/O is possible.
-struct Image {
-    path: PathBuf,
+pub(super) struct Image {
+    pub(super) path: PathBuf,
     _folder: TempDir,
 }
 
 impl Image {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         // Beside the test program: where temporary files usually are there may be no direct I/O.
         let here = std::env::current_exe().unwrap();
         let folder = tempfile::tempdir_in(here.parent().unwrap()).unwrap();
@@ -54,11 +56,11 @@ impl Image {
         Self { path, _folder: folder }
     }
 
-    fn script(&self, more: &str) -> String {
+    pub(super) fn script(&self, more: &str) -> String {
         format!("disk file:{} {more}", self.path.display())
     }
 
-    fn block(&self, sector: u64) -> [u8; 512] {
+    pub(super) fn block(&self, sector: u64) -> [u8; 512] {
         let mut block = [0; 512];
         File::open(&self.path).unwrap().read_exact_at(&mut block, sector * 512).unwrap();
         block
@@ -66,15 +68,15 @@ impl Image {
 }
 
 /// One sector.
-fn read(sector: u64) -> BlockRequest {
+pub(super) fn read(sector: u64) -> BlockRequest {
     BlockRequest::Read { sector, length: 512 }
 }
 
-fn write(sector: u64, byte: u8) -> BlockRequest {
+pub(super) fn write(sector: u64, byte: u8) -> BlockRequest {
     BlockRequest::Write { sector, data: vec![byte; 512] }
 }
 
-fn was_read(byte: u8) -> (BlockStatus, Vec<u8>) {
+pub(super) fn was_read(byte: u8) -> (BlockStatus, Vec<u8>) {
     (BlockStatus::Ok, vec![byte; 512])
 }
 

@@ -7,6 +7,7 @@ pub(crate) mod disk;
 mod faults;
 mod first_look;
 mod guest;
+mod handover;
 mod hostile;
 mod schedules;
 mod state;

@@ -2,8 +2,9 @@
 //! `O_DIRECT` writes to all of it in flight through `io_uring`, each with other content than the
 //! one before, until it is killed.
 //!
-//! `direct-writer FILE BLOCKS BLOCK_BYTES`: once the first write to each block is in flight it says
-//! `ready` on standard error; what it cannot do it says there, too.
+//! `direct-writer FILE BLOCKS BLOCK_BYTES [PROOF]`: once the first write to each block is in flight it
+//! says `ready` on standard error; what it cannot do it says there, too. With a `PROOF` the lock is on
+//! that file, which is never written, and is registered with the `io_uring`.
 
 #![deny(unsafe_code)]
 
@@ -22,11 +23,11 @@ use thiserror::Error;
 /// Why nothing is written.
 #[derive(Debug, Error)]
 enum Error {
-    #[error("usage: direct-writer FILE BLOCKS BLOCK_BYTES")]
+    #[error("usage: direct-writer FILE BLOCKS BLOCK_BYTES [PROOF]")]
     Usage,
     #[error("cannot ask for a signal when the parent ends: {0}")]
     ParentDeath(#[source] rustix::io::Errno),
-    #[error("{} cannot be opened with O_DIRECT (its file system must support that): {source}", .path.display())]
+    #[error("{} cannot be opened (the file that is written with O_DIRECT, which its file system must support): {source}", .path.display())]
     Open { path: PathBuf, source: rustix::io::Errno },
     #[error("{} cannot be locked by flock: {source}", .path.display())]
     Lock { path: PathBuf, source: rustix::io::Errno },
@@ -58,13 +59,29 @@ fn run() -> Result<std::convert::Infallible, Error> {
     // On a busy machine a killed process that waits for the CPU, so as to end, may wait longer than
     // its writes take. Refused, the test needs more attempts.
     let _ = prefer_short_waits();
-    let flags = OFlags::RDWR | OFlags::DIRECT | OFlags::CLOEXEC;
-    let file = open(&path, flags, Mode::empty());
-    let file = File::from(file.map_err(|source| Error::Open { path: path.clone(), source })?);
-    flock(&file, FlockOperation::NonBlockingLockExclusive)
-        .map_err(|source| Error::Lock { path, source })?;
+    let open = |path: &PathBuf, more| {
+        let file = open(path, OFlags::RDWR | OFlags::CLOEXEC | more, Mode::empty());
+        file.map(File::from).map_err(|source| Error::Open { path: path.clone(), source })
+    };
+    let lock = |file: &File, path| {
+        let locked = flock(file, FlockOperation::NonBlockingLockExclusive);
+        locked.map_err(|source| Error::Lock { path, source })
+    };
+    let file = open(&path, OFlags::DIRECT)?;
+    let proof = match arguments.next().map(PathBuf::from) {
+        None => {
+            lock(&file, path)?;
+            None
+        }
+        Some(path) => {
+            let proof = open(&path, OFlags::empty())?;
+            lock(&proof, path)?;
+            Some(proof)
+        }
+    };
 
-    let mut writes = DirectWrites::new(file, blocks, block_bytes).map_err(Error::Ring)?;
+    let mut writes =
+        DirectWrites::new(file, proof.as_ref(), blocks, block_bytes).map_err(Error::Ring)?;
     let mut stamps = 1..;
     for (block, stamp) in (0..blocks).zip(&mut stamps) {
         writes.push(block, stamp).map_err(Error::Write)?;

@@ -32,17 +32,25 @@ pub(crate) struct DirectWrites {
 
 impl DirectWrites {
     /// Nothing is in flight yet. The file must have been opened with `O_DIRECT`, and `bytes` must
-    /// be a multiple of the page size.
+    /// be a multiple of the page size. `proof` is registered with the ring.
     ///
     /// # Errors
     ///
     /// If the kernel gives no ring, or the length does not fit.
-    pub(crate) fn new(file: File, blocks: u32, bytes: u32) -> io::Result<Self> {
+    pub(crate) fn new(
+        file: File,
+        proof: Option<&File>,
+        blocks: u32,
+        bytes: u32,
+    ) -> io::Result<Self> {
         let pages = bytes as usize / PAGE;
         if pages == 0 || pages * PAGE != bytes as usize {
             return Err(invalid(format!("a block of {bytes} bytes is not a number of pages")));
         }
         let ring = IoUring::new(blocks)?;
+        if let Some(proof) = proof {
+            ring.submitter().register_files(&[proof.as_raw_fd()])?;
+        }
         let block = || Block { pages: vec![Page([0; PAGE]); pages], in_flight: false };
         let blocks = (0..blocks).map(|_| block()).collect();
         Ok(Self { ring, file, blocks, bytes })
