@@ -3,13 +3,13 @@
 //! Each block says its number and its generation, all over, and the driver remembers the generation of
 //! each: a block that is lost, old, torn or another one is found at the next read of it. Several threads
 //! do so, each with blocks of its own, past the page cache, so that a request of each of them is in flight
-//! at most times.
+//! at most times. A line on standard input has all threads check all blocks.
 
 use rustix::fs::{Mode, OFlags};
 use std::fs::File;
-use std::io::{Seek, SeekFrom};
+use std::io::{Seek, SeekFrom, stdin};
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use vm_memory::{
     MmapRegion, ReadVolatile, VolatileMemory, VolatileMemoryError, VolatileSlice, WriteVolatile,
 };
@@ -34,15 +34,14 @@ pub(crate) fn drive(disk: &str) {
     let size = open(disk).seek(SeekFrom::End(0)).unwrap();
     let blocks = usize::try_from(size).unwrap() / BLOCK;
     println!("\ndisk: {blocks} blocks");
-    let done = AtomicU64::new(0);
-    let failed = Mutex::new(());
+    let (count, failed) = (Count::default(), Mutex::new(()));
     std::thread::scope(|scope| {
         for thread in 0..THREADS {
-            let (done, failed) = (&done, &failed);
+            let (count, failed) = (&count, &failed);
             let share = blocks / THREADS;
             scope.spawn(move || {
                 let part = Part::new(open(disk), thread * share, share);
-                if let Err(error) = part.work(thread as u64, done) {
+                if let Err(error) = part.work(thread as u64, count) {
                     // One at a time, and nobody says more after it.
                     let _one = failed.lock().unwrap();
                     println!("\nthe disk has failed: {error}");
@@ -50,7 +49,21 @@ pub(crate) fn drive(disk: &str) {
                 }
             });
         }
+        // One line for each that is asked, in one that has no end.
+        for _ in stdin().lines() {
+            count.asked.fetch_add(1, Ordering::Relaxed);
+        }
     });
+}
+
+/// What all threads count together.
+#[derive(Default)]
+struct Count {
+    /// Writes that are checked.
+    writes: AtomicU64,
+    /// How often all blocks were to be checked, and how many threads have done so.
+    asked: AtomicUsize,
+    checked: AtomicUsize,
 }
 
 /// The blocks of one thread.
@@ -69,8 +82,9 @@ impl Part {
     }
 
     #[expect(clippy::print_stdout, reason = "the test outside goes by what is on the console")]
-    fn work(mut self, seed: u64, done: &AtomicU64) -> Result<(), String> {
+    fn work(mut self, seed: u64, count_of_all: &Count) -> Result<(), String> {
         let mut random = fastrand::Rng::with_seed(seed);
+        let mut checked = 0;
         for round in 1.. {
             let count = random.usize(1..=MOST);
             let at = random.usize(0..=self.generations.len() - count);
@@ -81,9 +95,18 @@ impl Part {
             self.check(at, count)?;
             // And something that was written before, if it was.
             self.check(random.usize(0..=self.generations.len() - count), count)?;
-            let done = done.fetch_add(1, Ordering::Relaxed) + 1;
+            let done = count_of_all.writes.fetch_add(1, Ordering::Relaxed) + 1;
             if done.is_multiple_of(LINE) {
                 println!("disk: {done} writes are checked");
+            }
+            if checked < count_of_all.asked.load(Ordering::Relaxed) {
+                checked += 1;
+                let all = self.generations.len();
+                (0..all).step_by(MOST).try_for_each(|at| self.check(at, MOST.min(all - at)))?;
+                let threads = count_of_all.checked.fetch_add(1, Ordering::Relaxed) + 1;
+                if threads.is_multiple_of(THREADS) {
+                    println!("disk: all blocks are right");
+                }
             }
         }
         Ok(())

@@ -1,14 +1,13 @@
 //! Disks under a real VMM: Linux in QEMU uses a vhost-user-blk device of this project, whose process is
-//! stopped and started under its requests, and killed.
+//! stopped and started under its requests, and killed; and the guest moves.
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod driver;
+mod moves;
 mod vm;
 
-use standstill::coordinator::{LossPolicy, MachineEvent, RestartPolicy};
-use std::time::Duration;
-use vm::{Host, LONG, NAME, Vm};
+use vm::{Host, LONG, Vm};
 
 /// How often the machine is stopped and started under I/O.
 const PAUSES: usize = 200;
@@ -104,26 +103,13 @@ fn stops_of_the_vm_and_of_the_device_come_in_every_order() {
 
 #[test]
 fn a_disk_whose_process_is_killed_thirty_times_loses_nothing() {
-    let restarts = RestartPolicy {
-        budget: u32::MAX,
-        window: Duration::from_secs(3600),
-        first_backoff: Duration::from_millis(10),
-        longest_backoff: Duration::from_millis(10),
-    };
-    let Some(host) = Host::start_with(2, &[DELAY], LossPolicy::Restart(restarts)) else { return };
+    let Some(host) = Host::start_with(2, &[DELAY], vm::restarts()) else { return };
     let vm = Vm::boot(host);
-    let mut events = vm.machine.events();
     for kill in 1..=KILLS {
         if kill % 2 == 0 {
             vm.goes_on();
         }
-        vm.kill();
-        let joined = loop {
-            match events.recv_timeout(LONG).unwrap() {
-                MachineEvent::DeviceJoined { device, took, .. } if device == NAME => break took,
-                _ => {}
-            }
-        };
+        let joined = vm.kill();
         println!("kill {kill}: joined again after {joined:?}");
     }
     vm.end();

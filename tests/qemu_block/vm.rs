@@ -4,13 +4,16 @@ use crate::driver;
 use rustix::process::{Pid, Signal};
 use standstill::coordinator::blocking::Machine;
 use standstill::coordinator::report::{CommandReport, TransitionReport};
-use standstill::coordinator::{DeviceSpec, LossPolicy, MachineBuilder};
+use standstill::coordinator::{
+    DeviceSpec, LossPolicy, MachineBuilder, MachineEvent, RestartPolicy,
+};
 use standstill::protocol::message::CounterKind;
 use standstill_testkit::qemu::{Guest, GuestBuilder, Qemu};
 use standstill_testkit::{deadlines_of, log};
 use std::fs::File;
 use std::ops::Deref;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 use tempfile::TempDir;
 
@@ -37,9 +40,12 @@ pub(crate) struct Vm {
 pub(crate) struct Host {
     pub(crate) machine: Machine,
     pub(crate) qemu: Qemu,
-    /// With the socket and the image; removed at the end.
+    /// With the socket; removed at the end.
     pub(crate) folder: TempDir,
+    /// With the image.
+    images: Arc<TempDir>,
     queues: u16,
+    arguments: Vec<String>,
 }
 
 // Most of what a test does with it is done with the machine.
@@ -59,23 +65,40 @@ impl Host {
 
     /// The same, with what is done when the device is lost.
     pub(crate) fn start_with(queues: u16, arguments: &[&str], on_loss: LossPolicy) -> Option<Self> {
+        // Not in memory, for what goes past the page cache.
+        let images =
+            tempfile::Builder::new().prefix("disk-").tempdir_in(env!("CARGO_TARGET_TMPDIR"));
+        let images = Arc::new(images.unwrap());
+        File::create(images.path().join("image")).unwrap().set_len(DISK).unwrap();
+        let arguments = arguments.iter().copied().map(str::to_owned).collect();
+        Self::over(images, queues, arguments, on_loss)
+    }
+
+    /// Another machine, with a disk of the same image.
+    pub(crate) fn beside(&self) -> Self {
+        let (images, arguments) = (Arc::clone(&self.images), self.arguments.clone());
+        Self::over(images, self.queues, arguments, LossPolicy::Fail).unwrap()
+    }
+
+    fn over(
+        images: Arc<TempDir>,
+        queues: u16,
+        arguments: Vec<String>,
+        on_loss: LossPolicy,
+    ) -> Option<Self> {
         let qemu = Qemu::for_tests()?;
         log::keep();
-        // Not in memory, for what goes past the page cache.
-        let folder =
-            tempfile::Builder::new().prefix("disk-").tempdir_in(env!("CARGO_TARGET_TMPDIR"));
-        let folder = folder.unwrap();
-        File::create(folder.path().join("image")).unwrap().set_len(DISK).unwrap();
+        let folder = tempfile::Builder::new().prefix("vm-").tempdir().unwrap();
         let device = DeviceSpec::new(NAME, env!("CARGO_BIN_EXE_standstill"))
             .args(["device", "vhost-user-blk", "--serial=disk0", "--file"])
-            .arg(folder.path().join("image"))
+            .arg(images.path().join("image"))
             .arg("--socket")
             .arg(folder.path().join(NAME))
             .arg(format!("--queues={queues}"))
-            .args(arguments);
+            .args(&arguments);
         let builder = MachineBuilder::new("vm0").deadlines(deadlines_of(LONG));
         let machine = builder.devices([device.on_loss(on_loss)]).start_blocking().unwrap();
-        Some(Self { machine, qemu, folder, queues })
+        Some(Self { machine, qemu, folder, images, queues, arguments })
     }
 
     pub(crate) fn socket(&self) -> PathBuf {
@@ -109,11 +132,19 @@ impl Vm {
     }
 
     pub(crate) fn boot(host: Host) -> Self {
-        let guest = host.guest(&writes()).start().unwrap();
-        host.machine.declare_ram(guest.memory()).unwrap();
-        let vm = Self { guest, host };
+        let vm = Self::with(host, |guest| guest);
         vm.goes_on();
         vm
+    }
+
+    /// A guest that is described further; what it writes is not waited for.
+    pub(crate) fn with(
+        host: Host,
+        more: impl FnOnce(GuestBuilder<'_>) -> GuestBuilder<'_>,
+    ) -> Self {
+        let guest = more(host.guest(&writes())).start().unwrap();
+        host.machine.declare_ram(guest.memory()).unwrap();
+        Self { guest, host }
     }
 
     /// Waits for what is written, read and found right after now.
@@ -125,11 +156,24 @@ impl Vm {
         }
     }
 
-    /// Kills the device process.
-    pub(crate) fn kill(&self) {
+    /// Has the guest read all that it has written, and find it right.
+    pub(crate) fn all_is_right(&self) {
+        self.guest.console().write("check").unwrap();
+        self.guest.console().wait_for("all blocks are right", LONG).unwrap();
+    }
+
+    /// Kills the device process, and waits for the one that follows it. Returns how long that took to join.
+    pub(crate) fn kill(&self) -> Duration {
+        let mut events = self.machine.events();
         let status = self.machine.status().unwrap();
         let pid = status.devices[0].pid.and_then(|pid| Pid::from_raw(pid.cast_signed())).unwrap();
         rustix::process::kill_process(pid, Signal::KILL).unwrap();
+        loop {
+            match events.recv_timeout(LONG).unwrap() {
+                MachineEvent::DeviceJoined { device, took, .. } if device == NAME => return took,
+                _ => {}
+            }
+        }
     }
 
     /// Ends all, in good order.
@@ -138,6 +182,16 @@ impl Vm {
         self.guest.end().unwrap();
         self.host.machine.shutdown().unwrap();
     }
+}
+
+/// A device that is lost is started again, however often.
+pub(crate) fn restarts() -> LossPolicy {
+    LossPolicy::Restart(RestartPolicy {
+        budget: u32::MAX,
+        window: Duration::from_secs(3600),
+        first_backoff: Duration::from_millis(10),
+        longest_backoff: Duration::from_millis(10),
+    })
 }
 
 /// How many requests were in flight when the device was told to prepare for a stop.

@@ -47,6 +47,7 @@ mod console;
 mod cpio;
 mod fetch;
 mod guest;
+mod migration;
 mod mirror;
 mod modules;
 mod program;

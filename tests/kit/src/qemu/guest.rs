@@ -81,6 +81,14 @@ pub enum GuestError {
         /// What it said.
         line: String,
     },
+    /// It does not move.
+    #[error("the guest does not move, its migration has {status}: {why}")]
+    Migration {
+        /// How it ended.
+        status: String,
+        /// What QEMU says.
+        why: String,
+    },
     /// A QMP command failed.
     #[error(transparent)]
     Qmp(#[from] QmpError),
@@ -106,6 +114,8 @@ pub struct GuestBuilder<'a> {
     memory: u64,
     /// Its RAM is QEMU's own.
     anonymous: bool,
+    /// It comes from another QEMU.
+    incoming: bool,
     processors: u32,
     /// Each is two arguments: an option and its value.
     options: Vec<(&'static str, OsString)>,
@@ -123,6 +133,7 @@ impl<'a> GuestBuilder<'a> {
             qemu,
             memory: RAM,
             anonymous: false,
+            incoming: false,
             processors: 1,
             options,
             ports: 0,
@@ -144,6 +155,14 @@ impl<'a> GuestBuilder<'a> {
     #[must_use]
     pub fn anonymous_memory(mut self) -> Self {
         self.anonymous = true;
+        self
+    }
+
+    /// It does not boot, but waits for a guest that is described in the same way and is sent to it
+    /// ([`Guest::begin_to_receive`]).
+    #[must_use]
+    pub fn incoming(mut self) -> Self {
+        self.incoming = true;
         self
     }
 
@@ -276,6 +295,9 @@ impl<'a> GuestBuilder<'a> {
             .args(["-append", "console=ttyS0 panic=0 quiet no_timer_check"]);
         if self.qemu.ends_with_parent {
             command.args(["-run-with", "exit-with-parent=on"]);
+        }
+        if self.incoming {
+            command.args(["-incoming", "defer"]);
         }
         for (option, value) in &self.options {
             command.arg(option).arg(value);
