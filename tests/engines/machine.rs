@@ -279,6 +279,11 @@ impl Guest {
         self.engines[receiver].memory.load_u64(writer as u64 * 8).unwrap()
     }
 
+    /// The number of the last write of each engine into each peer's memory: first the writer.
+    pub(crate) fn mailboxes(&self) -> [[u64; ENGINES]; ENGINES] {
+        std::array::from_fn(|writer| std::array::from_fn(|receiver| self.written(writer, receiver)))
+    }
+
     /// Waits until each of these engines has written into every peer from now on.
     pub(crate) async fn assert_writing(&self, writers: &[usize]) {
         let all = || {

@@ -8,10 +8,13 @@
 mod client;
 mod dirty;
 mod disk;
+#[path = "../qemu_block/driver.rs"]
+mod disk_driver;
 mod driver;
 mod hang;
 mod limits;
 mod machine;
+mod mixed;
 mod restart;
 mod take_over;
 mod tracer;
