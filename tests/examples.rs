@@ -13,7 +13,7 @@ use std::time::Duration;
 const PATIENCE: Duration = Duration::from_secs(120);
 
 /// The examples that play the VMM. `scratch_device` is run by `own_binary`.
-const VMMS: [&str; 9] = [
+const VMMS: [&str; 10] = [
     "embed",
     "embed_blocking",
     "failures",
@@ -23,6 +23,7 @@ const VMMS: [&str; 9] = [
     "local_device",
     "own_binary",
     "vcpus",
+    "vhost_user_backend",
 ];
 
 /// Where cargo has put an example: beside the folder of this test's program.
@@ -157,6 +158,19 @@ fn a_backend_of_another_server_is_paused_and_goes_on_where_it_was() {
         "our client reads 0 1 0 0 and sees 1 interrupt",
     ];
     says("foreign_backend", &words);
+}
+
+#[test]
+fn a_backend_of_the_vhost_user_crate_is_paused_and_its_request_waits() {
+    let words = [
+        "numbers0 is numbers",
+        "the guest gets 0 1 2",
+        "pause: Done",
+        "1 request waits",
+        "resume: Done",
+        "the guest gets 3 4 5",
+    ];
+    says("vhost_user_backend", &words);
 }
 
 /// A part of the sweep; `standstill chaos --sweep` and the kit's own tests do it whole.

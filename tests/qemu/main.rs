@@ -6,6 +6,7 @@
 mod driver;
 mod foreign;
 mod machine;
+mod numbers;
 mod operated;
 mod watched;
 
