@@ -1,10 +1,12 @@
 //! The block device in a device process.
 //!
 //! The script is words: `file:PATH`, `serial:TEXT`, `delay:MILLISECONDS`, `direct`, `without-io-uring`;
-//! `proof:PATH` has the image locked only while a ring is started.
+//! `proof:PATH` has the image locked only while a ring is started; with `refused` a filter refuses all that
+//! `io_uring` needs.
 
 use super::guest::Guest;
 use crate::child::{Device, command, wait};
+use seccompiler::{BpfProgram, SeccompAction, SeccompFilter};
 use standstill_device_proc::ServeOptions;
 use standstill_device_proc::devices::vhost_user_blk::{BlockConfig, Lock, VhostUserBlk};
 use standstill_device_proc::serve::ServeError;
@@ -37,7 +39,21 @@ pub(crate) fn run(socket: &str, script: &[&str]) -> Result<(), ServeError> {
         lock: word("proof:").map_or(Lock::Process, |path| Lock::Rings { proof: path.into() }),
         ..BlockConfig::new(word("file:").unwrap())
     };
+    if script.contains(&"refused") {
+        refuse_io_uring();
+    }
     serve_vhost_user(ServeOptions::new(socket), || VhostUserBlk::device(&config))
+}
+
+/// As container runtimes do.
+fn refuse_io_uring() {
+    let calls = [libc::SYS_io_uring_setup, libc::SYS_io_uring_enter, libc::SYS_io_uring_register];
+    let rules = calls.map(|call| (call, Vec::new())).into();
+    let refused = SeccompAction::Errno(libc::EPERM.cast_unsigned());
+    let machine = std::env::consts::ARCH.try_into().unwrap();
+    let filter = SeccompFilter::new(rules, SeccompAction::Allow, refused, machine).unwrap();
+    let program: BpfProgram = filter.try_into().unwrap();
+    seccompiler::apply_filter(&program).unwrap();
 }
 
 /// An image of 64 KiB, where direct I/O is possible.
@@ -95,6 +111,25 @@ fn it_says_of_itself_what_is_true() {
     // Its lock is the proof that a killed one writes no more.
     let other = File::options().write(true).open(&image.path).unwrap();
     assert!(matches!(other.try_lock(), Err(std::fs::TryLockError::WouldBlock)));
+}
+
+#[test]
+fn it_does_without_io_uring_where_that_is_refused() {
+    for (more, has_rings) in [("", true), ("refused", false), ("refused direct", false)] {
+        let image = Image::new();
+        let device = Device::welcomed(&image.script(more));
+        let mut guest = Guest::start(&device.socket(), 1);
+        guest.push_block(0, &write(3, 7));
+        guest.push_block(0, &BlockRequest::Flush);
+        guest.push_block(0, &read(3));
+        guest.wait_used(0, 3);
+        assert_eq!(guest.memory.block(0, 1).0, BlockStatus::Ok, "{more}");
+        assert_eq!(guest.memory.block(0, 2), was_read(7), "{more}");
+        let fds = std::fs::read_dir(format!("/proc/{}/fd", device.process.id())).unwrap();
+        let mut fds = fds.filter_map(|fd| std::fs::read_link(fd.unwrap().path()).ok());
+        assert_eq!(fds.any(|fd| fd.as_os_str() == "anon_inode:[io_uring]"), has_rings, "{more}");
+        device.shut_down();
+    }
 }
 
 #[test]
