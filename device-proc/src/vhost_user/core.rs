@@ -14,8 +14,9 @@ use crate::memory::MemoryMap;
 use ractor::ActorRef;
 use standstill_protocol::message::FileIdentity;
 use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 use thiserror::Error;
 use vm_memory::{GuestAddressSpace, GuestMemoryBackend, GuestMemoryRegion};
@@ -146,6 +147,18 @@ impl<B: Backend> Core<B> {
         }
         self.claim();
         true
+    }
+
+    /// There are threads for a frontend, which wait by these, each for the kicks of its queues.
+    pub(super) fn connected(&self, epolls: &[Arc<OwnedFd>]) {
+        let waiter = |queue| {
+            let served = |(thread, queues): (usize, &Vec<usize>)| {
+                let number = queues.iter().position(|own| *own == queue)?;
+                Some((Arc::clone(epolls.get(thread)?), number as u64))
+            };
+            self.workers.iter().enumerate().find_map(served)
+        };
+        self.rings.connected((0..self.backend.num_queues()).map_while(waiter).collect());
     }
 
     /// The frontend has another table of memory.

@@ -84,9 +84,14 @@ impl<B: Backend> VhostUserDevice<B> {
             // Nobody is in the middle of an event, so these do not wait; after the release they might.
             core.rings.open();
             let kicks = core.rings.kicks();
+            let kicked = kicks.queues();
             // If it is closed for another reason, the end of that kicks the rings.
             if core.pops.release(Hold::Stopped) {
                 kicks.give();
+                if core.rings.kicks_missed(&kicked) {
+                    let core = Arc::clone(core);
+                    tokio::task::spawn_blocking(move || core.rings.kicks().give());
+                }
             }
             return;
         }

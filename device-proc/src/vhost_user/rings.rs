@@ -15,21 +15,23 @@
 //! under a guest that always has another request it may never come to the end of an event. So when the
 //! device is to rest, and while some event goes on, the started rings are made not ready, as
 //! `GET_VRING_BASE` does it: then nothing can be taken out of them ([`Rings::close`]). They are made
-//! ready again as soon as nothing is in flight, since the crate looks at that when the frontend changes
-//! something: a `SET_VRING_ENABLE` that comes in between would leave the ring without its kicks.
+//! ready again as soon as nothing is in flight. The crate looks at that when the frontend changes something:
+//! a `SET_VRING_ENABLE` that comes in between has left the ring without its kicks, so whoever makes it ready
+//! has its thread wait for them.
 //!
 //! That takes the lock of each ring, which a backend may hold throughout an event. So it is done on
 //! a thread that may wait, and that finds out there whether it is still wanted.
 
 #![forbid(unsafe_code)]
 
-use super::kick::kick;
+use super::kick::{kick, wait_for};
 use super::pop_gate::PopGate;
 use super::state::{SavedRing, Start, StartError, StateError};
 use super::{Backend, Memory};
 use crate::device::Progress;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use vhost_user_backend::VringT;
 use virtio_queue::QueueT;
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
@@ -46,7 +48,12 @@ pub(super) struct Rings<B: Backend> {
     closed: Mutex<Vec<usize>>,
     /// What a backend with permits of its own passes.
     pops: Option<PopGate>,
+    /// By queue, of the present connection.
+    waiters: Mutex<Vec<Waiter>>,
 }
+
+/// By what the thread of a ring waits for its kicks: an epoll, and a number there.
+pub(super) type Waiter = (Arc<OwnedFd>, u64);
 
 struct Ring<B: Backend> {
     /// Its first event since the frontend has started it was seen.
@@ -128,7 +135,8 @@ impl<B: Backend> Rings<B> {
         if let Some(pops) = &pops {
             (0..queues).for_each(|queue| pops.hold_queue(queue));
         }
-        Self { all, rests: AtomicU64::new(0), closed: Mutex::default(), pops }
+        let (closed, waiters) = (Mutex::default(), Mutex::default());
+        Self { all, rests: AtomicU64::new(0), closed, pops, waiters }
     }
 
     #[inline]
@@ -210,6 +218,8 @@ impl<B: Backend> Rings<B> {
         if let Some(pops) = &self.pops {
             pops.release_queue(queue);
         }
+        // Before it is seen whether the gate is closed: see `kicks_missed`.
+        fence(Ordering::SeqCst);
         Started::Yes(moved)
     }
 
@@ -279,8 +289,29 @@ impl<B: Backend> Rings<B> {
             let vring = self.all.get(queue).and_then(|ring| ring.state().vring.clone());
             if let Some(vring) = vring.filter(|_| self.is_started(queue)) {
                 vring.set_queue_ready(true);
+                self.wait_for_kicks(queue, &vring);
             }
         }
+    }
+
+    /// Has the thread of a ring wait for its kicks, if the frontend has it enabled.
+    fn wait_for_kicks(&self, queue: usize, vring: &B::Vring) {
+        let Some((epoll, number)) = self.waiters().get(queue).cloned() else { return };
+        // Held so that the frontend changes nothing meanwhile.
+        let state = vring.get_ref();
+        let Some(kick) = state.get_kick().as_ref().filter(|_| state.is_enabled()) else { return };
+        if let Err(error) = wait_for(&epoll, kick, number) {
+            tracing::error!(%error, queue, "nobody waits for the kicks of a ring");
+        }
+    }
+
+    /// A frontend has connected; these are for its rings.
+    pub(super) fn connected(&self, waiters: Vec<Waiter>) {
+        *self.waiters() = waiters;
+    }
+
+    fn waiters(&self) -> MutexGuard<'_, Vec<Waiter>> {
+        self.waiters.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn closed(&self) -> MutexGuard<'_, Vec<usize>> {
@@ -309,6 +340,7 @@ impl<B: Backend> Rings<B> {
     /// The connection has ended, and nothing is in flight.
     pub(super) fn disconnected(&self) {
         self.closed().clear();
+        self.waiters().clear();
         for (queue, ring) in self.all.iter().enumerate() {
             let mut state = ring.state();
             self.mark_stopped(queue, &mut state);
@@ -351,6 +383,13 @@ impl<B: Backend> Rings<B> {
             }
         }
         Kicks(kicks)
+    }
+
+    /// Whether a ring was started between [`kicks`](Self::kicks) gave these queues and the opening of the
+    /// gate, which has happened: its first event may have found the gate closed.
+    pub(super) fn kicks_missed(&self, kicked: &[usize]) -> bool {
+        fence(Ordering::SeqCst);
+        (0..self.all.len()).any(|queue| self.is_started(queue) && !kicked.contains(&queue))
     }
 
     /// What is to be saved. Nothing is in flight.
@@ -416,9 +455,15 @@ impl<B: Backend> Rings<B> {
 }
 
 /// The kick eventfds of the rings that were started.
+#[derive(Debug)]
 pub(super) struct Kicks(Vec<(usize, EventConsumer)>);
 
 impl Kicks {
+    /// The queues.
+    pub(super) fn queues(&self) -> Vec<usize> {
+        self.0.iter().map(|(queue, _)| *queue).collect()
+    }
+
     /// Kicks them all. Never waits.
     pub(super) fn give(self) {
         for (queue, eventfd) in self.0 {

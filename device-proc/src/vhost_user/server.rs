@@ -10,6 +10,7 @@ use super::claim;
 use super::core::Core;
 use super::device::VhostUserDevice;
 use super::fail_stop::FailStop;
+use super::kick::duplicate;
 use super::pop_gate::Hold;
 use super::served::Served;
 use super::{Backend, Listen, Workers};
@@ -43,6 +44,8 @@ enum ServerError {
     Daemon(DaemonError),
     #[error("the backend does not take the threads for a frontend")]
     Listen(#[source] io::Error),
+    #[error("another fd of what the threads for a frontend wait by")]
+    Epoll(#[source] io::Error),
     #[error("the data socket")]
     Socket(#[source] io::Error),
     #[error("accepting a frontend: {0}")]
@@ -97,6 +100,10 @@ impl<B: Backend> Server<B> {
         let name = "vhost-user".to_owned();
         let mut daemon =
             VhostUserDaemon::new(name, self.served.clone(), memory).map_err(ServerError::Daemon)?;
+        let handlers = daemon.get_epoll_handlers();
+        let epolls = handlers.iter().map(|handler| duplicate(&**handler).map(Arc::new));
+        let epolls = epolls.collect::<io::Result<Vec<_>>>().map_err(ServerError::Epoll)?;
+        core.connected(&epolls);
         let accepted = self.accept(&mut daemon);
         if accepted.is_ok() {
             core.frontend_is_there.store(true, Ordering::Relaxed);

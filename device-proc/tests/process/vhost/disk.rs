@@ -1,8 +1,8 @@
 //! The block device in a device process.
 //!
-//! The script is words: `file:PATH`, `serial:TEXT`, `delay:MILLISECONDS`, `direct`, `without-io-uring`;
-//! `proof:PATH` has the image locked only while a ring is started; with `refused` a filter refuses all that
-//! `io_uring` needs.
+//! The script is words: `file:PATH`, `queues:NUMBER`, `serial:TEXT`, `delay:MILLISECONDS`, `direct`,
+//! `without-io-uring`; `proof:PATH` has the image locked only while a ring is started; with `refused` a filter
+//! refuses all that `io_uring` needs.
 
 use super::guest::Guest;
 use crate::child::{Device, command, wait};
@@ -32,6 +32,7 @@ pub(crate) fn run(socket: &str, script: &[&str]) -> Result<(), ServeError> {
     let word = |key: &str| script.iter().find_map(|word| word.strip_prefix(key));
     let delay = word("delay:").map_or(0, |number| number.parse().unwrap());
     let config = BlockConfig {
+        queues: word("queues:").map_or(1, |number| number.parse().unwrap()),
         direct: script.contains(&"direct"),
         serial: word("serial:").unwrap_or_default().to_owned(),
         delay: Duration::from_millis(delay),
@@ -56,23 +57,33 @@ fn refuse_io_uring() {
     seccompiler::apply_filter(&program).unwrap();
 }
 
-/// An image of 64 KiB, where direct I/O is possible.
-pub(super) struct Image {
+/// An image, where direct I/O is possible.
+pub(crate) struct Image {
     pub(super) path: PathBuf,
     _folder: TempDir,
 }
 
 impl Image {
+    /// One of 64 KiB.
     pub(super) fn new() -> Self {
+        Self::of(64 << 10)
+    }
+
+    /// One of that many bytes.
+    pub(crate) fn of(size: u64) -> Self {
         // Beside the test program: where temporary files usually are there may be no direct I/O.
         let here = std::env::current_exe().unwrap();
         let folder = tempfile::tempdir_in(here.parent().unwrap()).unwrap();
         let path = folder.path().join("disk");
-        File::create_new(&path).unwrap().set_len(64 << 10).unwrap();
+        File::create_new(&path).unwrap().set_len(size).unwrap();
         Self { path, _folder: folder }
     }
 
-    pub(super) fn script(&self, more: &str) -> String {
+    pub(crate) fn bytes(&self) -> Vec<u8> {
+        std::fs::read(&self.path).unwrap()
+    }
+
+    pub(crate) fn script(&self, more: &str) -> String {
         format!("disk file:{} {more}", self.path.display())
     }
 

@@ -4,7 +4,7 @@ use crate::child::{PATIENCE, until};
 use fastrand::Rng;
 use standstill_testkit::vhost_user::{
     Base, BlockAnswer, BlockRequest, BlockStatus, Completion, DirtyLog, Frontend, FrontendOptions,
-    Part, RequestId, VhostUserError,
+    Part, RequestId, RingLayout, VhostUserError,
 };
 use std::fs::File;
 use std::os::unix::net::UnixStream;
@@ -14,7 +14,9 @@ use vhost::vhost_user::VhostUserProtocolFeatures;
 use vm_memory::{Bytes, GuestAddress};
 
 /// Descriptors of each ring.
-pub(crate) const SIZE: u16 = 16;
+const SIZE: u16 = 16;
+/// Size of the buffer of each, in bytes.
+const BUFFER: u32 = 4096;
 
 /// The memory of a guest, with its rings: what stays when device and frontend go.
 pub(crate) struct Memory {
@@ -25,7 +27,8 @@ pub(crate) struct Memory {
 
 impl Memory {
     pub(crate) fn new(queues: usize) -> Self {
-        let guest = standstill_testkit::vhost_user::Guest::new(queues).unwrap();
+        let layout = RingLayout { descriptors: SIZE, buffer: BUFFER };
+        let guest = standstill_testkit::vhost_user::Guest::with_layout(queues, layout).unwrap();
         Self { guest, answers: vec![Vec::new(); queues] }
     }
 
@@ -49,6 +52,18 @@ impl Memory {
     pub(crate) fn push_block(&mut self, queue: usize, request: &BlockRequest) {
         self.take(queue);
         self.guest.push_block(queue, request).unwrap();
+    }
+
+    /// How many descriptors are free.
+    pub(crate) fn room(&mut self, queue: usize) -> usize {
+        self.take(queue);
+        self.guest.room(queue).unwrap()
+    }
+
+    /// Whether a request is answered, by its place in the order of pushing.
+    pub(crate) fn is_answered(&mut self, queue: usize, request: usize) -> bool {
+        self.take(queue);
+        self.answers[queue].get(request).is_some_and(Option::is_some)
     }
 
     fn take(&mut self, queue: usize) {
@@ -198,6 +213,11 @@ impl Guest {
 
     pub(crate) fn kick(&self, queue: usize) {
         self.memory.guest.kick(queue).unwrap();
+    }
+
+    /// Kicks as a driver does: if the device wants it.
+    pub(crate) fn notify(&mut self, queue: usize) {
+        self.memory.guest.notify(queue).unwrap();
     }
 
     /// Puts one more request into a ring, and kicks.

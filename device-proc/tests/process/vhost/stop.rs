@@ -128,6 +128,29 @@ fn a_busy_guest_does_not_prolong_a_stop() {
     }
 }
 
+/// A ring whose turn is over in the middle of an event is not ready for a while; whoever enables it then has
+/// its kicks all the same.
+#[test]
+fn a_ring_that_is_enabled_in_the_middle_of_a_stop_has_its_kicks() {
+    let device = Device::welcomed("vhost hold queues:2 threads");
+    let fifo = Fifo::of(&device);
+    let mut guest = Guest::start(&device.socket(), 2);
+    guest.settle(1);
+    declare(&device, guest.memory.file());
+    guest.push(0);
+    let request = fifo.request();
+    device.go(1, Phase::PrepareStop, S::RunningP2p);
+    device.query(1);
+    guest.frontend.enable_ring(1, false).unwrap();
+    guest.frontend.enable_ring(1, true).unwrap();
+    drop(request);
+    device.go(1, Phase::Stop, S::Stop);
+    device.resume(2);
+    guest.push(1);
+    drop(fifo.request());
+    guest.wait_used(1, 1);
+}
+
 #[test]
 fn a_stop_that_is_given_up_leaves_the_device_running() {
     for script in ["vhost hold", "vhost later hold"] {
