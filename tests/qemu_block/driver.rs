@@ -4,6 +4,9 @@
 //! each: a block that is lost, old, torn or another one is found at the next read of it. Several threads
 //! do so, each with blocks of its own, past the page cache, so that a request of each of them is in flight
 //! at most times. A line on standard input has all threads check all blocks.
+//!
+//! Some of what is read is kept where nothing but the disk ever writes, and is looked at later: a migration
+//! that does not know what the device has written brings something older.
 
 use rustix::fs::{Mode, OFlags};
 use std::fs::File;
@@ -21,6 +24,8 @@ pub(crate) const VARIABLE: &str = "STANDSTILL_TEST_DISK";
 const BLOCK: usize = 4096;
 /// How many blocks one request has at most.
 const MOST: usize = 8;
+/// How many blocks each thread keeps.
+const KEPT: usize = 32;
 /// How many threads there are.
 const THREADS: usize = 8;
 /// A thread flushes after that many writes.
@@ -73,12 +78,18 @@ struct Part {
     generations: Vec<u64>,
     /// Aligned to a page, as what goes past the page cache has to be.
     buffer: MmapRegion,
+    /// What is kept: memory that this program only reads, and which block of this part is there, of which
+    /// generation.
+    kept: MmapRegion,
+    kept_blocks: [Option<(usize, u64)>; KEPT],
 }
 
 impl Part {
     fn new(file: File, first: usize, blocks: usize) -> Self {
-        let buffer = MmapRegion::new(MOST * BLOCK).unwrap();
-        Self { file, first, generations: vec![0; blocks], buffer }
+        let memory = |blocks| MmapRegion::new(blocks * BLOCK).unwrap();
+        let (buffer, kept) = (memory(MOST), memory(KEPT));
+        let (generations, kept_blocks) = (vec![0; blocks], [None; KEPT]);
+        Self { file, first, generations, buffer, kept, kept_blocks }
     }
 
     #[expect(clippy::print_stdout, reason = "the test outside goes by what is on the console")]
@@ -95,6 +106,9 @@ impl Part {
             self.check(at, count)?;
             // And something that was written before, if it was.
             self.check(random.usize(0..=self.generations.len() - count), count)?;
+            let slot = random.usize(0..KEPT);
+            self.check_kept(slot)?;
+            self.keep(slot, at)?;
             let done = count_of_all.writes.fetch_add(1, Ordering::Relaxed) + 1;
             if done.is_multiple_of(LINE) {
                 println!("disk: {done} writes are checked");
@@ -103,6 +117,7 @@ impl Part {
                 checked += 1;
                 let all = self.generations.len();
                 (0..all).step_by(MOST).try_for_each(|at| self.check(at, MOST.min(all - at)))?;
+                (0..KEPT).try_for_each(|slot| self.check_kept(slot))?;
                 let threads = count_of_all.checked.fetch_add(1, Ordering::Relaxed) + 1;
                 if threads.is_multiple_of(THREADS) {
                     println!("disk: all blocks are right");
@@ -147,23 +162,42 @@ impl Part {
         read.map_err(|error| format!("a read of {count} blocks at {at}: {error}"))?;
         let mut data = vec![0; count * BLOCK];
         buffer.copy_to(&mut data);
-        for (index, block) in data.chunks(BLOCK).enumerate() {
-            let generation = self.generations[at + index];
-            if generation == 0 {
-                continue;
-            }
-            let block = block.chunks(8).map(|word| u64::from_le_bytes(word.try_into().unwrap()));
-            let number = self.first + at + index;
-            if let Some((place, (is, due))) =
-                block.zip(expected(number, generation)).enumerate().find(|(_, (is, due))| is != due)
-            {
-                return Err(format!(
-                    "block {number} of generation {generation} has {is:#x} instead of {due:#x} at {place}"
-                ));
-            }
-        }
+        let mut blocks = data.chunks(BLOCK).enumerate();
+        blocks.try_for_each(|(index, block)| {
+            compare(block, self.first + at + index, self.generations[at + index])
+        })
+    }
+
+    /// Reads a block to where it is kept.
+    fn keep(&mut self, slot: usize, at: usize) -> Result<(), String> {
+        let mut place = self.kept.get_slice(slot * BLOCK, BLOCK).unwrap();
+        let read = self.seek(at).and_then(|mut file| file.read_exact_volatile(&mut place));
+        read.map_err(|error| format!("a read of block {at}, to be kept: {error}"))?;
+        self.kept_blocks[slot] = Some((at, self.generations[at]));
         Ok(())
     }
+
+    fn check_kept(&self, slot: usize) -> Result<(), String> {
+        let Some((at, generation)) = self.kept_blocks[slot] else { return Ok(()) };
+        let mut block = vec![0; BLOCK];
+        self.kept.get_slice(slot * BLOCK, BLOCK).unwrap().copy_to(&mut block);
+        compare(&block, self.first + at, generation).map_err(|error| format!("kept since: {error}"))
+    }
+}
+
+/// Whether that is the block of that number and generation; of one that was not written nothing is known.
+fn compare(block: &[u8], number: usize, generation: u64) -> Result<(), String> {
+    if generation == 0 {
+        return Ok(());
+    }
+    let block = block.chunks(8).map(|word| u64::from_le_bytes(word.try_into().unwrap()));
+    let wrong =
+        block.zip(expected(number, generation)).enumerate().find(|(_, (is, due))| is != due);
+    wrong.map_or(Ok(()), |(place, (is, due))| {
+        let text =
+            format!("block {number} of generation {generation} has {is:#x} instead of {due:#x}");
+        Err(format!("{text} at {place}"))
+    })
 }
 
 fn open(disk: &str) -> File {
