@@ -1,5 +1,5 @@
-//! `standstill chaos`: devices of a machine of copy engines die, hang and lie, as plans say, and what
-//! becomes of the machine is compared with a table that was written by hand.
+//! `standstill chaos`: devices of a machine of copy engines, or of a disk and copy engines, die, hang and lie,
+//! as plans say, and what becomes of the machine is compared with a table that was written by hand.
 //!
 //! What is done and judged is [`standstill_testkit::sweep`]; here is the machine that it is done to, and
 //! what a person and a program get to see. A program without the feature `fault-injection` has only the
@@ -7,6 +7,8 @@
 
 #[cfg(feature = "fault-injection")]
 mod attempt;
+#[cfg(feature = "fault-injection")]
+mod disk;
 mod options;
 #[cfg(feature = "fault-injection")]
 mod subject;

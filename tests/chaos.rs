@@ -111,6 +111,30 @@ fn the_liar_is_found_by_its_late_writes_and_is_all_that_is_left_of_its_plan() {
     assert_eq!(code, Some(1), "{result:#}");
 }
 
+/// A part of the sweep: as many faults as there is time for here.
+#[test]
+fn a_disk_at_work_that_fails_comes_to_what_is_written_and_its_requests_are_done_once() {
+    let (result, code) = json(&["--disk", "--sweep", "--every", "7", "--at-once", "16"]);
+    assert_eq!(code, Some(0), "{result:#}");
+    let plans = result["plans"].as_u64().unwrap();
+    assert!(plans > 60, "{result:#}");
+    assert!(result["faults_fired"].as_u64().unwrap() >= plans, "{result:#}");
+    assert_eq!((&result["fds_left"], &result["threads_left"]), (&0.into(), &0.into()));
+}
+
+#[test]
+fn a_disk_that_goes_on_while_it_is_stopped_is_found() {
+    let folder = tempfile::tempdir().unwrap();
+    let plan = folder.path().join("liar.toml");
+    let text = "devices = 2\n[[fault]]\ndevice = 0\n\
+                inside = { point = { before-ack = \"Stop\" }, action = \"keep-dma\" }\n";
+    std::fs::write(&plan, text).unwrap();
+    let (result, code) = json(&["--disk", "--plan", plan.to_str().unwrap()]);
+    assert_eq!(code, Some(1), "{result:#}");
+    let found = result["failures"][0]["violations"].to_string();
+    assert!(found.contains("guest RAM changed"), "{result:#}");
+}
+
 #[test]
 fn a_summary_for_people_says_what_came_of_what() {
     let output = chaos(&["--seed", "3", "--rounds", "6"]);

@@ -1,5 +1,6 @@
 //! The runs: plans from a seed, from a file, or of every fault; whatever fails is made smaller.
 
+use super::disk::{self, DISK, DiskAndEngines};
 use super::options::ChaosArgs;
 use super::options::SweptPolicies::All;
 use super::subject::Engines;
@@ -190,7 +191,8 @@ async fn try_all(args: &ChaosArgs) -> Result<Summary, ChaosError> {
         None => plans(args, seed, &judge),
     };
     let progress = Progress::new();
-    let subject: Arc<dyn Subject> = Arc::new(Engines);
+    let subject: Arc<dyn Subject> =
+        if args.disk { Arc::new(DiskAndEngines) } else { Arc::new(Engines) };
 
     // Whatever is made once for all machines is there after the first one.
     progress.say("a machine without faults", 1);
@@ -260,17 +262,27 @@ fn any_seed() -> u64 {
 
 fn plans(args: &ChaosArgs, seed: u64, judge: &Judge) -> Vec<Plan> {
     let Judge { expected, times, .. } = judge;
-    let causes = [cases::inside(times), cases::outside(times)].concat();
+    let mut causes = [cases::inside(times), cases::outside(times)].concat();
+    causes.retain(|cause| !args.disk || disk::is_judged(cause));
     let mut plans = Vec::new();
     if args.sweep {
+        let policies = if args.policies == All { Policies::All } else { Policies::InTurn };
+        let mut swept = [&causes[..], &cases::limits()].concat();
+        swept.retain(|cause| !args.disk || disk::is_judged(cause));
         // Those that wait longest come first.
         plans = cases::sweep_of_restarts(&causes, SWEPT, times);
-        let policies = if args.policies == All { Policies::All } else { Policies::InTurn };
-        let swept = [&causes[..], &cases::limits()].concat();
-        plans.extend(cases::sweep(&swept, SWEPT, policies, expected, times));
+        let mut last = cases::sweep_of_coordinators(SWEPT);
+        last.extend(cases::sweep_of_queries(SWEPT, times));
+        if args.disk {
+            let of_the_disk = plans.iter_mut().chain(&mut last).flat_map(|plan| &mut plan.faults);
+            of_the_disk.for_each(|fault| fault.device = DISK);
+            plans.extend(cases::sweep_of_one(DISK, &swept, SWEPT, policies, expected, times));
+        } else {
+            plans.extend(cases::sweep(&swept, SWEPT, policies, expected, times));
+        }
         plans.extend(cases::sweep_of_hooks(SWEPT, expected, times));
-        plans.extend(cases::sweep_of_coordinators(SWEPT));
-        plans.extend(cases::sweep_of_queries(SWEPT, times));
+        plans.extend(last);
+        plans = plans.into_iter().step_by(args.every.into()).collect();
     }
     let rounds = args.rounds.unwrap_or(if args.sweep { 0 } else { ROUNDS });
     let mut seeded = Seeded::new(seed, args.devices, ROUNDS_OF_ONE, &causes, expected, times);

@@ -18,6 +18,10 @@ are left are in one state, that nothing was written while the machine stood stil
 its deadline, that each fault really happened, and at the end that no process, file descriptor or thread
 is left.
 
+With --disk the first device is a virtio disk over vhost-user, whose queues are kept at work; it is checked too
+that each request is answered once, that what was written is read again, and that its image does not change while
+the machine stands still.
+
 Whatever fails is made as small as possible and printed as a plan, a TOML text that --plan runs again.
 
 This needs a program whose devices can be told to fail, for tests only:
@@ -32,6 +36,8 @@ Examples:
       Every fault in every phase on each of three devices, another policy on each: a minute or two.
   standstill chaos --sweep --policies all --at-once 24
       The same under all four policies: four times as many.
+  standstill chaos --disk --sweep --policies all --at-once 16
+      Every fault in every phase on a disk among two copy engines, under all four policies.
   standstill chaos --plan liar.toml
       What the plan says.
 
@@ -70,6 +76,12 @@ pub(crate) struct ChaosArgs {
     /// Try every fault in every phase on each of three devices; random ones only if --rounds is given
     #[arg(long)]
     pub(super) sweep: bool,
+    /// Make the first device a disk (vhost-user-blk) at work; a sweep tries every fault on it alone
+    #[arg(long)]
+    pub(super) disk: bool,
+    /// Of a sweep, try only every Nth plan
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..), requires = "sweep")]
+    pub(super) every: u16,
     /// Under which policies a sweep tries each fault of each device: one of them on each device, or all
     #[arg(long, value_enum, default_value_t = SweptPolicies::InTurn, requires = "sweep")]
     pub(super) policies: SweptPolicies,

@@ -22,19 +22,27 @@ const PATIENCE: Duration = Duration::from_secs(60);
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Engines;
 
-impl Subject for Engines {
-    fn rig(&self, devices: u16) -> Result<Box<dyn Rig>, RigError> {
-        let blueprint = Blueprint::new(devices.into(), BLOCK)?.rest(REST);
-        Ok(Box::new(EngineRig {
+impl Engines {
+    /// So many engines, whose guest RAM has room for so many bytes more.
+    pub(super) fn with_room(engines: u16, room: u64) -> Result<EnginesRig, RigError> {
+        let blueprint = Blueprint::with_room(engines.into(), BLOCK, room)?.rest(REST);
+        Ok(EnginesRig {
             at: At::Paper(blueprint),
             wrote: Vec::new(),
             sights: Vec::new(),
             interrupts: Vec::new(),
-        }))
+        })
     }
 }
 
-struct EngineRig {
+impl Subject for Engines {
+    fn rig(&self, devices: u16) -> Result<Box<dyn Rig>, RigError> {
+        Ok(Box::new(Self::with_room(devices, 0)?))
+    }
+}
+
+/// The VMM's side of a machine of copy engines.
+pub(super) struct EnginesRig {
     at: At,
     /// Pairs that have written since the machine was last put together: only of those it is known what
     /// the receiver should have.
@@ -55,7 +63,15 @@ enum At {
     Nowhere,
 }
 
-impl EngineRig {
+impl EnginesRig {
+    /// Where in guest RAM the room is, in bytes. Before anything is started.
+    pub(super) fn room(&self) -> Result<u64, RigError> {
+        match &self.at {
+            At::Paper(blueprint) => Ok(blueprint.room()),
+            At::Work(_) | At::Nowhere => Err("the engines are at work already".into()),
+        }
+    }
+
     fn vmm(&mut self) -> Result<&mut Vmm, RigError> {
         match &mut self.at {
             At::Work(vmm) => Ok(vmm),
@@ -64,7 +80,7 @@ impl EngineRig {
     }
 }
 
-impl Rig for EngineRig {
+impl Rig for EnginesRig {
     fn devices(&self) -> Result<Vec<DeviceSpec>, RigError> {
         match &self.at {
             At::Paper(blueprint) => Ok(blueprint.devices()?),

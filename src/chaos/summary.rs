@@ -15,7 +15,8 @@ What happened on a machine of three copy engines at work, in which one of them d
 them in turn. `standstill chaos --sweep --markdown docs/faults.md` makes this page; a test makes it anew
 and compares it with this one, and what it says with [the table](../tests/expected-outcomes) that was
 written by hand beforehand. Of *fd-flood* and *fd-flood-refused* (by a kernel of 6.16 or later) it is
-the one of this kernel that has happened; of the other one the table says it.
+the one of this kernel that has happened; of the other one the table says it. A disk over vhost-user in
+the place of one of the engines (`--disk`) comes to the same, by the same table.
 
 - *Done*: a pause has stopped the machine, a resume has started it.
 - *RolledBack*: nobody was fenced; all are where they were.

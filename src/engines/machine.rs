@@ -66,10 +66,15 @@ pub(crate) struct Blueprint {
 impl Blueprint {
     /// Makes guest RAM and a folder for sockets; `block` is how much one descriptor copies, in bytes.
     pub(crate) fn new(engines: usize, block: u32) -> Result<Self, VmmError> {
+        Self::with_room(engines, block, 0)
+    }
+
+    /// The same, with room for so many bytes more in guest RAM, behind what engines use.
+    pub(crate) fn with_room(engines: usize, block: u32, room: u64) -> Result<Self, VmmError> {
         let pairs = pairs(engines);
         let layout = Layout::new(engines, &pairs, block);
         let folder = socket_folder().map_err(VmmError::Folder)?;
-        let ram = SharedMemory::create("guest-ram", layout.ram().size)?;
+        let ram = SharedMemory::create("guest-ram", room_at(&layout) + room)?;
         Ok(Self { engines, pairs, layout, folder, ram, rest: Duration::ZERO })
     }
 
@@ -125,6 +130,11 @@ impl Blueprint {
         }
         Ok(vmm)
     }
+}
+
+/// Where in guest RAM the first page is that no engine uses.
+fn room_at(layout: &Layout) -> u64 {
+    layout.ram().size.next_multiple_of(4096)
 }
 
 fn socket(folder: &TempDir, number: usize) -> PathBuf {

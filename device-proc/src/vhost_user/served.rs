@@ -188,10 +188,12 @@ impl<B: Backend> VhostUserBackend for Served<B> {
     }
 
     fn set_config(&self, offset: u32, data: &[u8]) -> io::Result<()> {
+        let core = self.core();
+        let permit = self.0.parts.accesses.try_enter();
+        // What a stop waits for, as for an access to a register.
         #[cfg(feature = "fault-injection")]
         crate::fault::reach(standstill_protocol::fault::Point::Mmio);
-        let core = self.core();
-        match self.0.parts.accesses.try_enter() {
+        match permit {
             Some(_permit) => {
                 core.write_kept();
                 core.write_config(offset, data);

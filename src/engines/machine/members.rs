@@ -2,7 +2,7 @@
 
 use super::super::engine::{Access, Class, Engine};
 use super::super::pairs::Pair;
-use super::{Blueprint, Vmm, VmmError, of, socket};
+use super::{Blueprint, Vmm, VmmError, of, room_at, socket};
 use standstill::device_proc::memory::SharedMemory;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
@@ -16,6 +16,11 @@ impl Blueprint {
     pub(crate) fn rest(mut self, rest: Duration) -> Self {
         self.rest = rest;
         self
+    }
+
+    /// Where the room in guest RAM is, in bytes.
+    pub(crate) fn room(&self) -> u64 {
+        room_at(&self.layout)
     }
 }
 

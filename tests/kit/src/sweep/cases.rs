@@ -302,6 +302,32 @@ pub fn sweep(
     all
 }
 
+/// Every fault, in every phase, on one device: under one of the policies `rollback`, `stay-stopped` and
+/// `continue-without` in turn, every tenth under `restart` too; or under each policy.
+#[must_use]
+pub fn sweep_of_one(
+    victim: u16,
+    causes: &[Cause],
+    devices: u16,
+    policies: Policies,
+    expected: &Expected,
+    times: &Times,
+) -> Vec<Plan> {
+    let of = |policy, causes: &[Cause]| {
+        plans(causes, devices, policy, &Victims::Only(victim), expected, times)
+    };
+    if policies == Policies::All {
+        return ALL.into_iter().flat_map(|policy| of(policy, causes)).collect();
+    }
+    let every =
+        |from: usize, step| -> Vec<_> { causes.iter().skip(from).step_by(step).cloned().collect() };
+    let mut all = of(Policy::Rollback, &every(0, 3));
+    all.extend(of(Policy::StayStopped, &every(1, 3)));
+    all.extend(of(Policy::ContinueWithout, &every(2, 3)));
+    all.extend(of(Policy::Restart, &every(0, 10)));
+    all
+}
+
 /// A plan of each fault that the table says can be.
 #[must_use]
 pub fn plans(
@@ -322,6 +348,7 @@ pub fn plans(
     for (at, cause) in (0_u16..).zip(causes.iter().filter(possible)) {
         let victims = match victims {
             Victims::Each => 0..devices,
+            Victims::Only(victim) => *victim..victim + 1,
             Victims::InTurn { from } => {
                 let victim = (at + from) % devices;
                 victim..victim + 1
@@ -337,6 +364,8 @@ pub fn plans(
 pub enum Victims {
     /// One after another, in a plan for each.
     Each,
+    /// That one in all plans.
+    Only(u16),
     /// One in each plan, the next one in the next.
     InTurn {
         /// Which in the first plan.
@@ -395,6 +424,21 @@ mod tests {
         let turns =
             plans(&causes, 3, Policy::Rollback, &Victims::InTurn { from: 1 }, &expected, &times);
         assert_eq!(turns.len() * 3, all.len());
+    }
+
+    #[test]
+    fn a_sweep_of_one_device_has_every_fault_and_no_other_device() {
+        let (expected, times) = (Expected::ours().unwrap(), Times::default());
+        let causes = [inside(&times), outside(&times)].concat();
+        let of = |policies| sweep_of_one(1, &causes, 3, policies, &expected, &times);
+        let (in_turn, all) = (of(Policies::InTurn), of(Policies::All));
+        assert!(all.iter().all(|plan| plan.faults[0].device == 1 && plan.check().is_ok()));
+        let each = plans(&causes, 3, Policy::Rollback, &Victims::Each, &expected, &times);
+        for plan in each {
+            let same = |other: &&Plan| other.faults[0].cause == plan.faults[0].cause;
+            assert_eq!(all.iter().filter(same).count(), 4, "{plan:?}");
+            assert!(in_turn.iter().any(|other| same(&other)), "{plan:?}");
+        }
     }
 
     #[test]
