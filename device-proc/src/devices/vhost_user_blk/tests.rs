@@ -215,7 +215,7 @@ fn a_read_only_disk_is_read_and_not_written() {
 fn only_what_is_read_through_the_page_cache_is_shared() {
     let cached = Machine::new(Kind::Cached, |config| config.read_only = true);
     assert!(cached.device.backing_file().unwrap().is_none());
-    let path = cached.path("disk");
+    let (path, proof) = (cached.path("disk"), cached.path("proof"));
     let mut config = BlockConfig { read_only: true, ..BlockConfig::new(&path) };
     let pops = PopGate::new(1);
     let second = VhostUserBlk::build(&config, &pops).unwrap();
@@ -232,6 +232,30 @@ fn only_what_is_read_through_the_page_cache_is_shared() {
     assert!(VhostUserBlk::build(&config, &pops).unwrap().backing_file().unwrap().is_some());
     config = BlockConfig::new(&path);
     assert!(VhostUserBlk::build(&config, &pops).unwrap().backing_file().unwrap().is_some());
+    writer.unlock().unwrap();
+    // Where there is nothing to hand over, no file stands for the process.
+    let lock = Lock::Rings { proof: proof.clone() };
+    config = BlockConfig { read_only: true, lock: lock.clone(), ..config };
+    assert!(VhostUserBlk::build(&config, &pops).unwrap().backing_file().unwrap().is_none());
+    assert!(!proof.exists());
+    config = BlockConfig { read_only: false, ..config };
+    let shared = VhostUserBlk::build(&config, &pops).unwrap().backing_file().unwrap().unwrap();
+    let facts = File::from(shared).metadata().unwrap();
+    assert_eq!(facts.ino(), proof.metadata().unwrap().ino());
+}
+
+#[test]
+fn the_file_that_proves_an_end_is_locked_as_long_as_the_kernel_may_work() {
+    let machine = Machine::new(Kind::Cached, |_| {});
+    let proof = File::create_new(machine.path("proof")).unwrap();
+    proof.lock().unwrap();
+    let image = Arc::new(machine.image.try_clone().unwrap());
+    let ring = Ring::new(image, Duration::ZERO, Some(&proof)).unwrap();
+    drop(proof);
+    let other = File::open(machine.path("proof")).unwrap();
+    assert!(matches!(other.try_lock(), Err(std::fs::TryLockError::WouldBlock)));
+    drop(ring);
+    other.lock().unwrap();
 }
 
 #[test]
