@@ -260,6 +260,7 @@ impl MachineDirectory {
     /// Removes the files beside sockets whose lock stands for a device process, where there is none.
     fn remove_free_locks(&self) {
         let Ok(entries) = std::fs::read_dir(&self.path) else { return };
+        let end = Instant::now() + TURN;
         for path in entries.filter_map(Result::ok).map(|entry| entry.path()) {
             let is_lock = path.extension().is_some_and(|extension| extension == "lock");
             let is_own = path.file_name().is_some_and(|name| name == LOCK);
@@ -267,7 +268,7 @@ impl MachineDirectory {
             if is_lock
                 && !is_own
                 && is_file()
-                && becomes_free(&path)
+                && becomes_free(&path, end.saturating_duration_since(Instant::now()))
                 && let Err(error) = std::fs::remove_file(&path)
             {
                 tracing::debug!(path = %path.display(), %error, "a lock's file is left");
@@ -367,12 +368,12 @@ fn lock(folder: &Path, machine: &str, take: bool) -> Result<File, DirectoryError
 
 /// Whether a file is locked by nobody. What a process that has just ended has left of itself may keep a
 /// lock for some milliseconds.
-fn becomes_free(path: &Path) -> bool {
+fn becomes_free(path: &Path, within: Duration) -> bool {
     let Ok(file) = File::open(path) else { return false };
     let (free, wait) = sync_channel(1);
     // Left behind if somebody lives who has it.
     std::thread::spawn(move || free.send(file.lock().is_ok()));
-    wait.recv_timeout(TURN).unwrap_or(false)
+    wait.recv_timeout(within).unwrap_or(false)
 }
 
 /// For people, and for error messages.

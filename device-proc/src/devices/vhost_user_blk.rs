@@ -209,6 +209,7 @@ impl VhostUserBlk {
         let image = Arc::new(Image::open(&config.file, config.read_only, config.direct)?);
         let shared = match &config.lock {
             Lock::Rings { proof } if image.is_exclusive() => {
+                lock::can_be_had(&image.file, &config.file)?;
                 let (path, proof) = (config.file.clone(), lock::open_proof(proof)?);
                 Some(Shared { path, proof })
             }

@@ -92,29 +92,33 @@ impl Claimed {
         Self { claim, standing: Mutex::default(), waits: Condvar::new() }
     }
 
-    /// A ring was started. Called by the thread that serves it, which has nothing in flight.
-    fn started(&self, pops: &PopGate, any_started: impl Fn() -> bool) {
+    /// A ring was started. Called by the thread that serves it, which has nothing in flight. Returns why
+    /// it cannot be had, if that is not that another one has it.
+    fn started(&self, pops: &PopGate, any_started: impl Fn() -> bool) -> Option<String> {
         let mut standing = self.standing();
         if standing.started(any_started()) != Step::Take {
-            return;
+            return None;
         }
         let taken = self.claim.try_take();
         standing.tried(matches!(taken, Ok(true)));
-        match taken {
+        let why = match taken {
             Ok(true) => {
                 pops.release(Hold::Unclaimed);
-                return;
+                return None;
             }
             Ok(false) => {
                 let what = self.claim.describe();
                 tracing::warn!(what, "requests wait until it is free");
+                None
             }
             Err(error) => {
                 let what = self.claim.describe();
                 tracing::error!(what, %error, "requests wait until it can be had");
+                Some(format!("{what}: {error}"))
             }
-        }
+        };
         self.waits.notify_one();
+        why
     }
 
     /// A ring was stopped, and nothing of it is in flight. Not called by a thread that serves rings.
@@ -158,8 +162,9 @@ impl Claimed {
 impl<B: Backend> Core<B> {
     /// A ring was started: what the device needs to itself is taken, or waited for elsewhere.
     pub(super) fn claim(&self) {
-        if let Some(claimed) = &self.claimed {
-            claimed.started(&self.pops, || self.rings.any_started());
+        let Some(claimed) = &self.claimed else { return };
+        if let Some(text) = claimed.started(&self.pops, || self.rings.any_started()) {
+            self.tell(text);
         }
     }
 

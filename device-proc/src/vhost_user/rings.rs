@@ -33,7 +33,7 @@ use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use vhost_user_backend::VringT;
-use virtio_queue::QueueT;
+use virtio_queue::{QueueState, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 use vmm_sys_util::event::EventConsumer;
 
@@ -76,6 +76,17 @@ struct RingState<B: Backend> {
     refused: Option<StartError>,
     /// How often it was stopped.
     stops: u64,
+    /// What came of the first look at it since then.
+    looked: Option<Looked>,
+}
+
+/// A ring that can be served.
+#[derive(Clone, Copy)]
+struct Looked {
+    avail: u64,
+    used: u64,
+    /// The index that the frontend has set, if the ring goes on at another one.
+    moved: Option<u16>,
 }
 
 struct Place<B: Backend> {
@@ -129,6 +140,7 @@ impl<B: Backend> Rings<B> {
                 expected: None,
                 refused: None,
                 stops: 0,
+                looked: None,
             }),
         };
         let all = (0..queues).map(|_| ring()).collect();
@@ -160,58 +172,43 @@ impl<B: Backend> Rings<B> {
     ) -> Started {
         let Some(ring) = self.all.get(queue) else { return Started::NotReady };
         let stops = ring.state().stops;
-        let found = {
+        let (is_enabled, found) = {
             let vring = vring.get_ref();
             let queue = vring.get_queue();
-            if !queue.ready() || !vring.is_enabled() {
+            if !queue.ready() {
                 return Started::NotReady;
             }
             let in_memory = queue.is_valid(&*memory.memory());
-            in_memory.then(|| queue.state())
+            (vring.is_enabled(), in_memory.then(|| queue.state()))
         };
         let mut state = ring.state();
         if state.stops != stops {
             // It was stopped meanwhile, and gives another first event if it was started again.
             return Started::NotReady;
         }
-        if let Some(error @ StartError::Late { .. }) = state.refused {
-            // Where it goes on cannot be found out any more.
-            return Started::Refused(error, false);
-        }
-        let checked = match found {
-            None => Err(StartError::Memory),
-            Some(found) => {
-                let start = Start {
-                    size: found.size,
-                    next_avail: found.next_avail,
-                    next_used: found.next_used,
-                    accepted,
-                };
-                let expected = state.expected.as_ref().map(|(ring, features)| (ring, *features));
-                match start.check(expected, look.in_order) {
-                    Ok(at) if look.late && at != found.next_avail => {
-                        let (next_avail, next_used) = (found.next_avail, found.next_used);
-                        Err(StartError::Late { next_avail, next_used })
-                    }
-                    checked => checked.map(|at| (found, at)),
+        // One that is ready and not enabled yet has no events, but other events may use it.
+        let looked = match state.looked {
+            Some(looked) => looked,
+            None => match state.look(found, accepted, look) {
+                Ok(looked) => looked,
+                Err(error) => {
+                    // Also for a backend that would use it in an event of something else.
+                    vring.set_queue_ready(false);
+                    let is_news = state.refused.replace(error).is_none();
+                    return Started::Refused(error, is_news);
                 }
-            }
+            },
         };
-        let (found, at) = match checked {
-            Ok(both) => both,
-            Err(error) => {
-                let is_news = state.refused.replace(error).is_none();
-                return Started::Refused(error, is_news);
-            }
-        };
-        let moved = (at != found.next_avail).then_some(found.next_avail);
-        if moved.is_some() {
-            vring.set_queue_next_avail(at);
+        if let (None, Some(_), Some(found)) = (state.looked.replace(looked), looked.moved, found) {
+            vring.set_queue_next_avail(found.next_used);
         }
-        state.vring = Some(vring.clone());
         state.expected = None;
         state.refused = None;
-        let (avail, used) = (found.avail_ring, found.used_ring);
+        if !is_enabled {
+            return Started::NotReady;
+        }
+        let Looked { avail, used, moved } = looked;
+        state.vring = Some(vring.clone());
         state.place = Some(Place { memory: memory.clone(), avail, used });
         ring.signal_due.store(true, Ordering::Relaxed);
         ring.started.store(true, Ordering::Release);
@@ -246,6 +243,7 @@ impl<B: Backend> Rings<B> {
         state.place = None;
         state.refused = None;
         state.stops += 1;
+        state.looked = None;
     }
 
     /// From now on nothing more is to be taken out of the rings, by whoever is in the middle of an event
@@ -451,6 +449,32 @@ impl<B: Backend> Rings<B> {
             progress.pending |= avail != used && is_watched(queue);
         }
         progress
+    }
+}
+
+impl<B: Backend> RingState<B> {
+    /// Whether it can be served as the frontend has set it up, and where it goes on. `found` is how it is,
+    /// if it lies in memory.
+    fn look(
+        &self,
+        found: Option<QueueState>,
+        accepted: u64,
+        look: Look,
+    ) -> Result<Looked, StartError> {
+        if let Some(error @ StartError::Late { .. }) = self.refused {
+            // Where it goes on cannot be found out any more.
+            return Err(error);
+        }
+        let found = found.ok_or(StartError::Memory)?;
+        let (next_avail, next_used) = (found.next_avail, found.next_used);
+        let start = Start { size: found.size, next_avail, next_used, accepted };
+        let expected = self.expected.as_ref().map(|(ring, features)| (ring, *features));
+        let is_moved = start.check(expected, look.in_order)? != next_avail;
+        if is_moved && look.late {
+            return Err(StartError::Late { next_avail, next_used });
+        }
+        let (avail, used) = (found.avail_ring, found.used_ring);
+        Ok(Looked { avail, used, moved: is_moved.then_some(next_avail) })
     }
 }
 

@@ -272,12 +272,12 @@ impl<B: Backend> VhostUserBackend for Served<B> {
         }
         // A backend may look into all rings of its thread, whatever event it is. Whoever has permits gets
         // none for rings that are not started.
-        let looks_at_all = ring.is_none() && !core.facts.holds_permits;
-        if looks_at_all {
+        let holds_permits = core.facts.holds_permits;
+        if !holds_permits {
             self.look_at_rings(vrings, thread, false);
         }
         // Held until it is clear what an error means: a ring may be stopped until then.
-        let _popped = if core.facts.holds_permits {
+        let _popped = if holds_permits {
             None
         } else {
             let Some(popped) = self.enter(thread, ring.is_some()) else { return Ok(()) };
@@ -286,8 +286,9 @@ impl<B: Backend> VhostUserBackend for Served<B> {
         if let Err(error) = core.backend.handle_event(device_event, evset, vrings, thread) {
             self.judge(&error, vrings, thread);
         }
-        if looks_at_all {
-            // Those that were started in the middle of it.
+        if !holds_permits && ring.is_none() {
+            // Those that were started in the middle of it. An event of a ring is taken to be for that ring:
+            // most that are started meanwhile were not used, and go on where their own event says.
             self.look_at_rings(vrings, thread, true);
         }
         core.events.fetch_add(1, Ordering::Relaxed);

@@ -13,6 +13,7 @@ use super::{Memory, Vring};
 use crate::vhost_user::{PopGate, Popped};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 use thiserror::Error;
 use vhost_user_backend::VringT;
@@ -273,8 +274,13 @@ impl Engine {
         let queue_number = self.parts.queue;
         let unusable = |source| RingFault::Ring { queue: queue_number, source };
         let memory = memory.memory();
-        let mut told = Ok(());
         let mut state = vring.get_mut();
+        // A frontend sets the place of a ring that runs once more when it begins to log pages, and
+        // ends; the crate reads the used index then and sets it as the next one, in two steps. What is
+        // in memory was written by this device alone, and is right.
+        let queue = state.get_queue_mut();
+        let used = queue.used_idx(&*memory, Ordering::Relaxed).map_err(unusable);
+        let mut told = used.map(|used| queue.set_next_used(used.0));
         while let Some(work) = self.window.pop_finished() {
             if told.is_ok() {
                 let queue = state.get_queue_mut();

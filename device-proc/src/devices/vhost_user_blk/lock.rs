@@ -42,6 +42,18 @@ impl Claim for ImageLock {
     }
 }
 
+/// Whether the image can be locked at all, by whomever it is locked now: requests would wait for ever.
+pub(super) fn can_be_had(file: &File, path: &Path) -> Result<(), ImageError> {
+    let locked = rustix::fs::flock(file, FlockOperation::NonBlockingLockExclusive)
+        .and_then(|()| rustix::fs::flock(file, FlockOperation::NonBlockingUnlock));
+    match locked {
+        Ok(()) | Err(Errno::WOULDBLOCK | Errno::INTR) => Ok(()),
+        Err(errno) => {
+            Err(ImageError::File { path: path.to_owned(), what: "lock it", source: errno.into() })
+        }
+    }
+}
+
 /// Opens the file that stands for the process, and makes it if it is not there.
 pub(super) fn open_proof(path: &Path) -> Result<File, ImageError> {
     let flags = OFlags::RDWR | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::CLOEXEC;

@@ -131,6 +131,8 @@ fn it_does_without_io_uring_where_that_is_refused() {
         let device = Device::welcomed(&image.script(more));
         let mut guest = Guest::start(&device.socket(), 1);
         guest.push_block(0, &write(3, 7));
+        // What is under way together is done in any order.
+        guest.wait_used(0, 1);
         guest.push_block(0, &BlockRequest::Flush);
         guest.push_block(0, &read(3));
         guest.wait_used(0, 3);

@@ -185,6 +185,15 @@ impl Guest {
         self.frontend.start_ring(&mut self.memory.guest, queue, Base::At(base)).unwrap();
     }
 
+    /// The same in two halves: in between it is ready, and not enabled.
+    pub(crate) fn set_up_ring(&mut self, queue: usize, base: u16) {
+        self.frontend.set_up_ring(&mut self.memory.guest, queue, Base::At(base)).unwrap();
+    }
+
+    pub(crate) fn enable_ring(&mut self, queue: usize) {
+        self.frontend.enable_ring(queue, true).unwrap();
+    }
+
     /// Starts all rings where they are, after a reset.
     pub(crate) fn start_again(&mut self) {
         self.frontend.accept(self.frontend.accepted()).unwrap();

@@ -205,6 +205,21 @@ impl Frontend {
         queue: usize,
         base: Base,
     ) -> Result<(), VhostUserError> {
+        self.set_up_ring(guest, queue, base)?;
+        self.enable_ring(queue, true)
+    }
+
+    /// All of [`start_ring`](Self::start_ring) but the last message, [`enable_ring`](Self::enable_ring).
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    pub fn set_up_ring(
+        &mut self,
+        guest: &mut Guest,
+        queue: usize,
+        base: Base,
+    ) -> Result<(), VhostUserError> {
         let base = match base {
             Base::Used => guest.used(queue)?,
             Base::Avail => guest.avail(queue)?,
@@ -226,8 +241,7 @@ impl Frontend {
         self.call("SET_VRING_NUM", |frontend| frontend.set_vring_num(queue, descriptors))?;
         self.call("SET_VRING_BASE", |frontend| frontend.set_vring_base(queue, base))?;
         self.call("SET_VRING_ADDR", |frontend| frontend.set_vring_addr(queue, &config))?;
-        self.call("SET_VRING_KICK", |frontend| frontend.set_vring_kick(queue, &kick))?;
-        self.enable_ring(queue, true)
+        self.call("SET_VRING_KICK", |frontend| frontend.set_vring_kick(queue, &kick))
     }
 
     /// Starts all rings.

@@ -170,6 +170,21 @@ fn a_driver_that_is_always_quicker_is_served_by_one_kick() {
     driver.run(rest);
 }
 
+/// `SET_VRING_ADDR` of a ring that runs: the crate reads the used index, and sets it when more is used.
+#[test]
+fn what_was_used_stays_used_when_an_older_index_is_set() {
+    let machine = Machine::new(Kind::Cached, |_| {});
+    let mut driver = machine.driver(0);
+    for sector in 0..3 {
+        add(&mut driver, sector, VIRTIO_BLK_T_IN, sector);
+    }
+    driver.run(3);
+    driver.vring.set_queue_next_used(1);
+    let head = add(&mut driver, 3, VIRTIO_BLK_T_IN, 3);
+    let used: Vec<_> = driver.run(1).iter().map(|(head, _)| *head).collect();
+    assert_eq!(used, [head]);
+}
+
 /// What the error says, and what was done to the ring.
 type Breaks = (&'static str, fn(&mut Driver));
 
