@@ -46,9 +46,8 @@ const REST: Duration = Duration::from_millis(2);
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Whether the table says what becomes of a disk that has this fault. A disk writes to a file, which the
-/// limit of its size forbids, and its start needs a few fds for a moment; and one whose thread hangs before it takes
-/// a request may have taken others before, or none: nobody can say which. That it has taken one is another
-/// fault.
+/// limit of its size forbids; and one whose thread hangs before it takes a request may have taken others
+/// before, or none: nobody can say which. That it has taken one is another fault.
 pub(super) fn is_judged(cause: &Cause) -> bool {
     match cause {
         Cause::Inside(Fault { point: Point::Dma, action, .. }) => match action {
@@ -57,7 +56,7 @@ pub(super) fn is_judged(cause: &Cause) -> bool {
             _ => true,
         },
         Cause::Outside(Outside { action: OutsideAction::Limit(limit), .. }) => {
-            !matches!(limit.resource, Resource::FileSize | Resource::Files)
+            limit.resource != Resource::FileSize
         }
         _ => true,
     }

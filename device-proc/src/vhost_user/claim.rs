@@ -187,7 +187,7 @@ pub(super) fn start<B: Backend>(core: &Arc<Core<B>>) -> io::Result<()> {
             let waited = claimed.wait(&core.pops);
             tracing::info!(?waited, "it is free: requests go on");
             // If the gate is closed for another reason, the end of that kicks them.
-            core.rings.kicks().give();
+            core.rings.kick_all();
         }
     })?;
     Ok(())

@@ -90,7 +90,7 @@ impl<B: Backend> VhostUserDevice<B> {
                 kicks.give();
                 if core.rings.kicks_missed(&kicked) {
                     let core = Arc::clone(core);
-                    tokio::task::spawn_blocking(move || core.rings.kicks().give());
+                    tokio::task::spawn_blocking(move || core.rings.kick_all());
                 }
             }
             return;
@@ -100,7 +100,7 @@ impl<B: Backend> VhostUserDevice<B> {
         tokio::task::spawn_blocking(move || {
             core.rings.open();
             if is_open {
-                core.rings.kicks().give();
+                core.rings.kick_all();
             }
         });
     }
@@ -132,7 +132,7 @@ impl<B: Backend> Device for VhostUserDevice<B> {
         core.rings.want_signals();
         core.pops.release(Hold::Failed);
         if core.pops.release(Hold::Resetting) {
-            core.rings.kicks().give();
+            core.rings.kick_all();
         }
         Ok(())
     }

@@ -14,8 +14,11 @@ pub(super) fn kick(eventfd: &EventConsumer) -> io::Result<()> {
     // SAFETY: `eventfd` owns this descriptor, and is borrowed for longer than the result is used.
     let eventfd = unsafe { BorrowedFd::borrow_raw(eventfd.as_raw_fd()) };
     let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-    if poll(&mut [PollFd::new(&eventfd, PollFlags::OUT)], Some(&now))? == 0 {
-        return Ok(());
+    match poll(&mut [PollFd::new(&eventfd, PollFlags::OUT)], Some(&now)) {
+        Ok(0) => return Ok(()),
+        // It is refused to a process that may have no fd at all: then it is written without a look.
+        Ok(_) | Err(Errno::INVAL) => {}
+        Err(errno) => return Err(errno.into()),
     }
     rustix::io::write(eventfd, &1_u64.to_ne_bytes())?;
     Ok(())

@@ -366,25 +366,35 @@ impl<B: Backend> Rings<B> {
         self.all.get(queue).is_some_and(|ring| ring.signal_due.swap(false, Ordering::AcqRel))
     }
 
-    /// What every started ring is to be kicked by, whether or not there is something in it. Waits for a
-    /// thread that has locked its ring.
+    /// Kicks every started ring, whether or not there is something in it. Waits for a thread that has locked
+    /// its ring.
+    pub(super) fn kick_all(&self) {
+        for (queue, ring) in self.all.iter().enumerate() {
+            let vring = ring.state().vring.clone();
+            let Some(vring) = vring.filter(|_| self.is_started(queue)) else { continue };
+            let state = vring.get_ref();
+            if let Some(eventfd) = state.get_kick() {
+                kick(eventfd).unwrap_or_else(|error| not_kicked(queue, &error));
+            }
+        }
+    }
+
+    /// The same for later, when nobody may wait: all for which an fd can be had. Waits as that does.
     pub(super) fn kicks(&self) -> Kicks {
         let mut kicks = Vec::new();
         for (queue, ring) in self.all.iter().enumerate() {
             let vring = ring.state().vring.clone();
             let Some(vring) = vring.filter(|_| self.is_started(queue)) else { continue };
             let duplicate = vring.get_ref().get_kick().as_ref().map(EventConsumer::try_clone);
-            match duplicate {
-                Some(Ok(eventfd)) => kicks.push((queue, eventfd)),
-                Some(Err(error)) => not_kicked(queue, &error),
-                None => {}
+            if let Some(Ok(eventfd)) = duplicate {
+                kicks.push((queue, eventfd));
             }
         }
         Kicks(kicks)
     }
 
-    /// Whether a ring was started between [`kicks`](Self::kicks) gave these queues and the opening of the
-    /// gate, which has happened: its first event may have found the gate closed.
+    /// Whether there are others to be kicked than those that [`kicks`](Self::kicks) has given. The gate was
+    /// opened since: the first event of a ring that was started meanwhile may have found it closed.
     pub(super) fn kicks_missed(&self, kicked: &[usize]) -> bool {
         fence(Ordering::SeqCst);
         (0..self.all.len()).any(|queue| self.is_started(queue) && !kicked.contains(&queue))

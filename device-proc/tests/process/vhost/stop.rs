@@ -3,6 +3,7 @@
 use super::guest::{Guest, Memory};
 use super::{Fifo, declare};
 use crate::child::{Device, command, until};
+use rustix::process::{Pid, Resource, Rlimit, prlimit};
 use standstill_protocol::message::{Command, CoordinatorMessage, PeerDma, Phase, RefusalKind};
 use standstill_protocol::migration::{MigrationFlags, MigrationState as S};
 use std::sync::Arc;
@@ -126,6 +127,21 @@ fn a_busy_guest_does_not_prolong_a_stop() {
         busy.join().unwrap();
         device.shut_down();
     }
+}
+
+#[test]
+fn a_start_needs_no_fd() {
+    let device = Device::welcomed("vhost");
+    let mut guest = Guest::start(&device.socket(), 1);
+    guest.settle(0);
+    device.pause(1);
+    guest.push(0);
+    guest.settle(0);
+    let process = Pid::from_child(&device.process);
+    let none = Rlimit { current: Some(0), maximum: Some(0) };
+    prlimit(Some(process), Resource::Nofile, none).unwrap();
+    device.resume(2);
+    guest.wait_used(0, 1);
 }
 
 /// A ring whose turn is over in the middle of an event is not ready for a while; whoever enables it then has
