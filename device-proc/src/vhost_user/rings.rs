@@ -444,6 +444,7 @@ impl<B: Backend> Rings<B> {
             let is_started = self.is_started(queue);
             let mut state = ring.state();
             state.last = *saved;
+            state.looked = None;
             // One that is started was looked at.
             state.expected = (saved.used && !is_started).then_some((*saved, accepted));
         }
