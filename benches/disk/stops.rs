@@ -10,8 +10,7 @@ use super::exports::{self, Ours};
 use super::program::Failure;
 use crate::harness::Times;
 use serde_json::{Value, json};
-use standstill::coordinator::report::{CommandReport, TransitionReport};
-use standstill::protocol::message::CounterKind;
+use standstill_testkit::vhost_user::in_flight;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::sync_channel;
@@ -125,20 +124,12 @@ fn stop(ours: &Ours, driver: &mut Driver, load: Load) -> Result<Round, Failure> 
         if ended > 0 {
             last = Instant::now();
         }
-        let under_way = under_way(stopped.report());
+        let under_way = in_flight(stopped.report());
         stopped.resume()?;
         driver.end(left)?;
         let ended = last.saturating_duration_since(begin);
         Ok(Round { under_way, ended, stopped: end - begin })
     })
-}
-
-/// What the device had when it was told to prepare for the stop.
-fn under_way(report: &TransitionReport) -> u64 {
-    let commands = report.participants.iter().flat_map(|device| &device.commands);
-    let counters = commands.filter_map(CommandReport::evidence).flat_map(|found| &found.counters);
-    let in_flight = counters.filter(|counter| counter.kind == CounterKind::InFlight);
-    in_flight.map(|counter| counter.value).sum()
 }
 
 #[expect(clippy::disallowed_methods, reason = "the time until the stop")]

@@ -54,7 +54,7 @@ fn a_disk_is_stopped_and_started_two_hundred_times_under_requests() {
     let mut with_requests = 0;
     for pause in 1..=PAUSES {
         let stopped = vm.machine.pause().unwrap();
-        let in_flight = vm::in_flight(stopped.report());
+        let in_flight = standstill_testkit::vhost_user::in_flight(stopped.report());
         println!("pause {pause}: {in_flight} requests were in flight");
         with_requests += usize::from(in_flight > 0);
         stopped.resume().unwrap();

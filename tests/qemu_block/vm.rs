@@ -3,11 +3,9 @@
 use crate::driver;
 use rustix::process::{Pid, Signal};
 use standstill::coordinator::blocking::Machine;
-use standstill::coordinator::report::{CommandReport, TransitionReport};
 use standstill::coordinator::{
     DeviceSpec, LossPolicy, MachineBuilder, MachineEvent, RestartPolicy,
 };
-use standstill::protocol::message::CounterKind;
 use standstill_testkit::qemu::{Guest, GuestBuilder, Qemu};
 use standstill_testkit::{deadlines_of, log};
 use std::fs::File;
@@ -192,17 +190,6 @@ pub(crate) fn restarts() -> LossPolicy {
         first_backoff: Duration::from_millis(10),
         longest_backoff: Duration::from_millis(10),
     })
-}
-
-/// How many requests were in flight when the device was told to prepare for a stop.
-pub(crate) fn in_flight(report: &TransitionReport) -> u64 {
-    let commands = report.participants.iter().flat_map(|device| &device.commands);
-    let evidence = commands.filter_map(CommandReport::evidence);
-    let counters = evidence.flat_map(|evidence| &evidence.counters);
-    counters
-        .filter(|counter| counter.kind == CounterKind::InFlight)
-        .map(|counter| counter.value)
-        .sum()
 }
 
 /// The script of a guest that writes and reads its disk for ever.

@@ -180,7 +180,7 @@ pub struct VhostUserBlk {
 }
 
 struct Shared {
-    path: PathBuf,
+    lock: ImageLock,
     proof: File,
 }
 
@@ -209,9 +209,9 @@ impl VhostUserBlk {
         let image = Arc::new(Image::open(&config.file, config.read_only, config.direct)?);
         let shared = match &config.lock {
             Lock::Rings { proof } if image.is_exclusive() => {
-                lock::can_be_had(&image.file, &config.file)?;
-                let (path, proof) = (config.file.clone(), lock::open_proof(proof)?);
-                Some(Shared { path, proof })
+                let lock = ImageLock { file: Arc::clone(&image.file), path: config.file.clone() };
+                lock.check()?;
+                Some(Shared { lock, proof: lock::open_proof(proof)? })
             }
             Lock::Rings { .. } | Lock::Process => None,
         };
@@ -267,10 +267,7 @@ impl VhostUserBlk {
         let disk = Arc::new(Self::build(config, &pops).map_err(DeviceError::new)?);
         let backing_file = disk.backing_file().map_err(DeviceError::new)?;
         let completions = disk.completions().map_err(DeviceError::new)?;
-        let lock = disk.shared.as_ref().map(|shared| ImageLock {
-            file: Arc::clone(&disk.image.file),
-            path: shared.path.clone(),
-        });
+        let lock = disk.shared.as_ref().map(|shared| shared.lock.clone());
         let device = VhostUser::new(KIND, disk)
             .holds_permits(pops)
             .completes_in_order()

@@ -83,3 +83,16 @@ pub use error::VhostUserError;
 pub use frontend::{Base, DirtyLog, EVENT_IDX, Frontend, FrontendOptions, VERSION_1};
 pub use guest::{Completion, Guest, Part, RequestId};
 pub use ring::{RingLayout, RingPlace};
+
+use standstill_coordinator::report::{CommandReport, TransitionReport};
+use standstill_protocol::message::CounterKind;
+
+/// How many requests the vhost-user devices of a machine had in flight when they were told to prepare for
+/// a stop, all together.
+#[must_use]
+pub fn in_flight(report: &TransitionReport) -> u64 {
+    let commands = report.participants.iter().flat_map(|device| &device.commands);
+    let counters = commands.filter_map(CommandReport::evidence).flat_map(|found| &found.counters);
+    let in_flight = counters.filter(|counter| counter.kind == CounterKind::InFlight);
+    in_flight.map(|counter| counter.value).sum()
+}

@@ -17,6 +17,7 @@ const MOST_BYTES: u64 = 1 << 20;
 
 /// See the [module](self). It belongs to the open file that all I/O goes through: after the death of
 /// this process the kernel keeps it for what is in flight.
+#[derive(Clone)]
 pub(super) struct ImageLock {
     pub(super) file: Arc<File>,
     pub(super) path: PathBuf,
@@ -42,15 +43,18 @@ impl Claim for ImageLock {
     }
 }
 
-/// Whether the image can be locked at all, by whomever it is locked now: requests would wait for ever.
-pub(super) fn can_be_had(file: &File, path: &Path) -> Result<(), ImageError> {
-    let locked = rustix::fs::flock(file, FlockOperation::NonBlockingLockExclusive)
-        .and_then(|()| rustix::fs::flock(file, FlockOperation::NonBlockingUnlock));
-    match locked {
-        Ok(()) | Err(Errno::WOULDBLOCK | Errno::INTR) => Ok(()),
-        Err(errno) => {
-            Err(ImageError::File { path: path.to_owned(), what: "lock it", source: errno.into() })
+impl ImageLock {
+    /// Whether it can be had at all, whoever has it now: requests would wait for ever.
+    pub(super) fn check(&self) -> Result<(), ImageError> {
+        let taken = self.try_take().map_err(|source| ImageError::File {
+            path: self.path.clone(),
+            what: "lock it",
+            source,
+        })?;
+        if taken {
+            self.give_back();
         }
+        Ok(())
     }
 }
 
