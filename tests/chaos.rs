@@ -111,6 +111,44 @@ fn the_liar_is_found_by_its_late_writes_and_is_all_that_is_left_of_its_plan() {
     assert_eq!(code, Some(1), "{result:#}");
 }
 
+/// One whose gate is closed by the undo of a start, or by a hold, and who goes on writing.
+const LIAR_AFTERWARDS: &str = r#"
+devices = 3
+
+[[fault]]
+device = 1
+inside = { point = { before-ack = "Stop" }, nth = NTH, action = "keep-dma" }
+
+"#;
+
+#[test]
+fn a_liar_is_found_wherever_its_machine_stands() {
+    let refuses = |phase| {
+        format!(
+            "[[fault]]\ndevice = 0\n\
+             inside = {{ point = {{ receipt = \"{phase}\" }}, action = {{ refuse = 16 }} }}\n"
+        )
+    };
+    let hangs = |call| {
+        format!("[[hook]]\nplace = \"after\"\ncall = \"{call}\"\naction = {{ stick-ms = 0 }}\n")
+    };
+    for (nth, other, outcome) in [
+        ("2", refuses("PrepareStart"), "RolledBack"),
+        ("2", refuses("Start"), "RolledBack"),
+        ("2", hangs("start"), "Held"),
+        ("1", hangs("stop"), "Held"),
+    ] {
+        let folder = tempfile::tempdir().unwrap();
+        let plan = folder.path().join("liar.toml");
+        std::fs::write(&plan, LIAR_AFTERWARDS.replace("NTH", nth) + &other).unwrap();
+        let (result, code) = json(&["--plan", plan.to_str().unwrap()]);
+        assert_eq!(code, Some(1), "{other}{result:#}");
+        assert_eq!(result["outcomes"][outcome], 1, "{other}{result:#}");
+        let found = result["failures"][0]["violations"].to_string();
+        assert!(found.contains("guest RAM changed"), "{other}{result:#}");
+    }
+}
+
 /// A part of the sweep: as many faults as there is time for here.
 #[test]
 fn a_disk_at_work_that_fails_comes_to_what_is_written_and_its_requests_are_done_once() {

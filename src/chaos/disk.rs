@@ -164,21 +164,21 @@ impl Rig for MixedRig {
 
     fn late_writes(
         &mut self,
-        pause: &TransitionReport,
-        resume: &TransitionReport,
+        stopped: Option<&TransitionReport>,
+        resume: Option<&TransitionReport>,
     ) -> Result<Vec<String>, RigError> {
-        let mut late = self.engines.late_writes(pause, resume)?;
+        let mut late = self.engines.late_writes(stopped, resume)?;
         let looks = std::mem::take(&mut self.disk.looks);
-        let [stopped, starting] = &looks[..] else {
+        let [first, last] = &looks[..] else {
             return Err("nobody has looked at the disk".into());
         };
-        if stopped.used != starting.used {
-            let (from, to) = (stopped.used, starting.used);
+        if first.used != last.used {
+            let (from, to) = (first.used, last.used);
             late.push(format!(
                 "the disk has gone from {from:?} to {to:?} answers while it was stopped"
             ));
         }
-        if stopped.image != starting.image {
+        if first.image != last.image {
             late.push("the image of the disk changed while every device was stopped".to_owned());
         }
         Ok(late)
@@ -204,7 +204,7 @@ struct Disk {
     load: Option<Load>,
     /// How many there were.
     connections: u32,
-    /// Since the last pause.
+    /// Of the last standstill.
     looks: Vec<Still>,
     /// Removed at the end.
     _folder: TempDir,

@@ -6,6 +6,7 @@ use crate::engines::pairs::Pair;
 use standstill::coordinator::report::{ParticipantReport, TransitionReport};
 use standstill::coordinator::{DeviceSpec, Operation};
 use standstill::protocol::message::Phase;
+use standstill::protocol::transition::MachineState;
 use standstill_testkit::sweep::{Access, Look, Rig, RigError, Subject};
 use std::collections::BTreeSet;
 use std::os::fd::OwnedFd;
@@ -47,7 +48,7 @@ pub(super) struct EnginesRig {
     /// Pairs that have written since the machine was last put together: only of those it is known what
     /// the receiver should have.
     wrote: Vec<Pair>,
-    /// What was seen since the last pause.
+    /// What was seen of the last standstill.
     sights: Vec<Sight>,
     /// Interrupts of each engine between the first look and the last.
     interrupts: Vec<u64>,
@@ -157,17 +158,30 @@ impl Rig for EnginesRig {
 
     fn late_writes(
         &mut self,
-        pause: &TransitionReport,
-        resume: &TransitionReport,
+        stopped: Option<&TransitionReport>,
+        resume: Option<&TransitionReport>,
     ) -> Result<Vec<String>, RigError> {
         let sights = std::mem::take(&mut self.sights);
         let (Some(after_stop), Some(before_start)) = (sights.first(), sights.last()) else {
             return Err("nobody has looked at the memory".into());
         };
-        if pause.operation == Operation::TakeOver {
-            // Nobody here has heard what devices showed when they stopped: only what is seen counts.
-            return Ok(moved(after_stop, before_start, &self.interrupts));
-        }
+        let (pause, resume) = match (stopped, resume) {
+            (Some(pause), Some(resume))
+                if pause.operation == Operation::Pause
+                    && resume.machine == MachineState::Running =>
+            {
+                (pause, resume)
+            }
+            // Not everybody has shown what he had when he was quiet, or when he left STOP: what is seen
+            // counts, and what is shown.
+            (stopped, resume) => {
+                let mut late = moved(after_stop, before_start, &self.interrupts);
+                if let (Some(stopped), Some(resume)) = (stopped, resume) {
+                    late.extend(standstill_testkit::sweep::moved(stopped, resume));
+                }
+                return Ok(late);
+            }
+        };
         let all = self.vmm()?.pairs().to_vec();
         let (pairs, at): (Vec<_>, Vec<_>) =
             all.into_iter().zip(0..).filter(|(pair, _)| self.wrote.contains(pair)).unzip();

@@ -48,7 +48,7 @@ pub use engine::{RunError, run};
 pub use expected::{Course, Expected, Seen, TableError};
 pub use observation::Observation;
 pub use oracle::{Judge, Violation};
-pub use programs::{DevicePrograms, Driven};
+pub use programs::{DevicePrograms, Driven, moved};
 pub use subject::{Access, Look, Rig, RigError, Subject};
 pub use tally::{Ends, Tally};
 

@@ -2,6 +2,7 @@
 
 mod error;
 mod piloted;
+mod standstill;
 
 pub use error::RunError;
 
@@ -12,7 +13,7 @@ use super::deadlines::{deadlines, short_deadlines};
 use super::hooks::Hooks;
 use super::nature;
 use super::observation::{Act, Ended, Event, Observation, Step, survivors};
-use super::subject::{Bench, Look, Rig, Subject};
+use super::subject::{Bench, Rig, Subject};
 use crate::Processes;
 use crate::plan::{Plan, Policy};
 use standstill_coordinator::report::TransitionReport;
@@ -30,10 +31,6 @@ use std::time::{Duration, Instant};
 pub(super) const HANG: Duration = Duration::from_secs(240);
 /// How often something is looked at that nobody tells.
 const INTERVAL: Duration = Duration::from_millis(3);
-/// How long a machine is left alone between two looks at its memory: something that is written late
-/// is written by then. A liar has longer: it has to be found, however busy the CPUs are.
-const STILL: Duration = Duration::from_millis(10);
-const STILL_FOR_A_LIAR: Duration = Duration::from_millis(500);
 /// How often a resume is tried: several faults may come one after another.
 const RESUMES: u32 = 4;
 /// How long device processes may take to end by themselves.
@@ -216,58 +213,25 @@ impl<'a> Run<'a> {
         self.back_to_work(round).await?;
 
         let pause = self.step(round, Act::Pause).await?;
-        match self.machine().await? {
-            MachineState::Held => return Ok(false),
-            MachineState::Running => {}
-            MachineState::Stopped | MachineState::LeaseExpired => {
-                self.stand_and_resume(round, pause).await?;
-            }
+        let mut last = pause;
+        if matches!(self.machine().await?, MachineState::Stopped | MachineState::LeaseExpired) {
+            last = self.stand_and_resume(round, last).await?;
         }
-        let state = self.machine().await?;
-        if state != MachineState::Running {
+        match self.machine().await? {
+            MachineState::Running => {}
             // Nothing starts one that is held, which the step says.
-            if state == MachineState::Held {
+            MachineState::Held => {
+                self.stand_held(round, last).await?;
                 return Ok(false);
             }
-            self.seen.idle.push((round, "the machine does not run again".to_owned()));
-            return Ok(false);
+            MachineState::Stopped | MachineState::LeaseExpired => {
+                self.seen.idle.push((round, "the machine does not run again".to_owned()));
+                return Ok(false);
+            }
         }
         self.recover(round).await?;
         self.back_to_work(round).await?;
         Ok(true)
-    }
-
-    /// A machine that stands: it is looked at, and resumed.
-    async fn stand_and_resume(
-        &mut self,
-        round: u32,
-        pause: Option<Arc<TransitionReport>>,
-    ) -> Result<(), RunError> {
-        self.bench.with("look at memory", |rig| rig.look(Look::AfterStop)).await?;
-        self.at(Moments::Stopped, round).await?;
-        self.settle(round, None).await?;
-        if self.plan.policy != Policy::ContinueWithout {
-            self.recover(round).await?;
-        }
-        let still = if self.arms.lies() { STILL_FOR_A_LIAR } else { STILL };
-        tokio::time::sleep(still).await;
-        self.bench.with("look at memory", |rig| rig.look(Look::BeforeStart)).await?;
-        let resume = self.step(round, Act::Resume).await?;
-        let mut state = self.machine().await?;
-        if let (Some(pause), Some(resume), MachineState::Running) = (pause, resume, state) {
-            let judge = move |rig: &mut dyn Rig| rig.late_writes(&pause, &resume);
-            let late = self.bench.with("compare what was seen", judge).await?;
-            self.seen.late.extend(late.into_iter().map(|what| (round, what)));
-        }
-        for _ in 1..RESUMES {
-            if state != MachineState::Stopped {
-                break;
-            }
-            self.recover(round).await?;
-            self.step(round, Act::Resume).await?;
-            state = self.machine().await?;
-        }
-        Ok(())
     }
 
     async fn at(&mut self, moment: Moments, round: u32) -> Result<(), RunError> {

@@ -11,6 +11,7 @@
 //! - no process is left.
 
 mod accepts;
+mod explained;
 mod fired;
 #[cfg(test)]
 mod tests;
@@ -19,7 +20,7 @@ use super::Times;
 use super::deadlines::HELLOS;
 use super::expected::{Course, Expected, Seen, trim};
 use super::nature::{self, AFTER_LAST_ACK, LAST_ANSWER, Nature, Place, nature};
-use super::observation::{Act, Ended, Event, Observation, Step};
+use super::observation::{Act, Ended, Event, Observation, Step, Survivor};
 use super::principal::{
     HOOK_ON_START, HOOK_ON_STOP, HookNature, Principal, hook_nature, principals,
 };
@@ -136,7 +137,7 @@ impl Judge {
             one_state(step, &mut found);
             self.in_time(plan, step, &mut found);
         }
-        innocents(plan, seen, &mut found);
+        self.innocents(plan, seen, &mut found);
         self.fired(plan, seen, &mut found);
         self.late(plan, seen, &mut found);
         let idle = seen.idle.iter().map(|(round, what)| (*round, what.clone()));
@@ -198,8 +199,8 @@ impl Judge {
         }
     }
 
-    /// With several faults each end must be one that the table gives to one of those who were fenced,
-    /// or to one that refuses; and none is Done in which something has happened that it excludes.
+    /// With several faults each end must be one that the table gives to one that has happened by then, and
+    /// none is Done in which something has happened that it excludes.
     fn several(
         &self,
         plan: &Plan,
@@ -207,37 +208,11 @@ impl Judge {
         seen: &Observation,
         found: &mut Vec<Violation>,
     ) {
-        let mut known = Vec::new();
-        for fault in faults {
-            match self.courses(plan, *fault) {
-                Ok((_, courses)) => {
-                    known.extend(courses.into_iter().flat_map(|course| course.seen));
-                }
-                Err(violation) => found.push(violation),
-            }
-        }
+        found.extend(faults.iter().filter_map(|fault| self.courses(plan, *fault).err()));
         self.not_started(plan, faults, seen, found);
-        let fences = |word: &Seen| {
-            matches!(word, Seen::DegradedRunning | Seen::DegradedStopped | Seen::Lost)
-        };
-        for step in steps(seen) {
-            let word = in_words(step);
-            let explained = match word {
-                Seen::Done => self.may_be_done(plan, seen, step),
-                // Where all others are says the policy, whichever the fault.
-                Seen::DegradedRunning | Seen::DegradedStopped => {
-                    self.degraded(plan, step) == Some(word) && known.iter().any(fences)
-                }
-                // Whoever is lost meanwhile accepts no declaration.
-                Seen::Refused if step.act == Act::Declare && known.iter().any(fences) => true,
-                Seen::RolledBack | Seen::Stopped | Seen::Refused | Seen::Lost => {
-                    known.contains(&word)
-                }
-                Seen::Held => self.may_be_held(plan, seen, step),
-                // No step ends so.
-                Seen::GivenUp | Seen::NotStarted => false,
-            };
-            if !explained {
+        for (at, event) in seen.events.iter().enumerate() {
+            let Event::Step(step) = event else { continue };
+            if !self.explains(plan, seen, at, step) {
                 let Step { round, act, ended, .. } = step.clone();
                 found.push(Violation::Unexplained { round, act, ended });
             }
@@ -322,31 +297,45 @@ impl Judge {
     }
 
     fn late(&self, plan: &Plan, seen: &Observation, found: &mut Vec<Violation>) {
-        let liars = liars(plan, seen);
+        let (liars, visible) = liars(plan, seen);
         for (round, what) in &seen.late {
             if !self.knows_liars || !liars.contains(round) {
                 found.push(Violation::Late { round: *round, what: what.clone() });
             }
         }
-        for round in liars {
-            // A pause that was undone shows nothing.
-            let stood = |act| {
-                let is = |step: &Step| (step.round, step.act) == (round, act);
-                steps(seen).any(|step| is(step) && step.ended == Ended::Done)
-            };
-            let late = seen.late.iter().any(|(at, _)| *at == round);
-            if !late && stood(Act::Pause) && stood(Act::Resume) {
+        for round in visible {
+            if !seen.late.iter().any(|(at, _)| *at == round) {
                 found.push(Violation::Blind { round });
             }
         }
     }
 }
 
-/// Rounds in which a liar was at work.
-fn liars(plan: &Plan, seen: &Observation) -> BTreeSet<u32> {
-    let fired = plan.faults.iter().zip(&seen.fired).filter(|(_, fired)| **fired);
-    let lies = |injection: &Injection| matches!(&injection.cause, Cause::Inside(fault) if fault.action == Action::KeepDma);
-    fired.filter(|(injection, _)| lies(injection)).map(|(injection, _)| injection.round).collect()
+/// Rounds in which a liar was at work, and those of them in which a machine has stood with it, which shows.
+fn liars(plan: &Plan, seen: &Observation) -> (BTreeSet<u32>, BTreeSet<u32>) {
+    let lies = |number: &usize| {
+        let fault = plan.faults.get(*number);
+        fault.filter(
+            |fault| matches!(&fault.cause, Cause::Inside(fault) if fault.action == Action::KeepDma),
+        )
+    };
+    let (mut all, mut visible) = (BTreeSet::new(), BTreeSet::new());
+    let mut before: Option<&Step> = None;
+    for step in steps(seen) {
+        // What was not seen at once has happened at the end of the step before.
+        let late = step.fired_before.iter().map(|number| (number, before.unwrap_or(step)));
+        let fired = step.fired.iter().map(|number| (number, step)).chain(late);
+        for (liar, step) in fired.filter_map(|(number, step)| Some((lies(number)?, step))) {
+            all.insert(step.round);
+            let counts = |survivor: &Survivor| survivor.device == usize::from(liar.device);
+            // A pause that was undone shows nothing, nor does a liar that was fenced.
+            if step.machine != MachineState::Running && step.survivors.iter().any(counts) {
+                visible.insert(step.round);
+            }
+        }
+        before = Some(step);
+    }
+    (all, visible)
 }
 
 fn steps(seen: &Observation) -> impl Iterator<Item = &Step> {
@@ -438,33 +427,6 @@ fn one_state(step: &Step, found: &mut Vec<Violation>) {
                 answered: survivor.answered,
             });
         }
-    }
-}
-
-fn innocents(plan: &Plan, seen: &Observation, found: &mut Vec<Violation>) {
-    let guilty: BTreeSet<_> =
-        plan.faults.iter().map(|injection| usize::from(injection.device)).collect();
-    for event in &seen.events {
-        let (round, gone) = match event {
-            Event::Lost { round, device } => (*round, BTreeSet::from([*device])),
-            Event::NotStarted { device, .. } => (1, BTreeSet::from([*device])),
-            // Only who fails each time has no attempt left.
-            Event::GivenUp { round, device } => {
-                let fails = |injection: &Injection| {
-                    usize::from(injection.device) == *device
-                        && matches!(&injection.cause, Cause::Inside(fault)
-                            if fault.point == Point::Hello && fault.nth == 0)
-                };
-                let guilty = plan.faults.iter().any(fails);
-                (*round, if guilty { BTreeSet::new() } else { BTreeSet::from([*device]) })
-            }
-            Event::Step(Step { round, ended: Ended::Degraded { fenced }, .. }) => {
-                (*round, fenced.clone())
-            }
-            Event::Step(_) => continue,
-        };
-        let innocent = gone.difference(&guilty);
-        found.extend(innocent.map(|&device| Violation::Innocent { round, device }));
     }
 }
 

@@ -214,22 +214,16 @@ impl Rig for DeviceProgramsRig {
 
     fn late_writes(
         &mut self,
-        pause: &TransitionReport,
-        resume: &TransitionReport,
+        stopped: Option<&TransitionReport>,
+        resume: Option<&TransitionReport>,
     ) -> Result<Vec<String>, RigError> {
         let mut late = Vec::new();
         let looks = std::mem::take(&mut self.looks);
         if looks.windows(2).any(|pair| pair[0] != pair[1]) {
             late.push("guest RAM changed while every device was stopped".to_owned());
         }
-        for stopped in pause.participants.iter().filter(|stopped| stopped.fence.is_none()) {
-            let same = |started: &&ParticipantReport| {
-                (&started.name, started.incarnation) == (&stopped.name, stopped.incarnation)
-            };
-            let mut started = resume.participants.iter().filter(|started| started.fence.is_none());
-            if let Some(started) = started.find(same) {
-                late.extend(moved(stopped, started));
-            }
+        if let (Some(stopped), Some(resume)) = (stopped, resume) {
+            late.extend(moved(stopped, resume));
         }
         Ok(late)
     }
@@ -241,8 +235,24 @@ fn read(client: &Client, (bar, offset): (u32, u64)) -> Result<(), RigError> {
     Ok(client.region_read(bar, offset, &mut value)?)
 }
 
-/// What a device shows that has moved between its last words before it stood and its first ones after.
-pub(super) fn moved(stopped: &ParticipantReport, started: &ParticipantReport) -> Vec<String> {
+/// What devices show that has moved between their last words before they stood and their first ones after, in
+/// words. Nothing is said of those that have shown nothing, as one that refuses, or were fenced.
+#[must_use]
+pub fn moved(stopped: &TransitionReport, resume: &TransitionReport) -> Vec<String> {
+    let mut moved = Vec::new();
+    for stopped in stopped.participants.iter().filter(|stopped| stopped.fence.is_none()) {
+        let same = |started: &&ParticipantReport| {
+            (&started.name, started.incarnation) == (&stopped.name, stopped.incarnation)
+        };
+        let mut started = resume.participants.iter().filter(|started| started.fence.is_none());
+        if let Some(started) = started.find(same) {
+            moved.extend(moved_of_one(stopped, started));
+        }
+    }
+    moved
+}
+
+fn moved_of_one(stopped: &ParticipantReport, started: &ParticipantReport) -> Vec<String> {
     let before = stopped.command(Phase::Stop).and_then(|command| command.evidence());
     let after = started.command(Phase::PrepareStart).and_then(|command| command.evidence());
     let (Some(before), Some(after)) = (before, after) else {

@@ -23,9 +23,9 @@ pub trait Subject: Send + Sync {
 /// When a rig looks at memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Look {
-    /// After the last answer of a pause.
+    /// After the last answer by which the machine has come to stand.
     AfterStop,
-    /// Before the first command of the resume.
+    /// Some time later, before the first command of the resume if there is one.
     BeforeStart,
 }
 
@@ -114,8 +114,8 @@ pub trait Rig: Send {
     }
 
     /// Looks at all memory that devices can write, and keeps what it has seen for
-    /// [`late_writes`](Self::late_writes). Called after a pause and again before the resume: what has
-    /// changed in between was written too late. What was seen before the first look of a pause is not
+    /// [`late_writes`](Self::late_writes). Called twice whenever the machine stands: what has
+    /// changed in between was written too late. What was seen before the first look of a standstill is not
     /// needed any more.
     ///
     /// # Errors
@@ -126,18 +126,20 @@ pub trait Rig: Send {
         Ok(())
     }
 
-    /// What has moved while the machine stood still, in words. `pause` and `resume` have the evidence of
-    /// the devices that took part; those that are in one of them only do not count.
+    /// What has moved while the machine stood still, in words. `stopped` is how it came to stand: a pause, a
+    /// resume that was undone, a take-over; `resume` is what came next, and need not have led to a machine
+    /// that runs. Both have the evidence of the devices that took part; those that have shown nothing in one
+    /// of them do not count. None where there is no report: of a machine that is held nobody asks more.
     ///
     /// # Errors
     ///
     /// If it cannot be said.
     fn late_writes(
         &mut self,
-        pause: &TransitionReport,
-        resume: &TransitionReport,
+        stopped: Option<&TransitionReport>,
+        resume: Option<&TransitionReport>,
     ) -> Result<Vec<String>, RigError> {
-        let _ = (pause, resume);
+        let _ = (stopped, resume);
         Ok(Vec::new())
     }
 }

@@ -6,7 +6,7 @@
 //! the take-over, and all that follows      this process's
 //! ```
 
-use super::{Begun, INTERVAL, Run, RunError, STILL, cannot, late, within};
+use super::{Begun, INTERVAL, Run, RunError, cannot, late, within};
 use crate::pilot::{Course, CourseDevice, Pilot, SUPERSEDED, Signal};
 use crate::plan::{Cause, Injection, Moment, OutsideAction, Plan};
 use crate::process;
@@ -15,7 +15,7 @@ use crate::sweep::arms::{Arms, PATIENCE};
 use crate::sweep::deadlines::deadlines;
 use crate::sweep::nature::{NOT_ALONE, hits_the_coordinator, leads_to_query};
 use crate::sweep::observation::{Act, Ended, Event, Observation, Step};
-use crate::sweep::subject::{Bench, Look, Rig};
+use crate::sweep::subject::{Bench, Rig};
 use standstill_coordinator::record::MachineRecord;
 use standstill_coordinator::{DeviceSpec, TakenOver};
 use standstill_protocol::message::Phase;
@@ -304,18 +304,12 @@ impl<'a> Piloted<'a> {
         let ended = Ended::of(&Ok(Arc::clone(&report)), &run.names);
         run.wrote(round, Act::TakeOver, ended, Some(&report), took).await?;
         if report.machine == MachineState::Held {
-            run.bench.with("look at memory", |rig| rig.look(Look::AfterStop)).await?;
-            tokio::time::sleep(STILL).await;
-            run.bench.with("look at memory", |rig| rig.look(Look::BeforeStart)).await?;
+            run.stand().await?;
             let what = "accept that the machine is held";
             let accepted = within(what, run.machine.accept_hold()).await?;
             accepted.map_err(cannot(what))?;
             let resume = run.step(round, Act::Resume).await?;
-            if let Some(resume) = resume {
-                let judge = move |rig: &mut dyn Rig| rig.late_writes(&report, &resume);
-                let late = run.bench.with("compare what was seen", judge).await?;
-                run.seen.late.extend(late.into_iter().map(|what| (round, what)));
-            }
+            run.compare(round, Some(&report), resume.as_ref()).await?;
         }
         run.recover(round).await?;
         run.back_to_work(round).await?;

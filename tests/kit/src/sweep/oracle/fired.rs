@@ -187,15 +187,25 @@ fn comes_to(plan: &Plan, at: usize, fault: &Injection, seen: &Observation, times
         })
     };
     let (mut reached, mut disabled) = (0, false);
-    for event in &seen.events {
+    for (number, event) in seen.events.iter().enumerate() {
         let (round, lost) = match event {
             Event::Step(step) => {
                 disabled |= step.fired_before.iter().any(|number| disables(number).is_some());
                 let lost =
                     matches!(&step.ended, Ended::Degraded { fenced } if fenced.contains(&device));
                 let before = |other: &Injection| !comes_later(other, place);
-                let disabled_before =
+                let mut disabled_before =
                     disabled || step.fired.iter().filter_map(disables).any(before);
+                if place.column == "stopped" {
+                    // While the machine stands, which comes first of two is not known.
+                    let mut later = seen.events.iter().skip(number + 1);
+                    let next = later.find_map(|event| match event {
+                        Event::Step(next) => Some(&next.fired_before),
+                        _ => None,
+                    });
+                    disabled_before |=
+                        next.into_iter().flatten().any(|other| disables(other).is_some());
+                }
                 if comes_in(place, fault.round, step) && !lost && !disabled_before {
                     reached += 1;
                 }

@@ -1,5 +1,8 @@
 //! Every check holds for an honest run, and each can fail by itself.
 
+mod explained;
+mod liars;
+
 use super::*;
 use crate::plan::{HookAction, Moment, Outside, OutsideAction, Place as HookPlace, Policy};
 use crate::sweep::observation::Survivor;
@@ -50,13 +53,19 @@ fn fault(point: Point, action: Action) -> Plan {
     Plan::new(3).fault(1, Fault::new(point, action))
 }
 
+/// The same, with those faults in the first step.
+fn happened<const N: usize>(faults: [usize; N], mut seen: Observation) -> Observation {
+    first(&mut seen).fired = BTreeSet::from(faults);
+    seen
+}
+
 /// Device 1 dies when it is told to stop, and is fenced; the machine runs on without it.
 fn death() -> (Plan, Observation) {
     let degraded = Ended::Degraded { fenced: BTreeSet::from([1]) };
     let mut events = vec![step(1, Act::Pause, degraded, MachineState::Running)];
     events.extend(done(2));
     let plan = fault(Point::Receipt(Phase::Stop), Action::Abort);
-    (plan, Observation { events, fired: vec![true], ..Observation::default() })
+    (plan, happened([0], Observation { events, fired: vec![true], ..Observation::default() }))
 }
 
 /// Device 1 goes on writing after its answer.
@@ -64,7 +73,7 @@ fn lie() -> (Plan, Observation) {
     let plan = fault(Point::BeforeAck(Phase::Stop), Action::KeepDma);
     let late = vec![(1, "engine1 wrote".to_owned())];
     let events = [done(1), done(2)].concat();
-    (plan, Observation { events, fired: vec![true], late, ..Observation::default() })
+    (plan, happened([0], Observation { events, fired: vec![true], late, ..Observation::default() }))
 }
 
 /// What is found if one thing is not as it was.
@@ -115,6 +124,9 @@ fn what_happens_before_the_fault_must_be_done() {
             step(1, Act::Pause, Ended::Stopped, MachineState::Stopped),
             step(1, Act::Resume, degraded, MachineState::Stopped),
         ];
+        if let Event::Step(resume) = &mut seen.events[1] {
+            resume.fired = BTreeSet::from([0]);
+        }
     });
     assert!(matches!(violations[..], [Violation::Outcome { .. }]), "{violations:?}");
 }
@@ -209,6 +221,23 @@ fn of_several_faults_one_may_keep_the_others_from_happening_and_not_all() {
     assert_eq!(stopped(&seen), 0);
     first(&mut seen).machine = MachineState::Stopped;
     assert_eq!(stopped(&seen), 1);
+}
+
+#[test]
+fn who_ends_while_the_machine_stands_need_not_have_a_fault_of_that_time() {
+    let kills = Plan::new(3).outside(1, Moment::Stopped, OutsideAction::Kill);
+    let two = kills.fault(1, Fault::new(Point::Mmio, Action::Abort));
+    let [pause, mut resume] = done(1);
+    let unfired = |resume: &Event| {
+        let events = vec![pause.clone(), Event::Lost { round: 1, device: 1 }, resume.clone()];
+        let seen = Observation { events, fired: vec![false, true], ..Observation::default() };
+        judge().violations(&two, &seen).contains(&Violation::Unfired(two.faults[0].clone()))
+    };
+    assert!(unfired(&resume));
+    if let Event::Step(step) = &mut resume {
+        step.fired_before = BTreeSet::from([1]);
+    }
+    assert!(!unfired(&resume));
 }
 
 #[test]
@@ -407,6 +436,7 @@ fn who_only_holds_others_back_must_do_so() {
             plan.faults[0].cause = cause.clone();
             let [pause, resume] = done(1);
             seen.events = vec![pause, Event::Lost { round: 1, device: 1 }, resume];
+            first(seen).fired = BTreeSet::from([0]);
         };
         assert_eq!(found(lost), []);
         let violations = found(|plan, seen| {
@@ -427,6 +457,7 @@ fn with_several_faults_an_end_must_be_one_that_a_fault_explains() {
             *plan = plan.clone().fault(2, refuses);
             seen.fired = vec![true, true];
             seen.events[0] = step(1, Act::Pause, ended, machine);
+            first(seen).fired = BTreeSet::from([0, 1]);
         })
     };
     let fenced = || Ended::Degraded { fenced: BTreeSet::from([1]) };
@@ -437,6 +468,7 @@ fn with_several_faults_an_end_must_be_one_that_a_fault_explains() {
         seen.fired = vec![true, true];
         let refused = Ended::Refused("it is lost".into());
         seen.events.insert(0, step(1, Act::Declare, refused, MachineState::Running));
+        first(seen).fired = BTreeSet::from([0]);
     });
     assert_eq!(declared, []);
     // A pause that is rolled back does not leave the others stopped.
