@@ -1,17 +1,17 @@
 //! The runs: plans from a seed, from a file, or of every fault; whatever fails is made smaller.
 
 use super::disk::{self, DISK, DiskAndEngines};
-use super::options::ChaosArgs;
 use super::options::SweptPolicies::All;
+use super::options::{ChaosArgs, MOST_DEVICES};
 use super::subject::Engines;
-use super::summary::{Failure, Summary};
+use super::summary::{Failure, Summary, as_text};
 use crate::progress::Progress;
 use standstill_testkit::plan::{Plan, PlanError};
 use standstill_testkit::sweep::cases::{self, Policies};
 use standstill_testkit::sweep::resources::Resources;
 use standstill_testkit::sweep::seeded::Seeded;
 use standstill_testkit::sweep::{
-    Expected, Judge, Subject, Sweep, TableError, Tally, Times, Tried, attempt, shrunk,
+    Expected, Judge, Subject, Sweep, TableError, Tally, Times, Tried, attempt,
 };
 use std::io::{self, Write};
 use std::path::PathBuf;
@@ -29,11 +29,7 @@ const ROUNDS: u32 = 50;
 const ROUNDS_OF_ONE: u32 = 3;
 /// Devices of the machines of the sweep.
 const SWEPT: u16 = 3;
-/// How many failed plans are made smaller at least, if there are as many; of each kind of violation one
-/// is, however many there are.
-const SHRUNK: usize = 3;
-/// How long it is looked for a smaller one.
-const SHRINKING: Duration = Duration::from_secs(60);
+const _: () = assert!(MOST_DEVICES == Plan::MOST_DEVICES);
 /// How long the machines may take to end when this ends before its time.
 const LAST_GRACE: Duration = Duration::from_secs(3);
 
@@ -106,10 +102,15 @@ pub(crate) fn run(args: &ChaosArgs) -> ExitCode {
     // What coordinators and devices complain of is what is tried here.
     let _log = crate::logging::start(args.log, "off");
     crate::raise_file_limit();
+    let seed = args.draws().then(|| args.seed.unwrap_or_else(any_seed));
+    if let Some(seed) = seed {
+        // Whatever becomes of this, it can be done again. Nobody is left to be told if standard error is closed.
+        let _ = writeln!(io::stderr(), "standstill: random faults from seed {seed}");
+    }
     // Blocking calls may outlive the runtime, and would keep the folders of their machines.
     let folder = match own_folder() {
         Ok(folder) => folder,
-        Err(error) => return failed(args, &ChaosError::System("make a folder", error)),
+        Err(error) => return failed(args, seed, &ChaosError::System("make a folder", error)),
     };
     let ended = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -119,21 +120,25 @@ pub(crate) fn run(args: &ChaosArgs) -> ExitCode {
         .map_err(|error| ChaosError::System("start the tokio runtime", error))
         .and_then(|runtime| {
             let background = Background(Some(runtime));
-            background.0.as_ref().map_or(Ok(false), |runtime| runtime.block_on(supervise(args)))
+            background
+                .0
+                .as_ref()
+                .map_or(Ok(false), |runtime| runtime.block_on(supervise(args, seed)))
         });
     drop(folder);
     match ended {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
-        Err(error) => failed(args, &error),
+        Err(error) => failed(args, seed, &error),
     }
 }
 
 /// Tells why not everything was tried.
-fn failed(args: &ChaosArgs, error: &ChaosError) -> ExitCode {
+fn failed(args: &ChaosArgs, seed: Option<u64>, error: &ChaosError) -> ExitCode {
     crate::print_error(error);
     if args.json {
-        let object = serde_json::json!({ "ok": false, "error": error.to_string() });
+        let error = standstill_testkit::chain(error);
+        let object = serde_json::json!({ "ok": false, "seed": seed, "error": error });
         print_line(&object.to_string());
     }
     ExitCode::from(error.exit_code())
@@ -154,7 +159,7 @@ fn own_folder() -> io::Result<TempDir> {
 }
 
 /// Tries faults until all are tried or a signal comes. True if everything was as it must be.
-async fn supervise(args: &ChaosArgs) -> Result<bool, ChaosError> {
+async fn supervise(args: &ChaosArgs, seed: Option<u64>) -> Result<bool, ChaosError> {
     let listen =
         |kind| signal(kind).map_err(|error| ChaosError::System("listen to signals", error));
     let mut interrupt = listen(SignalKind::interrupt())?;
@@ -165,7 +170,7 @@ async fn supervise(args: &ChaosArgs) -> Result<bool, ChaosError> {
         _ = interrupt.recv() => Err(ChaosError::Signal(SignalKind::interrupt())),
         _ = terminate.recv() => Err(ChaosError::Signal(SignalKind::terminate())),
         _ = hangup.recv() => Err(ChaosError::Signal(SignalKind::hangup())),
-        summary = try_all(args) => summary,
+        summary = try_all(args, seed) => summary,
     }?;
     if let Some(path) = &args.markdown {
         let written = std::fs::write(path, summary.to_markdown());
@@ -182,13 +187,16 @@ fn print_line(text: &str) {
     let _ = writeln!(stdout, "{text}").and_then(|()| stdout.flush());
 }
 
-async fn try_all(args: &ChaosArgs) -> Result<Summary, ChaosError> {
+async fn try_all(args: &ChaosArgs, seed: Option<u64>) -> Result<Summary, ChaosError> {
     let judge =
         Judge { expected: Expected::ours()?, times: Times::default(), knows_liars: args.sweep };
-    let seed = args.seed.unwrap_or_else(any_seed);
-    let plans = match &args.plan {
-        Some(path) => vec![read(path, &judge)?],
-        None => plans(args, seed, &judge),
+    let (sweep, steps) = match &args.plan {
+        Some(path) => {
+            let plan = read(path, args, &judge)?;
+            let steps = usize::try_from(rounds(&plan)).unwrap_or(usize::MAX);
+            (Sweep::new([plan])?, steps)
+        }
+        None => plans(args, seed, &judge)?,
     };
     let progress = Progress::new();
     let subject: Arc<dyn Subject> =
@@ -203,36 +211,29 @@ async fn try_all(args: &ChaosArgs) -> Result<Summary, ChaosError> {
     }
     let before = Resources::settled(None).await;
 
-    progress.say("machines with faults", plans.len());
-    let sweep = Sweep::new(plans)?.judge(judge.clone()).at_once(args.at_once.into());
+    progress.say("machines with faults", steps);
+    // Smaller plans are looked for below, so that it can be seen how far that is.
+    let sweep = sweep.judge(judge.clone()).at_once(args.at_once.into()).shrinking(Duration::ZERO);
     let ended = |tried: &Tried| {
-        progress.bar.inc(1);
-        progress.bar.suspend(|| tell(tried));
+        progress.bar.inc(rounds(&tried.plan).into());
+        progress.bar.suspend(|| tell(args, tried));
     };
     tally.merge(sweep.run_with(Arc::clone(&subject), ended).await);
 
     progress.say("making smaller what failed", tally.failures().len());
-    let mut failures = Vec::new();
-    let mut kinds = Vec::new();
-    for (at, failed) in tally.failures().iter().enumerate() {
-        let own = failed.violations.iter().map(std::mem::discriminant);
-        let new: Vec<_> = own.filter(|kind| !kinds.contains(kind)).collect();
-        let smallest = if at < SHRUNK || !new.is_empty() {
-            Some(shrunk(Arc::clone(&subject), failed, &judge, SHRINKING).await)
-        } else {
-            None
-        };
-        kinds.extend(new);
-        progress.bar.inc(1);
-        failures.push(Failure::new(failed, smallest.as_ref()));
-    }
+    tally.shrink(&subject, &judge, args.shrinking, |_| progress.bar.inc(1)).await;
     let after = Resources::settled(Some(before)).await;
-    let seed = args.plan.is_none().then_some(seed);
+    let failures = tally.failures().iter().map(|failed| Failure::new(failed, args.disk)).collect();
     Ok(Summary::new(seed, tally, failures, judge.expected, before, after))
 }
 
+/// How many rounds are run of a plan: its own, and one without faults, to see that all is well again.
+fn rounds(plan: &Plan) -> u32 {
+    plan.rounds.saturating_add(1)
+}
+
 /// Tells at once what failed, with its plan; a smaller one comes later.
-fn tell(tried: &Tried) {
+fn tell(args: &ChaosArgs, tried: &Tried) {
     for violation in &tried.violations {
         let hooks = tried.plan.hooks.iter().map(ToString::to_string);
         let faults: Vec<_> =
@@ -242,15 +243,22 @@ fn tell(tried: &Tried) {
         let _ = writeln!(io::stderr(), "standstill: {violation} ({policy}: {faults})");
     }
     if !tried.violations.is_empty() {
-        let plan = tried.plan.to_toml().unwrap_or_else(|error| format!("# {error}\n"));
+        let plan = as_text(&tried.plan, args.disk);
         let _ = writeln!(io::stderr(), "standstill: that was this plan:\n{plan}");
     }
 }
 
-fn read(path: &PathBuf, judge: &Judge) -> Result<Plan, ChaosError> {
+fn read(path: &PathBuf, args: &ChaosArgs, judge: &Judge) -> Result<Plan, ChaosError> {
     let failed = |source| ChaosError::File { what: "read", path: path.clone(), source };
     let text = std::fs::read_to_string(path).map_err(failed)?;
-    let plan = Plan::from_toml(&text).and_then(|plan| judge.accepts(&plan).map(|()| plan));
+    let accepted = |plan: Plan| {
+        judge.accepts(&plan)?;
+        if args.disk {
+            disk::accepts(&plan)?;
+        }
+        Ok(plan)
+    };
+    let plan = Plan::from_toml(&text).and_then(accepted);
     plan.map_err(|error| ChaosError::Plan { path: path.clone(), source: Box::new(error) })
 }
 
@@ -260,7 +268,8 @@ fn any_seed() -> u64 {
     now.map_or(0, |now| u64::from(now.subsec_nanos()))
 }
 
-fn plans(args: &ChaosArgs, seed: u64, judge: &Judge) -> Vec<Plan> {
+/// Everything that is to be tried, and how many rounds that are.
+fn plans(args: &ChaosArgs, seed: Option<u64>, judge: &Judge) -> Result<(Sweep, usize), ChaosError> {
     let Judge { expected, times, .. } = judge;
     let mut causes = [cases::inside(times), cases::outside(times)].concat();
     causes.retain(|cause| !args.disk || disk::is_judged(cause));
@@ -284,14 +293,13 @@ fn plans(args: &ChaosArgs, seed: u64, judge: &Judge) -> Vec<Plan> {
         plans.extend(last);
         plans = plans.into_iter().step_by(args.every.into()).collect();
     }
-    let rounds = args.rounds.unwrap_or(if args.sweep { 0 } else { ROUNDS });
-    let mut seeded = Seeded::new(seed, args.devices, ROUNDS_OF_ONE, &causes, expected, times);
-    let mut drawn = 0;
-    while drawn < rounds {
-        let plan = seeded.plan();
-        // And one without faults, to see that all is well again.
-        drawn = drawn.saturating_add(plan.rounds + 1);
-        plans.push(plan);
+    let mut all: u32 = plans.iter().map(rounds).fold(0, u32::saturating_add);
+    let mut sweep = Sweep::new(plans)?;
+    if let Some(seed) = seed {
+        let own = args.rounds.unwrap_or(ROUNDS);
+        let from = Seeded::new(seed, args.devices, ROUNDS_OF_ONE, &causes, expected, times);
+        sweep = sweep.and_random(from, own);
+        all = all.saturating_add(own);
     }
-    plans
+    Ok((sweep, usize::try_from(all).unwrap_or(usize::MAX)))
 }

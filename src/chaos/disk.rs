@@ -8,7 +8,9 @@ use super::subject::{Engines, EnginesRig};
 use standstill::coordinator::DeviceSpec;
 use standstill::coordinator::report::TransitionReport;
 use standstill::protocol::fault::{Action, Fault, Point};
-use standstill_testkit::plan::{Cause, Outside, OutsideAction, Resource};
+use standstill_testkit::plan::{
+    Cause, Injection, Outside, OutsideAction, Plan, PlanError, Resource,
+};
 use standstill_testkit::sweep::{Access, Look, Rig, RigError, Subject};
 use standstill_testkit::vhost_user::{
     Base, BlockAnswer, BlockRequest, BlockStatus, Frontend, Guest, RingLayout,
@@ -59,6 +61,20 @@ pub(super) fn is_judged(cause: &Cause) -> bool {
             limit.resource != Resource::FileSize
         }
         _ => true,
+    }
+}
+
+/// Whether the table says what becomes of a machine whose disk has the faults of this plan.
+pub(super) fn accepts(plan: &Plan) -> Result<(), PlanError> {
+    let mut numbered = (1..).zip(&plan.faults);
+    let unknown = numbered.find(|(_, fault)| fault.device == DISK && !is_judged(&fault.cause));
+    match unknown {
+        None => Ok(()),
+        Some((fault, Injection { cause, .. })) => Err(PlanError::Impossible {
+            fault,
+            what: cause.to_string(),
+            why: "the table of expected outcomes says nothing of a disk (device 0) with that fault",
+        }),
     }
 }
 

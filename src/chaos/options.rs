@@ -3,6 +3,10 @@
 use crate::logging::LogArgs;
 use clap::{Args, ValueEnum};
 use std::path::PathBuf;
+use std::time::Duration;
+
+/// The most devices of a machine, as of one of a plan.
+pub(super) const MOST_DEVICES: u16 = 64;
 
 /// The exit status of a program whose devices take no orders to fail.
 #[cfg(not(feature = "fault-injection"))]
@@ -22,14 +26,15 @@ With --disk the first device is a virtio disk over vhost-user, whose queues are 
 that each request is answered once, that what was written is read again, and that its image does not change while
 the machine stands still.
 
-Whatever fails is made as small as possible and printed as a plan, a TOML text that --plan runs again.
+Whatever fails is printed as a plan, a TOML text that --plan runs again, and is made as small as possible in the
+time that --shrinking gives: one plan of each kind of failure first, then the others.
 
 This needs a program whose devices can be told to fail, for tests only:
   cargo run --release --features fault-injection -- chaos
 
 Examples:
   standstill chaos
-      Random faults, from a seed that is told at the end.
+      Random faults, from a seed that is told.
   standstill chaos --seed 7 --rounds 500 --devices 5
       The same faults each time.
   standstill chaos --sweep
@@ -68,7 +73,7 @@ pub(crate) struct ChaosArgs {
     #[arg(long, value_name = "R", value_parser = clap::value_parser!(u32).range(1..=10_000_000), conflicts_with = "plan")]
     pub(super) rounds: Option<u32>,
     /// How many devices each machine has: 2 to 64
-    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u16).range(2..=64), conflicts_with = "plan")]
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u16).range(2..=i64::from(MOST_DEVICES)), conflicts_with = "plan")]
     pub(super) devices: u16,
     /// Do what this file says instead
     #[arg(long, value_name = "FILE", conflicts_with = "sweep")]
@@ -88,6 +93,9 @@ pub(crate) struct ChaosArgs {
     /// How many machines are at work at the same time
     #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u16).range(1..=64))]
     pub(super) at_once: u16,
+    /// How long to look for smaller plans in the place of those that failed, all in all
+    #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration, default_value = "60s")]
+    pub(super) shrinking: Duration,
     /// Write what came of each fault into this file, as tables
     #[arg(long, value_name = "FILE")]
     pub(super) markdown: Option<PathBuf>,
@@ -96,4 +104,12 @@ pub(crate) struct ChaosArgs {
     pub(super) json: bool,
     #[command(flatten)]
     pub(super) log: LogArgs,
+}
+
+#[cfg(feature = "fault-injection")]
+impl ChaosArgs {
+    /// Whether there are random faults.
+    pub(super) fn draws(&self) -> bool {
+        self.plan.is_none() && (!self.sweep || self.rounds.is_some())
+    }
 }

@@ -48,7 +48,7 @@ a part, how the [take-over](take-over.md) ends; and so of faults at its *query*.
 pub(super) struct Summary {
     /// Whether everything was as it must be.
     ok: bool,
-    /// Where random plans were drawn from; nothing of a plan from a file.
+    /// Where random plans were drawn from; none if there are none.
     seed: Option<u64>,
     /// How many machines were tried.
     plans: u64,
@@ -84,14 +84,20 @@ pub(super) struct Failure {
 }
 
 impl Failure {
-    pub(super) fn new(failed: &Tried, smallest: Option<&Plan>) -> Self {
-        let toml = |plan: &Plan| plan.to_toml().unwrap_or_else(|error| format!("# {error}"));
+    pub(super) fn new(failed: &Tried, disk: bool) -> Self {
         Self {
             violations: failed.violations.iter().map(ToString::to_string).collect(),
-            plan: toml(&failed.plan),
-            smallest: smallest.map(toml),
+            plan: as_text(&failed.plan, disk),
+            smallest: failed.smallest.as_ref().map(|plan| as_text(plan, disk)),
         }
     }
+}
+
+/// A plan as TOML, with the command that runs it.
+pub(super) fn as_text(plan: &Plan, disk: bool) -> String {
+    let disk = if disk { " --disk" } else { "" };
+    let plan = plan.to_toml().unwrap_or_else(|error| format!("# {error}\n"));
+    format!("# standstill chaos{disk} --plan FILE\n{plan}")
 }
 
 impl Summary {

@@ -265,6 +265,9 @@ pub enum PlanError {
     /// A machine without devices.
     #[error("a machine has at least one device")]
     NoDevices,
+    /// A machine of more devices than anybody wants to start.
+    #[error("a machine of a plan has {most} devices at most, not {0}", most = Plan::MOST_DEVICES)]
+    TooManyDevices(u16),
     /// No round.
     #[error("a plan has at least one round")]
     NoRounds,
@@ -305,6 +308,10 @@ pub enum PlanError {
 }
 
 impl Plan {
+    /// The most devices of a machine: each is a process, and each writes to each other one in the machines of
+    /// `standstill chaos`.
+    pub const MOST_DEVICES: u16 = 64;
+
     /// A machine of that many devices that is paused and resumed once, without any fault.
     #[must_use]
     pub fn new(devices: u16) -> Self {
@@ -380,6 +387,9 @@ impl Plan {
     pub fn check(&self) -> Result<(), PlanError> {
         if self.devices == 0 {
             return Err(PlanError::NoDevices);
+        }
+        if self.devices > Self::MOST_DEVICES {
+            return Err(PlanError::TooManyDevices(self.devices));
         }
         if self.rounds == 0 {
             return Err(PlanError::NoRounds);

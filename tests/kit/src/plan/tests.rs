@@ -102,7 +102,7 @@ fn hook(rounds: u32) -> impl Strategy<Value = HookFault> {
 fn plan() -> impl Strategy<Value = Plan> {
     use Policy::{ContinueWithout, Restart, Rollback, StayStopped};
     let policy = prop::sample::select(vec![Rollback, StayStopped, ContinueWithout, Restart]);
-    (1..=u16::MAX, 1..=u32::MAX, policy).prop_flat_map(|(devices, rounds, policy)| {
+    (1..=Plan::MOST_DEVICES, 1..=u32::MAX, policy).prop_flat_map(|(devices, rounds, policy)| {
         let cause = prop_oneof![inside(), outside()];
         let fault = (0..devices, 1..=rounds, cause);
         let fault = fault.prop_map(|(device, round, cause)| Injection { device, round, cause });
@@ -169,7 +169,10 @@ fn a_fault_comes_from_inside_or_from_outside() {
 #[test]
 fn what_cannot_be_is_refused_by_name() {
     let spin = Fault::new(Point::Dma, Action::Spin);
+    let most = Plan::MOST_DEVICES;
+    Plan::new(most).check().unwrap();
     let cases = [
+        (Plan::new(most + 1), "has 64 devices at most, not 65"),
         (Plan::new(0), "at least one device"),
         (Plan::new(1).rounds(0), "at least one round"),
         (Plan::new(3).fault(3, spin), "fault 1 (endless loop before a DMA) is for device 3"),

@@ -7,6 +7,7 @@ use super::nature::{self, Nature, nature};
 use crate::Processes;
 use crate::outside::Relay;
 use crate::plan::{Cause, Moment, OutsideAction, Plan};
+use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use standstill_coordinator::report::TransitionReport;
 use standstill_coordinator::{DeviceSpec, Machine, Status};
@@ -315,8 +316,13 @@ impl Arms {
             let known = i32::try_from(known).ok().and_then(Pid::from_raw);
             let process = behind.or(known).ok_or("its process has no id");
             let process = process.map_err(failed(fault.device))?;
-            do_to(process, outside.action).await.map_err(failed(fault.device))?;
-            fault.fired = true;
+            match do_to(process, outside.action).await {
+                Ok(()) => fault.fired = true,
+                // Another fault has ended it meanwhile. If none has, this one is told as one that has not
+                // happened.
+                Err(error) if is_gone(&error) => {}
+                Err(error) => return Err(failed(fault.device)(error)),
+            }
         }
         Ok(())
     }
@@ -454,6 +460,11 @@ fn failed<E: Into<Box<dyn std::error::Error + Send + Sync>>>(
     move |source| RunError::Fault { device, source: source.into() }
 }
 
+/// Whether a process could not be reached because there is none any more.
+fn is_gone(error: &std::io::Error) -> bool {
+    Errno::from_io_error(error) == Some(Errno::SRCH)
+}
+
 /// Does something to a process that lives, for which no packet is needed.
 async fn do_to(pid: Pid, action: OutsideAction) -> std::io::Result<()> {
     let process: OwnedFd = pidfd_open(pid, PidfdFlags::empty())?;
@@ -463,7 +474,11 @@ async fn do_to(pid: Pid, action: OutsideAction) -> std::io::Result<()> {
             pidfd_send_signal(&process, Signal::STOP)?;
             if ms > 0 {
                 tokio::time::sleep(Duration::from_millis(ms.into())).await;
-                pidfd_send_signal(&process, Signal::CONT)?;
+                match pidfd_send_signal(&process, Signal::CONT) {
+                    // It has stood, and has ended so.
+                    Ok(()) | Err(Errno::SRCH) => {}
+                    Err(error) => return Err(error.into()),
+                }
             }
         }
         OutsideAction::Limit(limit) => {
@@ -475,4 +490,44 @@ async fn do_to(pid: Pid, action: OutsideAction) -> std::io::Result<()> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::plan::{Limit, Resource};
+    use std::process::{Command, Stdio};
+
+    /// A process that waits for the end of its standard input.
+    fn process() -> (std::process::Child, Pid) {
+        let child = Command::new("cat").stdin(Stdio::piped()).spawn().unwrap();
+        let pid = Pid::from_child(&child);
+        (child, pid)
+    }
+
+    #[tokio::test]
+    async fn nothing_can_be_done_to_a_process_that_has_ended_and_that_is_seen() {
+        let limit = Limit { resource: Resource::Files, value: 0 };
+        for action in [OutsideAction::Kill, OutsideAction::StopMs(0), OutsideAction::Limit(limit)] {
+            let (mut child, pid) = process();
+            child.kill().unwrap();
+            child.wait().unwrap();
+            let error = do_to(pid, action).await.unwrap_err();
+            assert!(is_gone(&error), "{action}: {error}");
+        }
+        assert!(!is_gone(&std::io::Error::other("it lives")));
+    }
+
+    #[tokio::test]
+    async fn a_process_that_ends_while_it_stands_has_stood() {
+        let (mut child, pid) = process();
+        let stands = do_to(pid, OutsideAction::StopMs(2000));
+        let ends = async {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            child.kill().unwrap();
+            child.wait().unwrap();
+        };
+        let (stood, ()) = tokio::join!(stands, ends);
+        stood.unwrap();
+    }
 }

@@ -5,6 +5,7 @@ use super::engine::run;
 use super::expected::{Expected, TableError};
 use super::observation::Observation;
 use super::oracle::{Judge, Violation};
+use super::seeded::Seeded;
 use super::subject::Subject;
 use super::tally::Tally;
 use super::{Times, shrink};
@@ -16,6 +17,8 @@ use tokio::time::Instant;
 
 /// How many machines are at work at the same time: most of them wait for a deadline.
 const AT_ONCE: usize = 8;
+/// How long it is looked for smaller plans in the place of those that have failed, unless said otherwise.
+const SHRINKING: Duration = Duration::from_secs(60);
 
 /// One plan, and what came of it.
 #[derive(Clone, Debug)]
@@ -26,6 +29,9 @@ pub struct Tried {
     pub seen: Observation,
     /// What was not as it must be.
     pub violations: Vec<Violation>,
+    /// A smaller plan that fails in the same way, or the same plan if there is none; `None` if nobody has
+    /// looked for it.
+    pub smallest: Option<Plan>,
 }
 
 impl Tried {
@@ -40,8 +46,31 @@ impl Tried {
 #[derive(Clone, Debug)]
 pub struct Sweep {
     plans: Vec<Plan>,
+    drawn: Option<Drawn>,
     judge: Judge,
     at_once: usize,
+    shrinking: Duration,
+}
+
+/// Random plans that are drawn one after another.
+#[derive(Clone, Debug)]
+struct Drawn {
+    from: Seeded,
+    /// How many rounds are left.
+    rounds: u32,
+}
+
+impl Iterator for Drawn {
+    type Item = Plan;
+
+    fn next(&mut self) -> Option<Plan> {
+        if self.rounds == 0 {
+            return None;
+        }
+        let plan = self.from.plan();
+        self.rounds = self.rounds.saturating_sub(plan.rounds.saturating_add(1));
+        Some(plan)
+    }
 }
 
 impl Sweep {
@@ -53,7 +82,8 @@ impl Sweep {
     pub fn new(plans: impl IntoIterator<Item = Plan>) -> Result<Self, TableError> {
         let judge =
             Judge { expected: Expected::ours()?, times: Times::default(), knows_liars: true };
-        Ok(Self { plans: plans.into_iter().collect(), judge, at_once: AT_ONCE })
+        let plans = plans.into_iter().collect();
+        Ok(Self { plans, drawn: None, judge, at_once: AT_ONCE, shrinking: SHRINKING })
     }
 
     /// Everything that can be done to device programs of any kind from outside, as
@@ -98,6 +128,22 @@ impl Sweep {
         self
     }
 
+    /// And then plans that are drawn from there, until they have so many rounds: a plan has one without faults
+    /// after its own, to see that all is well again. None is drawn before a machine can be started for it.
+    #[must_use]
+    pub fn and_random(mut self, from: Seeded, rounds: u32) -> Self {
+        self.drawn = Some(Drawn { from, rounds });
+        self
+    }
+
+    /// How long it is looked for smaller plans in the place of those that have failed, all in all; see
+    /// [`Tally::shrink`]. A minute, if nothing is said.
+    #[must_use]
+    pub fn shrinking(mut self, limit: Duration) -> Self {
+        self.shrinking = limit;
+        self
+    }
+
     /// By what it is judged.
     #[must_use]
     pub fn judge(mut self, judge: Judge) -> Self {
@@ -105,14 +151,14 @@ impl Sweep {
         self
     }
 
-    /// Only those plans.
+    /// Only those plans, and those that are drawn.
     #[must_use]
     pub fn only(mut self, wanted: impl Fn(&Plan) -> bool) -> Self {
         self.plans.retain(wanted);
         self
     }
 
-    /// How many plans there are.
+    /// How many plans there are, without those that are drawn.
     #[must_use]
     pub fn len(&self) -> usize {
         self.plans.len()
@@ -129,7 +175,8 @@ impl Sweep {
         self.run_with(Arc::new(subject), |_| {}).await
     }
 
-    /// Tries all of them; `ended` is told of each.
+    /// Tries all of them; `ended` is told of each. Then it looks for smaller plans in the place of those that
+    /// have failed.
     ///
     /// A plan of which calls took too long, and nothing else was wrong, is tried once more when no other
     /// machine is at work, and what comes then counts: CPUs that have too much to do are no fault of the
@@ -138,7 +185,7 @@ impl Sweep {
     /// If the future is dropped, all machines end.
     pub async fn run_with(self, subject: Arc<dyn Subject>, mut ended: impl FnMut(&Tried)) -> Tally {
         let mut tally = Tally::default();
-        let mut plans = self.plans.into_iter();
+        let mut plans = self.plans.into_iter().chain(self.drawn.into_iter().flatten());
         let judge = Arc::new(self.judge);
         let mut under_way = JoinSet::new();
         let mut slow = Vec::new();
@@ -165,6 +212,7 @@ impl Sweep {
             ended(&tried);
             tally.add(tried, &judge.times);
         }
+        tally.shrink(&subject, &judge, self.shrinking, |_| {}).await;
         tally
     }
 }
@@ -174,11 +222,11 @@ pub async fn attempt(subject: Arc<dyn Subject>, plan: Plan, judge: &Judge) -> Tr
     match run(subject, &plan, &judge.times).await {
         Ok(seen) => {
             let violations = judge.violations(&plan, &seen);
-            Tried { plan, seen, violations }
+            Tried { plan, seen, violations, smallest: None }
         }
         Err(error) => {
             let violations = vec![Violation::Unfinished(crate::chain(&error))];
-            Tried { plan, seen: Observation::default(), violations }
+            Tried { plan, seen: Observation::default(), violations, smallest: None }
         }
     }
 }
@@ -195,7 +243,7 @@ pub async fn shrunk(
     let kinds: Vec<_> = failed.violations.iter().map(std::mem::discriminant).collect();
     let fails = async |plan: &Plan| {
         // A smaller one is to be of use to somebody.
-        if judge.accepts(plan).is_err() {
+        if Instant::now() >= end || judge.accepts(plan).is_err() {
             return false;
         }
         let attempt = attempt(Arc::clone(&subject), plan.clone(), judge);
@@ -204,4 +252,22 @@ pub async fn shrunk(
         tried.violations.iter().any(|violation| kinds.contains(&std::mem::discriminant(violation)))
     };
     shrink::shrink(failed.plan.clone(), fails).await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn random_plans_are_drawn_until_they_have_their_rounds_and_none_before_it_is_asked_for() {
+        let (expected, times) = (Expected::ours().unwrap(), Times::default());
+        let seeded = Seeded::new(7, 3, 3, &cases::outside(&times), &expected, &times);
+        // Nobody would wait for all of these, or have room for them.
+        let many = Drawn { from: seeded.clone(), rounds: u32::MAX };
+        assert_eq!(many.take(2).count(), 2);
+        let plans: Vec<_> = Drawn { from: seeded, rounds: 20 }.collect();
+        let rounds = |plans: &[Plan]| plans.iter().map(|plan| plan.rounds + 1).sum::<u32>();
+        assert!((20..24).contains(&rounds(&plans)), "{plans:?}");
+        assert!(rounds(&plans[..plans.len() - 1]) < 20, "{plans:?}");
+    }
 }

@@ -1,15 +1,18 @@
 //! What came of many plans: counted by fault, phase and outcome.
 
 use super::Times;
-use super::batch::Tried;
+use super::batch::{Tried, shrunk};
 use super::expected::{Course, Expected, Seen, trim};
 use super::nature::{self, HELLO, HELLO_AGAIN, HELLO_EACH_TIME, Place, QUERY};
 use super::observation::Event;
-use super::oracle;
+use super::oracle::{self, Judge};
 use super::principal::{HOOK_ON_START, HOOK_ON_STOP, Principal, principals};
+use super::subject::Subject;
 use crate::plan::Policy;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 /// What came of many plans.
 #[derive(Clone, Debug, Default)]
@@ -27,6 +30,9 @@ pub struct Tally {
     phases: BTreeMap<&'static str, BTreeMap<Seen, Ends>>,
     failures: Vec<Tried>,
 }
+
+/// The least time in which it makes sense to look for a smaller plan: some machines can be tried in it.
+const LEAST: Duration = Duration::from_secs(10);
 
 /// How often something ended in one way, and with which faults.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -111,6 +117,45 @@ impl Tally {
     #[must_use]
     pub fn failures(&self) -> &[Tried] {
         &self.failures
+    }
+
+    /// Looks for smaller plans in the place of those that have failed, as long as there is time: first for one of
+    /// each kind of violation, then for the others, in their order. Each has an equal part of the time that
+    /// is left for its like, and what it does not use the next ones have. `done` is told of each.
+    pub async fn shrink(
+        &mut self,
+        subject: &Arc<dyn Subject>,
+        judge: &Judge,
+        limit: Duration,
+        mut done: impl FnMut(&Tried),
+    ) {
+        let end = Instant::now() + limit;
+        let (first, others) = self.by_kind();
+        for numbers in [first, others] {
+            for (at, &number) in numbers.iter().enumerate() {
+                let Some(failed) = self.failures.get_mut(number) else { continue };
+                let left = end.saturating_duration_since(Instant::now());
+                let like_it = u32::try_from(numbers.len() - at).unwrap_or(u32::MAX);
+                let own = (left / like_it).max(LEAST).min(left);
+                if failed.smallest.is_none() && !own.is_zero() {
+                    failed.smallest = Some(shrunk(Arc::clone(subject), failed, judge, own).await);
+                }
+                done(failed);
+            }
+        }
+    }
+
+    /// The numbers of failures with a kind of violation that none before has, and of the others.
+    fn by_kind(&self) -> (Vec<usize>, Vec<usize>) {
+        let mut kinds = Vec::new();
+        (0..self.failures.len()).partition(|&number| {
+            let violations = self.failures.get(number).map(|failed| &failed.violations);
+            let own = violations.into_iter().flatten().map(std::mem::discriminant);
+            let new: Vec<_> = own.filter(|kind| !kinds.contains(kind)).collect();
+            let is_first = !new.is_empty();
+            kinds.extend(new);
+            is_first
+        })
     }
 
     /// How many things were not as they must be.
@@ -214,7 +259,7 @@ impl Tally {
 }
 
 impl fmt::Display for Tally {
-    /// How many there were, how they ended, and every plan that failed, as TOML.
+    /// How many there were, how they ended, and every plan that failed, or a smaller one that does, as TOML.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { plans, rounds, faults_fired, failures, .. } = self;
         writeln!(f, "{plans} plans, {rounds} rounds, {faults_fired} faults have happened")?;
@@ -226,7 +271,7 @@ impl fmt::Display for Tally {
             for violation in &tried.violations {
                 writeln!(f, "  {violation}")?;
             }
-            match tried.plan.to_toml() {
+            match tried.smallest.as_ref().unwrap_or(&tried.plan).to_toml() {
                 Ok(toml) => write!(f, "\n{toml}")?,
                 Err(error) => writeln!(f, "{error}")?,
             }

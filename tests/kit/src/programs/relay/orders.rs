@@ -8,7 +8,7 @@ use rustix::fs::inotify;
 use standstill_protocol::fault::JournalLine;
 use std::collections::BTreeSet;
 use std::fs::File;
-use std::io::{ErrorKind, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -17,8 +17,9 @@ use std::path::{Path, PathBuf};
 /// something be sent is in force for that packet.
 pub(super) struct Orders {
     path: PathBuf,
-    /// Which file was read last; each change is a new one.
-    read: Option<(u64, i64, i64)>,
+    /// The file that was read last. Each change is a new one, and none can have this one's number as long as
+    /// it is open.
+    read: Option<File>,
     orders: Vec<Order>,
     /// How often each one's moment has come.
     counts: Vec<u32>,
@@ -101,18 +102,43 @@ impl Orders {
     }
 
     fn refresh(&mut self) -> Result<(), Error> {
-        let file = match std::fs::metadata(&self.path) {
-            Ok(file) => file,
+        let (now, read) = (std::fs::metadata(&self.path), self.read.as_ref().map(File::metadata));
+        let now = match now {
+            Ok(now) => now,
             // Nothing was armed yet.
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
             Err(error) => return Err(error.into()),
         };
-        let read = Some((file.ino(), file.mtime(), file.mtime_nsec()));
-        if self.read != read {
-            self.orders = serde_json::from_slice(&std::fs::read(&self.path)?)?;
+        if read.transpose()?.is_none_or(|read| read.ino() != now.ino()) {
+            let mut file = File::open(&self.path)?;
+            let mut text = Vec::new();
+            file.read_to_end(&mut text)?;
+            self.orders = serde_json::from_slice(&text)?;
             self.counts.resize(self.orders.len(), 0);
-            self.read = read;
+            self.read = Some(file);
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::outside::Relay;
+    use crate::plan::OutsideAction;
+    use standstill_protocol::message::Phase;
+
+    #[test]
+    fn no_change_is_overlooked_however_quickly_they_follow_each_other() {
+        let relay = Relay::new().unwrap();
+        let mut orders = Orders::open(relay.folder()).unwrap();
+        let moment = Moment::Command(Phase::Stop);
+        // Twice between two looks: the file system has the number of the first file again for the third one.
+        for round in 0..200 {
+            relay.arm(moment, round, OutsideAction::Drop).unwrap();
+            let last = relay.arm(moment, round, OutsideAction::Hold).unwrap();
+            orders.refresh().unwrap();
+            assert_eq!(orders.orders.len(), 1 + last as usize, "round {round}");
+        }
     }
 }
