@@ -63,7 +63,7 @@ use parts::Parts;
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 use standstill_protocol::channel::{Received, RecvError};
 use standstill_protocol::codec::Message as _;
-use standstill_protocol::lifecycle::{ClientRequest, Effect, Event, ExitReason, Lifecycle};
+use standstill_protocol::lifecycle::{ClientRequest, Effect, Event, ExitReason, Lifecycle, Master};
 use standstill_protocol::message::{
     CoordinatorMessage, DeviceEvent, Epoch, OrphanPolicy, Refusal, RefusalKind,
 };
@@ -439,6 +439,7 @@ impl<D: Device> State<D> {
             // Whoever has sent something to the device has sent it to what is replaced now.
             self.parts.edge.replaced();
         }
+        self.parts.edge.set_stopped_by_client(self.lifecycle.is_stopped_by(Master::Client));
     }
 
     fn carry_out(&mut self, mut effects: Vec<Effect>) {

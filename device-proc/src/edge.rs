@@ -56,6 +56,8 @@ pub(crate) struct Edge {
     holds: AtomicU64,
     /// How often the device's contents were replaced; what was kept for others is void.
     contents: AtomicU64,
+    /// The client has stopped the device itself.
+    stopped_by_client: AtomicBool,
 }
 
 impl Edge {
@@ -121,6 +123,18 @@ impl Edge {
         if self.is_held() {
             self.started();
         }
+    }
+
+    /// The client has brought the device where it is stopped, or has not; whatever the coordinator
+    /// did.
+    pub(crate) fn set_stopped_by_client(&self, stopped: bool) {
+        // Whoever has asked for it looks when it was answered.
+        self.stopped_by_client.store(stopped, Ordering::Release);
+    }
+
+    /// Whether the client has to start the device before it can run.
+    pub(crate) fn is_stopped_by_client(&self) -> bool {
+        self.stopped_by_client.load(Ordering::Acquire)
     }
 
     /// The device has other contents than those that its client has sent something to.

@@ -277,6 +277,16 @@ impl Lifecycle {
         self.coordinator.activity().min(self.client.activity())
     }
 
+    /// Whether this master has stopped the device itself: it does not run before that one wants it to.
+    #[must_use]
+    pub fn is_stopped_by(&self, master: Master) -> bool {
+        let own = match master {
+            Master::Coordinator => self.coordinator,
+            Master::Client => self.client,
+        };
+        own.activity() == Activity::Stopped
+    }
+
     /// True while something is being carried out.
     #[must_use]
     pub fn is_busy(&self) -> bool {

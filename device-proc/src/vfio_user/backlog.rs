@@ -1,7 +1,7 @@
 //! Messages that have come while another one was carried out, and wait for their turn.
 
 use standstill_vfio_user::framing::{FramingError, Message};
-use standstill_vfio_user::wire::{Header, Kind};
+use standstill_vfio_user::wire::{Command, Header, Kind};
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
 
@@ -32,6 +32,18 @@ impl Waiting {
     pub(super) fn message(&mut self) -> Message<'_> {
         let fds = std::mem::take(&mut self.fds);
         Message { header: self.header, kind: self.kind, body: &self.body, fds }
+    }
+
+    /// How many bytes it has, header included.
+    pub(super) fn size(&self) -> u64 {
+        self.header.size.into()
+    }
+
+    /// Whether it writes, and nobody waits for an answer.
+    pub(super) fn is_posted_write(&self) -> bool {
+        let command = Command::from_number(self.header.command);
+        let writes = matches!(command, Some(Command::RegionWrite | Command::RegionWriteMulti));
+        writes && self.kind == Kind::Posted
     }
 }
 
@@ -81,7 +93,7 @@ impl Backlog {
 
 fn size(message: &Result<Waiting, FramingError>) -> u64 {
     match message {
-        Ok(waiting) => waiting.header.size.into(),
+        Ok(waiting) => waiting.size(),
         Err(error) => refused_size(error),
     }
 }
@@ -106,7 +118,7 @@ mod tests {
     use rustix::event::{EventfdFlags, eventfd};
 
     fn waiting(fds: usize) -> Result<Waiting, FramingError> {
-        let header = Header::command(1, standstill_vfio_user::wire::Command::DmaMap);
+        let header = Header::command(1, Command::DmaMap);
         let fds = (0..fds).map(|_| eventfd(0, EventfdFlags::CLOEXEC).unwrap()).collect();
         Ok(Waiting::new(Message { header, kind: Kind::Command, body: &[], fds }))
     }

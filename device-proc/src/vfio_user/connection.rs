@@ -21,9 +21,23 @@
 //! Between two messages the thread looks whether the control side waits for it. If so it executes
 //! what has come until then: one snapshot of what it has read and what is in the socket. While a
 //! lease holds the socket it reads nothing, and a request that only the control side can answer is put
-//! off until the start, with all that is behind it. Posted writes that come while the device is stopped
-//! are [kept](super::kept); beyond their bound nothing is read either. A reply for which the client
-//! makes no room keeps no stop waiting.
+//! off until the start, with all that is behind it. A reply for which the client makes no room keeps
+//! no stop waiting.
+//!
+//! # Beyond the bound
+//!
+//! Posted writes that come while the device is stopped are [kept](super::kept), up to a bound. What is
+//! done about the first one beyond it depends on who could start the device:
+//!
+//! | the device is stopped by | |
+//! |---|---|
+//! | the client itself, in band | its connection ends. To wait would be for ever: what starts the device again can only be behind that write, in the same socket |
+//! | the coordinator alone | it is put off until the start, with all that is behind it, as long as the client is there |
+//!
+//! While it is put off the thread waits for the client's end, too: somebody may wait to come after it.
+//! What a client has left that has gone cannot become more; it is read to its end and kept beyond the
+//! bound, but not without another one: such clients may come again and again. What was kept is never
+//! touched by any of that. Whatever is no posted write is served all the time.
 //!
 //! # The end
 //!
@@ -32,7 +46,7 @@
 use super::backlog::{Backlog, Waiting, refused_size};
 use super::doorbells::Doorbells;
 use super::endpoint::{Endpoint, LONGEST_WAIT};
-use super::kept::Kept;
+use super::kept::{Kept, LEFT, MOST};
 use super::link::{Came, Incoming, LinkError, Outgoing, Wait};
 use super::requests::Requests;
 use super::session::{Later, Next, Reply, Session, Work, limits};
@@ -63,6 +77,20 @@ pub(super) enum Ended {
     /// It was told so.
     #[error("no version was agreed on")]
     NoVersion,
+    /// What it has posted to a stopped device is more than is kept.
+    #[error("its device is stopped, and it has posted more writes to it than are kept: {MOST}")]
+    TooManyPosted,
+    /// It has gone, and what it had posted to a stopped device is more than is kept.
+    #[error("it has left more posted writes to a stopped device than are kept: {LEFT}")]
+    TooManyLeft,
+}
+
+/// What is to be done before anything else, as soon as that is possible.
+enum PutOff {
+    /// When no lease holds the socket.
+    Later(Later),
+    /// A posted write, when there is room for it, or the device runs.
+    Write(Waiting),
 }
 
 /// How long the thread rests where it cannot wait.
@@ -88,8 +116,9 @@ pub(super) struct Connection<'a, D> {
     requests: Option<(Arc<Requests>, MessageLink)>,
     /// What was read while another command was carried out.
     backlog: Backlog,
-    /// What is to be done before anything else, as soon as no lease holds the socket.
-    put_off: Option<Later>,
+    put_off: Option<PutOff>,
+    /// Something was put off when the client was seen to have gone: it sends nothing more.
+    has_left: bool,
     /// Since when it is known that the client has gone and reads no replies.
     gone_since: Option<Instant>,
     reply: Reply<'a>,
@@ -115,6 +144,7 @@ impl<'a, D: Device> Connection<'a, D> {
             requests: None,
             backlog: Backlog::default(),
             put_off: None,
+            has_left: false,
             gone_since: None,
             reply: Reply::default(),
             taken: 0,
@@ -152,22 +182,24 @@ impl<'a, D: Device> Connection<'a, D> {
                 return false;
             }
         }
-        let readable = self.poll(true);
+        let readable = self.poll(Some(PollFlags::IN));
         self.station.busy();
         readable
     }
 
-    /// Waits for the alarm, and for the socket too if that counts. True if something is in it.
-    fn poll(&self, with_socket: bool) -> bool {
+    /// Waits for the alarm, and for the socket too if something there counts. True if that is so.
+    fn poll(&self, of_socket: Option<PollFlags>) -> bool {
         let (alarm, socket) = (self.station.alarm(), self.incoming.socket());
-        let mut both = [PollFd::new(&alarm, PollFlags::IN), PollFd::new(&socket, PollFlags::IN)];
-        let polled = if with_socket { &mut both[..] } else { &mut both[..1] };
+        let flags = of_socket.unwrap_or(PollFlags::empty());
+        let mut both = [PollFd::new(&alarm, PollFlags::IN), PollFd::new(&socket, flags)];
+        let polled = if of_socket.is_some() { &mut both[..] } else { &mut both[..1] };
         match poll(polled, None::<&Timespec>) {
             Ok(_) | Err(Errno::INTR) => {}
             Err(error) => {
                 tracing::warn!(%error, "waiting for a client's message");
                 rest_after_error();
-                return with_socket;
+                // A look for what can be read finds out; nothing else is certain.
+                return of_socket == Some(PollFlags::IN);
             }
         }
         let [alarm, socket] = both.map(|fd| !fd.revents().is_empty());
@@ -179,8 +211,13 @@ impl<'a, D: Device> Connection<'a, D> {
 
     /// Whether nothing may be read now.
     fn is_held_back(&self) -> bool {
-        let parts = self.endpoint.parts();
-        parts.edge.is_held() || (self.kept.is_full() && parts.accesses.is_closed())
+        self.endpoint.parts().edge.is_held() || self.is_full()
+    }
+
+    /// Whether a posted write waits for the start.
+    fn is_full(&self) -> bool {
+        let waits = matches!(self.put_off, Some(PutOff::Write(_))) && !self.has_left;
+        waits && self.endpoint.parts().accesses.is_closed()
     }
 
     /// Does what the control side waits for, and waits while it says so.
@@ -212,7 +249,9 @@ impl<'a, D: Device> Connection<'a, D> {
         }
         self.station.keep();
         if self.is_held_back() && self.station.request().is_none() {
-            self.poll(false);
+            // A lease ends soon, and until then nothing is taken out of the socket whoever has gone.
+            let is_leased = self.endpoint.parts().edge.is_held();
+            self.has_left |= self.poll((!is_leased).then_some(PollFlags::RDHUP));
             if let Some(since) = &mut self.gone_since {
                 // Nobody can be served meanwhile anyway.
                 *since = Instant::now();
@@ -250,9 +289,16 @@ impl<'a, D: Device> Connection<'a, D> {
     /// Takes one whole message, if there is one, and answers it.
     #[inline]
     fn take_one(&mut self) -> Result<bool, Ended> {
-        if let Some(later) = self.put_off.take() {
-            self.do_later(later)?;
-            return Ok(true);
+        match self.put_off.take() {
+            None => {}
+            Some(PutOff::Later(later)) => {
+                self.do_later(later)?;
+                return Ok(true);
+            }
+            Some(PutOff::Write(write)) => {
+                self.take_waiting(write)?;
+                return Ok(true);
+            }
         }
         if self.gone_since.is_some_and(|since| since.elapsed() >= LAST_PATIENCE) {
             return Err(LinkError::Gone.into());
@@ -268,6 +314,11 @@ impl<'a, D: Device> Connection<'a, D> {
                     && matches!(message.kind, Kind::Done | Kind::Refused(_))
                 {
                     requests.answer(&message.header, message.kind, message.body);
+                    return Ok(true);
+                }
+                if self.kept.is_full() {
+                    let waiting = Waiting::new(message);
+                    self.take_waiting(waiting)?;
                     return Ok(true);
                 }
                 self.session.take(message, self.kept, &mut self.reply)
@@ -286,14 +337,41 @@ impl<'a, D: Device> Connection<'a, D> {
         match self.backlog.pop() {
             None => return Ok(false),
             Some(Err(error)) => self.refuse(error)?,
-            Some(Ok(mut waiting)) => {
-                let message = waiting.message();
-                self.taken += u64::from(message.header.size);
-                let next = self.session.take(message, self.kept, &mut self.reply);
-                self.go_on(next)?;
+            Some(Ok(waiting)) => {
+                self.taken += waiting.size();
+                self.take_waiting(waiting)?;
             }
         }
         Ok(true)
+    }
+
+    /// Takes a message, unless it is a posted write for which there is no room.
+    #[cold]
+    fn take_waiting(&mut self, mut waiting: Waiting) -> Result<(), Ended> {
+        if waiting.is_posted_write() && !self.has_room()? {
+            self.put_off = Some(PutOff::Write(waiting));
+            return Ok(());
+        }
+        let next = self.session.take(waiting.message(), self.kept, &mut self.reply);
+        self.go_on(next)
+    }
+
+    /// Whether posted writes can be taken: kept or carried out. An error if waiting does not help.
+    fn has_room(&mut self) -> Result<bool, Ended> {
+        let parts = self.endpoint.parts();
+        // Whoever stops the device again waits for this thread before.
+        if !parts.accesses.is_closed() {
+            return Ok(true);
+        }
+        let bound = if self.has_left { LEFT } else { MOST };
+        if self.kept.has_room(bound, parts.edge.contents()) {
+            return Ok(true);
+        }
+        match (self.has_left, parts.edge.is_stopped_by_client()) {
+            (true, _) => Err(Ended::TooManyLeft),
+            (false, true) => Err(Ended::TooManyPosted),
+            (false, false) => Ok(false),
+        }
     }
 
     #[inline]
@@ -367,7 +445,7 @@ impl<'a, D: Device> Connection<'a, D> {
             self.station.waiting();
             if edge.is_held() {
                 self.station.busy();
-                self.put_off = Some(later);
+                self.put_off = Some(PutOff::Later(later));
                 return Ok(());
             }
         }
@@ -387,7 +465,7 @@ impl<'a, D: Device> Connection<'a, D> {
         let done = done?;
         if resets && done == Err(Errno::INVAL) && edge.holds() != holds {
             // A stop with a lease was there before it, and nothing has changed.
-            self.put_off = Some(later);
+            self.put_off = Some(PutOff::Later(later));
             return Ok(());
         }
         self.session.finish(&later, done, &mut self.reply);

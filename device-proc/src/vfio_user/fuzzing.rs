@@ -21,7 +21,8 @@ pub struct Session {
     rig: Rig,
     replies: Framer,
     epoch: u64,
-    stopped: bool,
+    /// The coordinator has stopped it, with a lease or without.
+    stopped: Option<bool>,
 }
 
 impl std::fmt::Debug for Session {
@@ -40,7 +41,7 @@ impl Session {
     pub fn begin() -> Self {
         let rig = Rig::with_flags(MigrationFlags::ALL);
         let client = rig.connect();
-        Self { client, rig, replies: replies(), epoch: 1, stopped: false }
+        Self { client, rig, replies: replies(), epoch: 1, stopped: None }
     }
 
     /// The client goes and another comes.
@@ -52,7 +53,7 @@ impl Session {
 
     /// The transport sees the end, and has no second client to wait for.
     fn let_go(&mut self) {
-        if self.stopped {
+        if self.stopped == Some(true) {
             // With a lease it looks at nothing before the start.
             self.start();
         }
@@ -107,9 +108,10 @@ impl Session {
 
     /// The coordinator stops the device: in time, whatever its client does. It may be refused.
     pub fn stop(&mut self, lease: bool) {
-        if std::mem::replace(&mut self.stopped, true) {
+        if self.stopped.is_some() {
             return;
         }
+        self.stopped = Some(lease);
         self.epoch += 1;
         let lease = if lease { Duration::from_secs(1) } else { Duration::ZERO };
         let steps = [
@@ -124,7 +126,7 @@ impl Session {
 
     /// The coordinator starts it.
     pub fn start(&mut self) {
-        if !std::mem::replace(&mut self.stopped, false) {
+        if self.stopped.take().is_none() {
             return;
         }
         self.epoch += 1;

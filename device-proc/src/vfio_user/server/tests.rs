@@ -3,6 +3,7 @@ mod client;
 mod edge;
 mod fds;
 mod gone;
+mod kept;
 mod lease;
 mod logging;
 mod masters;
