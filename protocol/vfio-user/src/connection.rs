@@ -5,8 +5,8 @@
 //! [`Framer`], so that a short message takes one `recvmsg`, and many that wait take one as well.
 //! Buffers are used again: with short messages without fds nothing is allocated.
 //!
-//! Each call returns by its [deadline](Deadline); `None` is as long as it takes. A socket that is non-blocking
-//! is waited for all the same. SIGPIPE is never raised. Received fds have CLOEXEC, and more of them
+//! Each call returns by its [deadline](Deadline), also if the peer sends a message byte by byte; `None` is
+//! as long as it takes. A socket that is non-blocking is waited for all the same. SIGPIPE is never raised. Received fds have CLOEXEC, and more of them
 //! than agreed never reach this process, but for the one or two that the kernel's alignment lets in:
 //! those are closed.
 //!
@@ -32,7 +32,7 @@
 //! ```
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use crate::deadline::Deadline;
 use crate::framing::{Framer, FramingError, FramingLimits, Message};
@@ -172,6 +172,11 @@ impl Receiver {
     ) -> Result<Message<'_>, ReceiveError> {
         while !self.framer.is_ready() {
             self.read_by(deadline)?;
+            // A peer that always sends a little more does not keep the caller: only a message that
+            // comes whole needs no look at the clock.
+            if !self.framer.is_ready() && deadline.is_over() {
+                return Err(ReceiveError::Deadline);
+            }
         }
         // It is ready, so there is a message or an error.
         self.framer.next_message()?.ok_or(ReceiveError::Deadline)

@@ -5,6 +5,7 @@ use rustix::io::{FdFlags, fcntl_getfd};
 use std::io::{Read, Write};
 use std::net::Shutdown as Half;
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Instant;
 
@@ -240,4 +241,40 @@ fn whoever_waits_is_woken_by_a_shutdown() {
         scope.spawn(|| sender.shutdown());
         assert!(matches!(receiver.receive(Deadline::never()), Err(ReceiveError::Closed)));
     });
+}
+
+/// A peer that goes on for as long as it is listened to, one byte at a time, each when the one before
+/// was taken: whoever receives never finds nothing for long. `bytes` are its first ones.
+pub(crate) fn trickle(mut peer: UnixStream, other_end: &OwnedFd, bytes: &[u8], stop: &AtomicBool) {
+    let rest = std::iter::repeat(&0);
+    for byte in bytes.iter().chain(rest) {
+        while rustix::io::ioctl_fionread(other_end) != Ok(0) && !stop.load(Ordering::Relaxed) {
+            thread::yield_now();
+        }
+        if stop.load(Ordering::Relaxed) || peer.write_all(&[*byte]).is_err() {
+            return;
+        }
+    }
+}
+
+#[test]
+fn a_message_that_comes_byte_by_byte_has_no_more_time_than_another() {
+    let short = Duration::from_millis(200);
+    let deadlines: [fn(Duration) -> Deadline; 2] =
+        [Deadline::within, |time| Deadline::from(Instant::now() + time)];
+    for deadline in deadlines {
+        let (ours, theirs) = UnixStream::pair().expect("a socket pair");
+        let other_end = OwnedFd::from(ours.try_clone().expect("another fd"));
+        let (mut receiver, _sender) = connect(ours, LIMITS).expect("a socket");
+        let long = message(1, &vec![0; (4 << 20) - HEADER_SIZE]);
+        let stop = AtomicBool::new(false);
+        thread::scope(|scope| {
+            scope.spawn(|| trickle(theirs, &other_end, &long, &stop));
+            let begin = Instant::now();
+            let error = receiver.receive(deadline(short)).map(|message| message.header);
+            stop.store(true, Ordering::Relaxed);
+            assert!(matches!(error, Err(ReceiveError::Deadline)), "{error:?}");
+            assert!(begin.elapsed() >= short);
+        });
+    }
 }

@@ -1,6 +1,8 @@
 //! VERSION: what a server may answer, and what not.
 
 use super::*;
+use crate::connection::tests::trickle;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// A client whose VERSION is answered by a script.
 fn start(script: impl FnOnce(&mut Peer, &Header) + Send) -> Result<Client, ConnectError> {
@@ -142,4 +144,25 @@ fn what_was_not_offered_cannot_be_agreed_to() {
         Client::builder().capabilities(Capabilities::default()).timeout(PATIENCE).start(ours)
     });
     assert!(matches!(refused, Err(ConnectError::NotOffered(_))), "{refused:?}");
+}
+
+#[test]
+fn an_answer_that_comes_byte_by_byte_is_not_waited_for_longer_than_another() {
+    let (ours, theirs) = UnixStream::pair().expect("a socket pair");
+    let other_end = OwnedFd::from(ours.try_clone().expect("another fd"));
+    let stop = AtomicBool::new(false);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            let (header, _, _) =
+                Peer::new(theirs.try_clone().expect("a socket")).expect(Command::Version);
+            let mut long = Vec::new();
+            header.reply().encode_message(&mut long, 1 << 20, |_| ());
+            trickle(theirs, &other_end, &long, &stop);
+        });
+        let error = Client::builder().timeout(Duration::from_millis(200)).start(ours);
+        stop.store(true, Ordering::Relaxed);
+        let error = error.map(|_| ()).expect_err("no answer in time");
+        let ConnectError::Receive(source) = &error else { panic!("{error:?}") };
+        assert!(matches!(source, crate::connection::ReceiveError::Deadline), "{error:?}");
+    });
 }
