@@ -223,6 +223,7 @@ pub(super) async fn without_channel(
         standing: Standing::Greeting,
         hello: None,
         state: MigrationState::Running,
+        told: None,
         lease: None,
         progress: 0,
         dropped_logs: 0,

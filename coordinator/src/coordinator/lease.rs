@@ -39,16 +39,26 @@ impl Lease {
 }
 
 impl Device {
-    /// It has answered to a command of the present term: what it was told before is over.
-    pub(super) fn lease_answered(&mut self, epoch: Epoch, phase: Phase) {
-        if phase != Phase::Save && self.lease.is_some_and(|lease| lease.epoch < epoch) {
+    /// It has answered to a command of the present term: what it was told before is over. Outside a
+    /// transition that was what was told last before it was given up, and says where it is.
+    pub(super) fn lease_answered(
+        &mut self,
+        epoch: Epoch,
+        phase: Phase,
+        outside: Option<MigrationState>,
+    ) {
+        let asked = self.told == Some((epoch, phase)) && phase != Phase::Save;
+        if asked && self.lease.is_some_and(|lease| lease.epoch < epoch) {
             self.lease = None;
+            self.state = outside.unwrap_or(self.state);
         }
     }
 
-    /// True if it has left STOP by itself and was not told anything since.
-    fn has_expired(&self) -> bool {
-        self.standing == Standing::Ready && self.lease.is_some_and(|lease| lease.expired)
+    /// True if it counts and is not in STOP. In a machine that was stopped it has left STOP by itself
+    /// then, and has not been told to go anywhere since; not even by a transition that was given up
+    /// before this was known.
+    fn has_left(&self) -> bool {
+        self.standing == Standing::Ready && self.state.activity() != Activity::Stopped
     }
 
     /// True if it is in STOP, and cannot have left it yet.
@@ -62,7 +72,7 @@ impl State {
     /// Where the machine is: one that was stopped for the time of a lease may not be any more.
     pub(super) fn present(&self) -> MachineState {
         match self.machine {
-            MachineState::Stopped if self.devices.iter().any(Device::has_expired) => {
+            MachineState::Stopped if self.devices.iter().any(Device::has_left) => {
                 MachineState::LeaseExpired
             }
             machine => machine,

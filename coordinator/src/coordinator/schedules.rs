@@ -11,6 +11,7 @@
 //! `STANDSTILL_SCHEDULES` is how many to play, `STANDSTILL_SEED` where to begin.
 
 mod action;
+mod ends;
 mod inside;
 mod kept;
 #[cfg(feature = "mutations")]
@@ -193,6 +194,34 @@ fn a_resume_of_a_machine_whose_lease_has_run_out_for_some_stops_all_if_it_fails(
     let run = search::replay(&case, &actions, Slips::default(), true).unwrap();
     assert_eq!(run.wrong, None, "{}", search::tell(0, &run));
     let ends = ["pause Done", "LeaseExpired", "resume Stopped"];
+    assert!(ends.iter().all(|end| run.reached.contains(*end)), "{}", search::tell(0, &run));
+}
+
+/// A pause with a lease, and then another one, which is given up while it waits for a fence; meanwhile the
+/// lease runs out.
+#[test]
+fn a_machine_whose_lease_runs_out_while_a_pause_is_given_up_is_stopped_again() {
+    use super::script::packets::Ask;
+    use action::Action::{
+        Arc, Ask as Asks, Crash, Expire, Gone, Greet, Handle, Prove, Read, SeeExit, Watch,
+    };
+    let kind = action::Kind::default();
+    let case = action::Case {
+        devices: vec![kind, kind],
+        faults: action::Faults { crash: 1, time: 1, ..action::Faults::default() },
+        ..action::Case::default()
+    };
+    let started = [Greet(0), Greet(1), Watch, Handle, Read(0), Read(1)];
+    let pause = [Asks(Ask::PauseLeased), Handle];
+    let phase = [Read(0), Read(1), Arc(0), Arc(1), Watch, Handle];
+    // It is seen to have ended before the second pause has told anybody anything.
+    let given_up =
+        [Crash(1), SeeExit(1), Handle, Asks(Ask::Pause), Handle, Asks(Ask::Cancel), Handle];
+    let expired = [Expire(0), Arc(0), Watch, Handle, Gone(1), Handle, Prove(1), Handle];
+    let actions = [&started[..], &pause, &phase, &phase, &given_up, &expired].concat();
+    let run = search::replay(&case, &actions, Slips::default(), true).unwrap();
+    assert_eq!(run.wrong, None, "{}", search::tell(0, &run));
+    let ends = ["pause Done", "LeaseExpired", "pause Degraded"];
     assert!(ends.iter().all(|end| run.reached.contains(*end)), "{}", search::tell(0, &run));
 }
 

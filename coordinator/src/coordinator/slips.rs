@@ -27,6 +27,8 @@ pub(super) enum Slip {
     CountsNewcomersAtOnce,
     /// Devices are killed though another coordinator has them.
     KillsWhatIsAnothers,
+    /// A device inside the VMM counts as done as soon as it was called.
+    AnswersForLocals,
 }
 
 /// The faults that are built in; none in what is shipped.

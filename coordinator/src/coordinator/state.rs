@@ -28,7 +28,7 @@ use crate::watchdog::{Limits, Ticks};
 use ractor::ActorId;
 use standstill_protocol::channel::CoordinatorEnd;
 use standstill_protocol::message::{
-    Command, Epoch, FileIdentity, Hello, OrphanPolicy, PeerDma, Term,
+    Command, Epoch, FileIdentity, Hello, OrphanPolicy, PeerDma, Phase, Term,
 };
 use standstill_protocol::migration::{MigrationFlags, MigrationState};
 use standstill_protocol::transition::{
@@ -112,6 +112,8 @@ pub(super) struct Device {
     pub(super) standing: Standing,
     pub(super) hello: Option<Hello>,
     pub(super) state: MigrationState,
+    /// What it was told last.
+    pub(super) told: Option<(Epoch, Phase)>,
     /// Of the stop that it was told last.
     pub(super) lease: Option<Lease>,
     pub(super) progress: u64,
@@ -139,6 +141,7 @@ impl Device {
             standing: Standing::Fenced(why),
             hello: None,
             state: MigrationState::Running,
+            told: None,
             lease: None,
             progress: 0,
             dropped_logs: 0,

@@ -3,6 +3,7 @@
 
 use super::lease::Lease;
 use super::owner::{GAP, GAP_NAME};
+use super::slips::Slip;
 use super::state::{Active, Purpose, Standing, State, Timers};
 use super::{Message, Owner};
 use crate::clock;
@@ -211,11 +212,17 @@ impl State {
         if let Some(local) = self.local(id) {
             // A thread that is gone answers as one that hangs: not at all.
             local.thread.call(command);
+            if self.slips.is(Slip::AnswersForLocals) {
+                let Command { term, epoch, phase, target: state, .. } = command;
+                let answer = Answer::Reached;
+                events.push_back(Event::Answer { from: id, term, epoch, phase, state, answer });
+            }
             return;
         }
         let Some(device) = self.device(id) else { return };
         let Some(channel) = &device.channel else { return };
         device.allowance.asked();
+        device.told = Some((command.epoch, command.phase));
         device.lease = Lease::given_by(&command).or(device.lease);
         // A broadcast is encoded once.
         let sent = match frame {

@@ -186,6 +186,8 @@ pub struct Transition {
     /// It is undone, and who was left by then had neither all run nor all been stopped at its
     /// beginning. There is no one state to go back to, so all go to STOP.
     found_half: bool,
+    /// It is undone, and whoever was stopped at its beginning is told to stop by that.
+    undo_stops: bool,
     armed: Vec<Timer>,
     reasons: Vec<HeldReason>,
     history: History,
@@ -244,6 +246,7 @@ impl Transition {
             told: false,
             second_phase: false,
             found_half: false,
+            undo_stops: false,
             armed: Vec::new(),
             reasons: Vec::new(),
             history: History::default(),

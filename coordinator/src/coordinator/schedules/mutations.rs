@@ -60,6 +60,7 @@ faults! { ACTOR: Slip;
     FencesNobodyOutside => ["nobody has killed it"],
     CountsNewcomersAtOnce => ["which is stopped"],
     KillsWhatIsAnothers => ["and is killed"],
+    AnswersForLocals => ["ends in Done: a local device is in"],
 }
 
 /// Plays schedules until one fails with that fault, and says why; false if none does. What it is made

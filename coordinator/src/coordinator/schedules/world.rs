@@ -49,6 +49,8 @@ pub(super) struct Current {
     pub(super) originals: Vec<(usize, MigrationState)>,
     /// Whether each hook was called for a stop; `None` of one that hung, and was left out.
     pub(super) hooks_were_stopped: Vec<Option<bool>>,
+    /// Where each local device was.
+    pub(super) locals_were: Vec<MigrationState>,
     /// Local devices that hang, and that the owner has taken as they are.
     pub(super) left_out: BTreeSet<ParticipantId>,
     /// Whom it has lost.

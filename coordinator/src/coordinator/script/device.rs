@@ -55,8 +55,8 @@ pub(in super::super) struct Device {
         expect(dead_code, reason = "only schedules let leases run out")
     )]
     pub(in super::super) lease: Option<Epoch>,
-    /// Where it stood when its lease ran out, until the coordinator says that it knows, or it is told
-    /// something else.
+    /// Where it stood when its lease ran out, until the coordinator says that it knows. It hears of that
+    /// before any answer that comes later.
     #[cfg_attr(
         not(any(test, fuzzing)),
         expect(dead_code, reason = "only schedules let leases run out")
@@ -307,7 +307,6 @@ impl Device {
             Effect::DisarmLease => self.lease = None,
             Effect::Begin(command) => {
                 self.command = Some(command);
-                self.stood = None;
                 if matches!(command.phase, Phase::PrepareStart | Phase::Start) {
                     self.promised = Activity::Full;
                 }

@@ -78,8 +78,14 @@ impl Transition {
         let participant = &mut self.participants[index];
         participant.state = state;
         participant.moving = None;
-        if self.mode != Mode::Forward {
-            return;
+        match self.mode {
+            Mode::Forward => {}
+            // There is no going back to a machine of which a part has left STOP.
+            Mode::Undo if !self.undo_stops && !stopped(state) => {
+                participant.original = state;
+                return self.stop_instead(out);
+            }
+            Mode::Undo | Mode::Hold | Mode::Over => return,
         }
         let stops = matches!(self.plan.operation, Operation::Pause | Operation::SwitchOver);
         if !self.told || participant.awaited.is_some() {
@@ -246,6 +252,7 @@ impl Transition {
             _ => undo_row(operation, on_failure, second_phase),
         };
         let nothing_to_undo = !self.told && on_failure == OnFailure::Rollback && !self.found_half;
+        self.undo_stops = steps.contains(&UndoStep::Stop) && !nothing_to_undo;
         // Hooks go the way of the last epoch of the row.
         while let Some(at) = steps.iter().position(|&step| step == UndoStep::NewEpoch) {
             self.push_undo_epoch(&steps[..at], None, nothing_to_undo);
@@ -257,6 +264,18 @@ impl Transition {
             _ => None,
         };
         self.push_undo_epoch(steps, moment, nothing_to_undo);
+    }
+
+    /// An undo that was to leave everybody where they are brings everybody to STOP.
+    fn stop_instead(&mut self, out: &mut Vec<Effect>) {
+        self.give_up(out);
+        self.found_half = true;
+        self.undo_stops = true;
+        self.push_undo_epoch(
+            &[UndoStep::PrepareStop, UndoStep::Stop],
+            Some(HookMoment::Stop),
+            false,
+        );
     }
 
     pub(super) fn push_undo_epoch(

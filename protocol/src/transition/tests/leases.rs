@@ -127,6 +127,30 @@ fn there_is_no_way_back_to_where_only_some_have_left_stop() {
 }
 
 #[test]
+fn an_undo_that_had_nobody_to_stop_stops_all_when_one_leaves_stop() {
+    for operation in [Operation::Pause, Operation::Resume] {
+        // A fence keeps it from telling anybody anything.
+        let mut script = Script::prepare(machine(operation, &[S::Stop, S::Stop, S::Stop]));
+        script.step(Event::Lost(id(2), Loss::Exited));
+        script.step(Event::Begin);
+        script.step(Event::Cancel);
+        script.step(expired(0));
+        assert_eq!(script.transition.awaited().count(), 0, "the fence is not proven yet");
+        script.step(Event::Fenced(id(2)));
+        assert_eq!(
+            script.sent(),
+            [(0, Phase::PrepareStop, S::RunningP2p), (1, Phase::PrepareStop, S::Stop)]
+        );
+        script.reach_all();
+        assert_eq!(script.sent(), [(0, Phase::Stop, S::Stop), (1, Phase::Stop, S::Stop)]);
+        script.reach_all();
+        let fenced = vec![(id(2), Loss::Exited)];
+        let stopped = Outcome::Degraded { machine: MachineState::Stopped, fenced };
+        assert_eq!(script.outcome(), Some(&stopped), "{operation}");
+    }
+}
+
+#[test]
 fn what_is_told_of_one_that_runs_changes_nothing() {
     let mut script = Script::begin(machine(Operation::Pause, &[S::Running, S::Running]));
     let before = script.transition.strays();
