@@ -36,6 +36,7 @@ mod dma;
 mod log;
 mod message;
 mod revoke;
+mod share;
 mod shared;
 mod span;
 mod window;
@@ -62,6 +63,7 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{
     Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak,
 };
@@ -71,7 +73,7 @@ use window::{FileFacts, Window};
 
 /// Granularity of windows in bytes; what `pgsizes` of the vfio-user version exchange promises.
 pub const PAGE: u64 = 4096;
-/// The most windows at a time; what `max_dma_maps` promises.
+/// The most windows at a time. With a file there may be fewer: [`MemoryMap::most_with_file`].
 pub const MAX_WINDOWS: usize = 65_535;
 /// The most bytes in all mapped windows together: 16 TiB. Windows without a file count not.
 pub const MAX_MAPPED: u64 = 1 << 44;
@@ -127,11 +129,17 @@ pub enum MapError {
         /// What was asked for.
         spec: WindowSpec,
     },
-    /// There are [`MAX_WINDOWS`] windows or [`MAX_MAPPED`] bytes.
-    #[error("DMA window {spec:x?}: more than {MAX_WINDOWS} windows or {MAX_MAPPED:#x} bytes")]
+    /// There are [`MAX_WINDOWS`] windows, or [`MAX_MAPPED`] bytes in those with a file, or as many of
+    /// those as there may be.
+    #[error(
+        "DMA window {spec:x?}: more than {MAX_WINDOWS} windows, or {most_with_file} with a file, \
+        or {MAX_MAPPED:#x} bytes in those"
+    )]
     TooMany {
         /// What was asked for.
         spec: WindowSpec,
+        /// The most windows with a file.
+        most_with_file: usize,
     },
     /// The client logs what is written, and this window cannot be logged.
     #[error("DMA window {spec:x?} cannot be logged")]
@@ -248,6 +256,8 @@ struct Shared {
     dirty: DirtyLogs,
     /// Whom to ask for what lies in windows without a file.
     messages: Messages,
+    /// The most windows with a file.
+    most_with_file: AtomicUsize,
 }
 
 #[derive(Debug, Default)]
@@ -256,7 +266,8 @@ struct Changes {
     ram: Vec<(FileIdentity, OwnedFd)>,
     /// Open files behind windows, so that many windows of one file need one fd.
     files: HashMap<(FileIdentity, bool), Weak<File>>,
-    /// Bytes in mapped windows.
+    /// Windows with a file, and the bytes in them.
+    with_file: usize,
     mapped: u64,
     /// A window that the device could write is gone, and its file was not RAM then.
     lost_sight: bool,
@@ -274,6 +285,7 @@ impl MemoryMap {
             changes: Mutex::default(),
             dirty: DirtyLogs::default(),
             messages: Messages::default(),
+            most_with_file: AtomicUsize::new(share::most_with_file(1)),
         };
         Self { shared: Arc::new(shared) }
     }
@@ -326,10 +338,15 @@ impl MemoryMap {
                 };
             }
         };
-        let mapped = if facts.is_some() { spec.size } else { 0 };
-        let total = changes.mapped.saturating_add(mapped);
-        if total > MAX_MAPPED || self.shared.windows().len() >= MAX_WINDOWS {
-            return Err(MapError::TooMany { spec });
+        let (count, size) = if facts.is_some() { (1, spec.size) } else { (0, 0) };
+        let (with_file, mapped) = (changes.with_file + count, changes.mapped.saturating_add(size));
+        let most_with_file = self.most_with_file();
+        let windows = self.shared.windows().len();
+        if mapped > MAX_MAPPED
+            || windows >= MAX_WINDOWS
+            || (count > 0 && with_file > most_with_file)
+        {
+            return Err(MapError::TooMany { spec, most_with_file });
         }
         let window = match (file, facts) {
             (Some(fd), Some(facts)) => {
@@ -342,7 +359,7 @@ impl MemoryMap {
         if let Some(log) = &mut changes.log {
             log.add(&window).map_err(|source| MapError::Log { spec, source })?;
         }
-        changes.mapped = total;
+        (changes.with_file, changes.mapped) = (with_file, mapped);
         // Nobody else changes the windows while this holds `changes`, so the place still holds.
         self.shared.windows_mut().insert(place, Arc::new(window));
         Ok(Mapped::New)
@@ -500,6 +517,24 @@ impl MemoryMap {
         Some((window.file, window.class()))
     }
 
+    /// The most windows with a file at a time: as many as leave enough of the process's mappings
+    /// (`vm.max_map_count`) for everything else. What `max_dma_maps` promises.
+    #[must_use]
+    pub fn most_with_file(&self) -> usize {
+        self.shared.most_with_file.load(Ordering::Relaxed)
+    }
+
+    /// Each window with a file takes so many mappings of this process, not one alone.
+    pub(crate) fn set_mappings_each(&self, mappings: usize) {
+        self.shared.most_with_file.store(share::most_with_file(mappings), Ordering::Relaxed);
+    }
+
+    /// Fewer than there may be, so that a test reaches them.
+    #[cfg(test)]
+    pub(crate) fn set_most_with_file(&self, most: usize) {
+        self.shared.most_with_file.store(most, Ordering::Relaxed);
+    }
+
     /// How many windows there are.
     #[must_use]
     pub fn windows(&self) -> usize {
@@ -526,16 +561,18 @@ impl MemoryMap {
         if let Some(log) = &mut changes.log {
             gone.iter().for_each(|window| log.remove(window));
         }
-        let (mut bytes, mut lost_sight) = (0, false);
+        let (mut with_file, mut bytes, mut lost_sight) = (0, 0, false);
         self.shared.windows_mut().retain(|window| {
             let gone = is_gone(window);
             if gone && window.file.is_some() {
+                with_file += 1;
                 bytes += window.spec.size;
                 lost_sight |= window.spec.writable && window.class() == WindowClass::Peer;
             }
             !gone
         });
         changes.lost_sight |= lost_sight;
+        changes.with_file = changes.with_file.saturating_sub(with_file);
         changes.mapped = changes.mapped.saturating_sub(bytes);
         changes.files.retain(|_, file| file.strong_count() > 0);
     }

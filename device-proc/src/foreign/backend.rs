@@ -106,6 +106,8 @@ impl<B: ServerBackend> Inner<B> {
         interrupts: Interrupts,
         ram_only: bool,
     ) -> Self {
+        // The backend maps what it is told of, too.
+        memory.set_mappings_each(2);
         Self {
             backend: Mutex::new(backend),
             layout,

@@ -18,7 +18,7 @@ use super::kept::Kept;
 use super::link::MAX_FDS;
 use super::share;
 use crate::device::Device;
-use crate::memory::{MAX_WINDOWS, PAGE, WindowSpec};
+use crate::memory::{PAGE, WindowSpec};
 use rustix::io::Errno;
 use standstill_protocol::migration::MigrationState;
 use standstill_vfio_user::framing::{FramingLimits, Message};
@@ -30,14 +30,14 @@ use standstill_vfio_user::wire::{
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
-/// What this end can take and do, in numbers, for a client of that minor version; with or without a
-/// state that can be saved.
-fn capabilities(minor: u16, migrates: bool) -> Capabilities {
+/// What this end can take and do, in numbers, for a client of that minor version; with so many DMA
+/// windows, and with or without a state that can be saved.
+fn capabilities(minor: u16, windows: usize, migrates: bool) -> Capabilities {
     let fits = |size: usize| u64::try_from(size).ok();
     Capabilities {
         max_msg_fds: fits(MAX_FDS),
         max_data_xfer_size: fits(LONGEST_ACCESS),
-        max_dma_maps: fits(MAX_WINDOWS),
+        max_dma_maps: fits(windows),
         pgsizes: Some(PAGE),
         // QEMU, which says 0.0, would queue every write.
         write_multiple: Some(minor > 0),
@@ -296,7 +296,8 @@ impl<'a, D: Device> Session<'a, D> {
         }
         let version = Version::decode(body)?;
         let migrates = self.endpoint.check_migration().is_ok();
-        let answer = version.answer(&capabilities(version.minor, migrates))?;
+        let windows = self.endpoint.parts().memory.most_with_file();
+        let answer = version.answer(&capabilities(version.minor, windows, migrates))?;
         let ours = u32::try_from(LONGEST_ACCESS).unwrap_or(u32::MAX);
         let max_data_xfer_size = version.capabilities.max_data_xfer_size().min(ours);
         self.agreed = Some(Agreed {

@@ -1,4 +1,4 @@
-//! A client that takes all fds that it gets.
+//! A client that takes all fds, or all mappings, that it gets.
 
 use crate::child::{Device, command};
 use crate::client::{Client, ErrorReply};
@@ -12,6 +12,8 @@ use std::os::fd::AsFd;
 const MOST: u64 = 120;
 /// EMFILE.
 const TOO_MANY: ErrorReply = ErrorReply(24);
+/// ENOSPC.
+const NO_SPACE: ErrorReply = ErrorReply(28);
 
 #[test]
 fn a_client_cannot_take_the_fds_that_the_coordinator_needs() {
@@ -36,6 +38,12 @@ fn a_client_cannot_take_the_fds_that_the_coordinator_needs() {
     };
     assert_eq!(refused, TOO_MANY);
     assert!(mapped > 10, "some it gets");
+    stop_and_save(&device);
+    device.shut_down();
+}
+
+/// Needs an fd, and a thread.
+fn stop_and_save(device: &Device) {
     device.go(1, Phase::PrepareStop, S::RunningP2p);
     device.go(1, Phase::Stop, S::StopCopy);
     let state = tempfile::tempfile().unwrap();
@@ -43,5 +51,21 @@ fn a_client_cannot_take_the_fds_that_the_coordinator_needs() {
     device.send_with(&CoordinatorMessage::Command(save), &[state.as_fd()]);
     assert_eq!(device.reached().state, S::StopCopy);
     assert!(state.metadata().unwrap().len() > 0);
+}
+
+#[test]
+fn a_client_cannot_take_the_mappings_that_the_process_needs() {
+    let device = Device::welcomed("");
+    let mut client = Client::connect(&device.socket());
+    let file = memfd_create("window", MemfdFlags::CLOEXEC).unwrap();
+    ftruncate(&file, 4096).unwrap();
+    // The same page at each address: one mapping does not become a part of another.
+    let refused =
+        (0..65_535).find_map(|window| client.dma_map(window * 4096, 4096, file.as_fd()).err());
+    if let Some(refused) = refused {
+        assert_eq!(refused, NO_SPACE);
+    }
+    client.reset().expect("it needs a thread");
+    stop_and_save(&device);
     device.shut_down();
 }

@@ -1,9 +1,10 @@
 //! Windows, interrupts, and the fds that come with them.
 
-use super::client::{Client, REGION_READ, access, message};
+use super::client::{Client, REGION_READ, VERSION, access, message, version};
 use super::fds::names;
 use super::wire::greeted;
 use crate::fields;
+use crate::vfio_user::rig::Rig;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use std::fs::read_link;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -200,5 +201,30 @@ fn fds_with_any_part_of_a_message_are_taken_and_too_many_refused() {
     let own = read_link(format!("/proc/self/fd/{}", ram.as_raw_fd())).unwrap();
     assert_eq!(names().iter().filter(|name| **name == own).count(), 1, "only ours is left");
     assert!(client.read(7, 0).is_ok());
+    drop(client);
+}
+
+#[test]
+fn so_many_windows_with_a_file_are_promised_and_no_more_are_mapped() {
+    const ENOSPC: u32 = 28;
+    let rig = Rig::new();
+    rig.parts.memory.set_most_with_file(3);
+    let mut client = Client::raw(rig.connect());
+    let reply = client.call(VERSION, &version("{}")).unwrap();
+    assert!(String::from_utf8_lossy(&reply).contains(r#""max_dma_maps":3"#));
+    let ram = ram(0x1000);
+    let (some, none) = ([ram.as_fd()], [] as [BorrowedFd<'_>; 0]);
+    let window = |number: u64| map_body(3, 0, number * 0x1000, 0x1000);
+    for number in 0..3 {
+        assert_eq!(client.call_with(DMA_MAP, &window(number), &some), Ok(vec![]));
+    }
+    assert_eq!(client.call_with(DMA_MAP, &window(3), &some), Err(ENOSPC));
+    assert_eq!(client.call_with(DMA_MAP, &window(2), &some), Ok(vec![]), "the same once more");
+    assert_eq!(client.call_with(DMA_MAP, &window(9), &none), Ok(vec![]), "it takes no mapping");
+    client.call(DMA_UNMAP, &unmap_body(24, 0, 0, 0x1000)).unwrap();
+    assert_eq!(client.call_with(DMA_MAP, &window(3), &some), Ok(vec![]));
+    assert_eq!(client.call_with(DMA_MAP, &window(4), &some), Err(ENOSPC));
+    client.call(DMA_UNMAP, &unmap_body(24, 2, 0, 0)).unwrap();
+    assert_eq!(client.call_with(DMA_MAP, &window(4), &some), Ok(vec![]));
     drop(client);
 }
