@@ -1,12 +1,14 @@
 //! What a client sees while the device is stopped and started.
 
-use crate::child::{Device, PATIENCE};
+use crate::child::{Device, PATIENCE, until};
 use crate::client::{Client, ErrorReply};
-use crate::probe::{MEMORY_SIZE, NUMBER, RAISE};
+use crate::copy::IOVA;
+use crate::probe::{COPY, COPY_SIZE, MEMORY_SIZE, NUMBER, RAISE};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use standstill_device_proc::memory::SharedMemory;
 use standstill_protocol::message::{DeviceEvent, DeviceMessage, Phase};
 use standstill_protocol::migration::MigrationState as S;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 /// EINVAL.
 const REFUSED: ErrorReply = ErrorReply(22);
@@ -159,6 +161,42 @@ fn the_crates_own_client_sees_the_regions_and_maps_the_memory() {
     let mut number = [0; 4];
     client.region_read(0, NUMBER, &mut number).unwrap();
     assert_eq!(u32::from_le_bytes(number), 9);
+}
+
+#[test]
+fn the_crates_own_client_maps_windows_takes_interrupts_and_resets_and_goes() {
+    let device = Device::welcomed("");
+    let mut client = vfio_user::Client::new(&device.socket()).unwrap();
+    let memory = SharedMemory::create("window", 4096).unwrap();
+    client.dma_map(0, IOVA, 4096, memory.as_fd().as_raw_fd()).unwrap();
+    let iova = u32::try_from(IOVA).unwrap();
+    client.region_write(0, COPY, &iova.to_le_bytes()).unwrap();
+    memory.store_u64(COPY_SIZE, 1).unwrap();
+    let mut last = [0];
+    until("the device has written", || {
+        memory.read(COPY_SIZE - 1, &mut last).unwrap();
+        last != [0]
+    });
+    // It waits until that has ended.
+    client.dma_unmap(IOVA, 4096).unwrap();
+    let other = SharedMemory::create("another window", 4096).unwrap();
+    client.dma_map(0, IOVA, 4096, other.as_fd().as_raw_fd()).expect("there is room again");
+
+    let vectors = [new_eventfd(), new_eventfd()];
+    let fds = vectors.each_ref().map(AsRawFd::as_raw_fd);
+    // VFIO_IRQ_SET_DATA_EVENTFD and VFIO_IRQ_SET_ACTION_TRIGGER.
+    client.set_irqs(2, 4 | 32, 0, 2, &fds).unwrap();
+    client.region_write(0, RAISE, &1_u32.to_le_bytes()).unwrap();
+    assert!(is_raised(&vectors[1]) && !is_raised(&vectors[0]));
+
+    client.region_write(0, NUMBER, &7_u32.to_le_bytes()).unwrap();
+    client.reset().unwrap();
+    let mut number = [9; 4];
+    client.region_read(0, NUMBER, &mut number).unwrap();
+    assert_eq!(number, [0; 4]);
+    client.shutdown().unwrap();
+    let mut next = Client::connect(&device.socket());
+    next.dma_map(IOVA, 4096, memory.as_fd()).expect("its windows went with it");
 }
 
 #[test]
