@@ -139,10 +139,31 @@ impl Incoming {
     }
 }
 
+/// For how long a client has read nothing of what waits for room.
+#[derive(Debug, Default)]
+struct Stall {
+    /// When it had read as much as it has read now.
+    since: Option<Instant>,
+}
+
+impl Stall {
+    /// It has read something.
+    fn ended(&mut self) {
+        self.since = None;
+    }
+
+    /// What is left of the patience with it, if it has read nothing since the last call.
+    fn rest(&mut self, patience: Duration, now: Instant) -> Duration {
+        patience.saturating_sub(now - *self.since.get_or_insert(now))
+    }
+}
+
 /// What goes to a client; several threads may send.
 #[derive(Debug)]
 pub(super) struct Outgoing {
     socket: Arc<OwnedFd>,
+    /// How long a client that reads nothing is waited for.
+    patience: Duration,
     /// Where a stop asks for the transport.
     station: Arc<Station>,
     turn: Turn,
@@ -207,7 +228,7 @@ impl Drop for Taken<'_> {
 
 impl Outgoing {
     pub(super) fn new(socket: Arc<OwnedFd>, station: Arc<Station>) -> Self {
-        Self { socket, station, turn: Turn::default() }
+        Self { socket, patience: SEND_PATIENCE, station, turn: Turn::default() }
     }
 
     /// Sends a whole message, from the transport's thread. A client that does not read loses its
@@ -227,19 +248,17 @@ impl Outgoing {
         let _turn = self.turn.take(deadline).ok_or(LinkError::Late)?;
         let mut rest = message;
         let mut fds = fds;
-        // When the client had read as much as it has read now.
-        let mut since = None;
+        let mut stall = Stall::default();
         while !rest.is_empty() {
             match self.try_send(rest, fds) {
                 Ok(sent) => {
                     rest = rest.get(sent..).unwrap_or_default();
                     fds = &[];
-                    since = None;
+                    stall.ended();
                 }
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => {
-                    let since = *since.get_or_insert_with(Instant::now);
-                    if let Err(error) = self.wait_for_room(since, deadline) {
+                    if let Err(error) = self.wait_for_room(&mut stall, deadline) {
                         // Half a message leaves nothing to go on with.
                         let is_whole = rest.len() == message.len();
                         if !(is_whole && matches!(error, LinkError::Late)) {
@@ -272,11 +291,11 @@ impl Outgoing {
     }
 
     #[cold]
-    fn wait_for_room(&self, since: Instant, deadline: Option<Instant>) -> Result<(), LinkError> {
+    fn wait_for_room(&self, stall: &mut Stall, deadline: Option<Instant>) -> Result<(), LinkError> {
         let now = Instant::now();
-        let mut rest = SEND_PATIENCE.saturating_sub(now - since);
+        let mut rest = stall.rest(self.patience, now);
         if rest.is_zero() {
-            return Err(LinkError::Stuck(SEND_PATIENCE));
+            return Err(LinkError::Stuck(self.patience));
         }
         if let Some(deadline) = deadline {
             rest = rest.min(deadline.saturating_duration_since(now));
@@ -305,5 +324,43 @@ impl Outgoing {
         if let Err(error) = shutdown(&self.socket, Shutdown::Both) {
             tracing::debug!(%error, "the end of a client's connection");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Read;
+    use std::os::unix::net::UnixStream;
+
+    #[test]
+    fn a_client_is_waited_for_since_it_last_read_something() {
+        let (patience, begin) = (SEND_PATIENCE, Instant::now());
+        let after = |part: u32| begin + patience * part / 4;
+        let mut stall = Stall::default();
+        assert_eq!(stall.rest(patience, after(0)), patience);
+        assert_eq!(stall.rest(patience, after(3)), patience / 4);
+        stall.ended();
+        // However long it takes all in all.
+        assert_eq!(stall.rest(patience, after(100)), patience);
+        assert_eq!(stall.rest(patience, after(102)), patience / 2);
+        assert_eq!(stall.rest(patience, after(104)), Duration::ZERO);
+        assert_eq!(stall.rest(patience, after(105)), Duration::ZERO);
+    }
+
+    #[test]
+    fn one_that_reads_nothing_loses_its_connection() {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let patience = Duration::from_millis(20);
+        let outgoing = Outgoing::new(Arc::new(ours.into()), Station::new().unwrap());
+        let outgoing = Outgoing { patience, ..outgoing };
+        // More than fits into the socket.
+        let error = outgoing.send(&[1; 4 << 20], &[]).unwrap_err();
+        assert!(matches!(error, LinkError::Stuck(stuck) if stuck == patience), "{error}");
+        let mut all = Vec::new();
+        let length = theirs.read_to_end(&mut all).expect("what had come, and the end");
+        assert!(length > 0 && length < 4 << 20);
+        let error = outgoing.send(&[1], &[]).unwrap_err();
+        assert!(matches!(error, LinkError::Gone), "{error}");
     }
 }
