@@ -62,14 +62,13 @@ pub enum ForeignConfig {
     },
 }
 
-/// A type 0 configuration space.
+/// A type 0 configuration space. A reset of the device leaves it as it is, as Linux's vfio-pci leaves
+/// that of a real device: whoever resets one brings it where it should be itself.
 #[derive(Clone, Debug)]
 pub struct ConfigSpace {
     bytes: Box<[u8]>,
     /// The bits that a client can change; as long as `bytes`.
     writable: Box<[u8]>,
-    /// What `bytes` was at first.
-    power_on: Box<[u8]>,
     /// Where the low byte of the power state is, if there is one.
     power_control: Option<usize>,
 }
@@ -83,8 +82,7 @@ impl ConfigSpace {
     pub fn new(info: &DeviceInfo, layout: &PciLayout) -> Result<Self, PciError> {
         let size = if layout.express { EXPRESS_CONFIG_SIZE } else { CONFIG_SIZE };
         let none = || vec![0; size].into_boxed_slice();
-        let mut space =
-            Self { bytes: none(), writable: none(), power_on: none(), power_control: None };
+        let mut space = Self { bytes: none(), writable: none(), power_control: None };
         let pci = &info.pci;
         if pci.class >> 24 != 0 {
             return Err(PciError::Class(pci.class));
@@ -106,7 +104,6 @@ impl ConfigSpace {
             space.put_bar(BAR_0 + 4 * index, bar);
         }
         space.put_capabilities(layout);
-        space.power_on = space.bytes.clone();
         Ok(space)
     }
 
@@ -216,11 +213,6 @@ impl ConfigSpace {
         }
         self.bytes.copy_from_slice(saved);
         Ok(())
-    }
-
-    /// Brings every bit that a client can write to its power-on value.
-    pub fn reset(&mut self) {
-        self.bytes.copy_from_slice(&self.power_on);
     }
 
     /// Whether a byte can have that value, as far as the write masks do not say so.

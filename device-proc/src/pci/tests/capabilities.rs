@@ -174,8 +174,8 @@ fn each_bit_is_as_the_specifications_say() {
     space.write(0, &[0; 4096]).unwrap();
     let zeros: Vec<u8> = power_on.iter().zip(&writable).map(|(is, mask)| is & !mask).collect();
     assert_eq!(differs(&space, &zeros), [], "all zeros were written");
-    space.reset();
-    assert_eq!(differs(&space, &power_on), [], "after a reset");
+    space.write(0, &power_on).unwrap();
+    assert_eq!(differs(&space, &power_on), [], "what it had was written");
     // Bytes one at a time do the same as all of them at once.
     for at in 0..4096 {
         space.write(at, &[0xff]).unwrap();

@@ -7,14 +7,18 @@ use super::migration::{get, save, set, write};
 use crate::fields;
 use crate::pci::BarUse;
 use crate::vfio_user::rig::*;
+use rustix::event::{EventfdFlags, eventfd};
 use standstill_protocol::message::{DeviceEvent, DeviceMessage, Phase};
 use standstill_protocol::migration::{MigrationFlags, MigrationState as S};
 use standstill_vfio_user::framing::Message;
 use standstill_vfio_user::wire::{HEADER_SIZE, Header, Kind};
+use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 const EINVAL: u32 = 22;
 const EIO: u32 = 5;
+const SET_IRQS: u16 = 8;
+const RESET: u16 = 13;
 const MIG_DATA_READ: u16 = 17;
 const NO_LEASE: Duration = Duration::ZERO;
 
@@ -103,6 +107,40 @@ fn the_msix_table_and_memory_are_within_reach_of_a_stopped_device() {
     assert_eq!(client.write(MEMORY, 8, 0), Err(EINVAL));
     assert_eq!(client.read(REGISTERS, COUNT), Err(EINVAL));
     assert_eq!(client.write(REGISTERS, 0, 0), Err(EINVAL));
+    drop(client);
+}
+
+#[test]
+fn a_reset_leaves_configuration_space_the_msix_table_and_eventfds_alone() {
+    const BAR_0: u64 = 0x10;
+    const COMMAND: u64 = 4;
+    let rig = Rig::new();
+    let mut client = Client::greeted(rig.connect());
+    let bars = &rig.parts.layout.bars;
+    let table = bars.iter().position(|bar| bar.usage == BarUse::Msix).unwrap();
+    let table = u32::try_from(table).unwrap();
+    client.write(7, COMMAND, 6).unwrap();
+    client.write(7, BAR_0, 0xfe00_0000).unwrap();
+    client.write(table, 0, 0xfee0_0000).unwrap();
+    let vector = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap();
+    let install = fields!(20_u32, 4_u32 | 32, 2_u32, 0_u32, 1_u32);
+    client.call_with(SET_IRQS, &install, &[vector.as_fd()]).unwrap();
+    let before = rig.parts.config().bytes().to_vec();
+    let assert_untouched = |client: &mut Client| {
+        assert_eq!(rig.parts.config().bytes(), before);
+        assert_eq!(client.read(7, BAR_0), Ok(0xfe00_0000));
+        assert_eq!(client.read(table, 0), Ok(0xfee0_0000));
+    };
+    client.call(RESET, &[]).unwrap();
+    assert_untouched(&mut client);
+    rig.stop(2, NO_LEASE);
+    rig.command(3, Phase::Reset, S::Stop, NO_LEASE);
+    assert!(matches!(rig.answer(), DeviceMessage::Reached(_)));
+    assert_untouched(&mut client);
+    assert_eq!(rig.device().deeds().iter().filter(|deed| **deed == Deed::Reset).count(), 2);
+    rig.start(4);
+    rig.device().handles.interrupts.raise(0);
+    assert_eq!(rustix::io::read(&vector, &mut [0_u8; 8]), Ok(8), "it is still installed");
     drop(client);
 }
 
