@@ -18,15 +18,16 @@
 //! ETIMEDOUT and take nothing, a commit fails, and the threads of later sessions wait for it
 //! ([`Turn`](super::turn::Turn)) and end with their session.
 
+mod thread;
+
 use super::parts::Parts;
-use super::stream::{Progress, Saver, Sink, StreamError, load};
+use super::stream::{Progress, StreamError};
 use crate::device::Device;
 use crate::log;
 use rustix::io::Errno;
 use standstill_protocol::message::{Refusal, RefusalKind};
 use standstill_protocol::migration::MigrationState;
 use std::collections::VecDeque;
-use std::io::{self, ErrorKind, Read, Write};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::Builder;
@@ -222,7 +223,7 @@ impl ClientStream {
         if self.is_in_a_hurry() && session.is_waiting_to_begin() {
             return Ok(0);
         }
-        session.start(parts, save)?;
+        session.start(parts, thread::save)?;
         session.read(data, Instant::now(), patience, || self.is_in_a_hurry())
     }
 
@@ -239,7 +240,7 @@ impl ClientStream {
         patience: Duration,
     ) -> Result<(), Errno> {
         let session = self.session(false)?;
-        session.start(parts, take_over)?;
+        session.start(parts, thread::take_over)?;
         session.write(data, patience)
     }
 
@@ -517,108 +518,6 @@ fn take(from: &mut VecDeque<u8>, to: &mut [u8]) -> usize {
     to[of_first..length].copy_from_slice(&second[..length - of_first]);
     from.drain(..length);
     length
-}
-
-/// The other end of a session's bytes, for the code that writes or reads a stream.
-struct Bytes<'a>(&'a Session);
-
-fn gone() -> io::Error {
-    io::Error::new(ErrorKind::BrokenPipe, "the client has ended the state stream")
-}
-
-impl Write for Bytes<'_> {
-    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
-        let Self(session) = self;
-        let mut state = session.lock();
-        loop {
-            if state.closed {
-                return Err(gone());
-            }
-            let length = data.len().min(ROOM - state.bytes.len());
-            if length > 0 || data.is_empty() {
-                state.bytes.extend(&data[..length]);
-                session.changed.notify_all();
-                return Ok(length);
-            }
-            state = session.wait(state);
-        }
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-impl Sink for Bytes<'_> {
-    fn still_wanted(&self) -> io::Result<()> {
-        if self.0.is_open() { Ok(()) } else { Err(gone()) }
-    }
-
-    fn ends_pass(&self) -> bool {
-        self.0.lock().stage != Stage::PreCopy
-    }
-
-    fn is_starving(&self) -> bool {
-        let state = self.0.lock();
-        let since = state.reading_since.filter(|_| state.stage == Stage::StopCopy);
-        !state.closed && since.is_some_and(|since| since.elapsed() >= STARVING)
-    }
-}
-
-impl Read for Bytes<'_> {
-    fn read(&mut self, data: &mut [u8]) -> io::Result<usize> {
-        let Self(session) = self;
-        let mut state = session.lock();
-        loop {
-            if state.closed {
-                return Err(gone());
-            }
-            let length = take(&mut state.bytes, data);
-            if length > 0 || data.is_empty() || state.input_ended {
-                session.changed.notify_all();
-                return Ok(length);
-            }
-            state = session.wait(state);
-        }
-    }
-}
-
-/// What the thread of a session that saves does.
-fn save<D: Device>(parts: &Parts<D>, session: &Arc<Session>) -> Result<(), StreamError> {
-    let closed = || StreamError::Write(gone());
-    let mut saver = Saver::new(parts);
-    session.lock().progress = Some(Arc::clone(saver.progress()));
-    let _turn = parts.saving.take(|| session.is_open()).ok_or_else(closed)?;
-    loop {
-        let stage = {
-            let mut state = session.lock();
-            if std::mem::take(&mut state.start_over) {
-                saver.start_over();
-            }
-            state.stage
-        };
-        if stage == Stage::StopCopy {
-            return saver.finish(parts, &mut Bytes(session));
-        }
-        saver.pre_copy(parts, &mut Bytes(session))?;
-        let mut state = session.lock();
-        state.idle = true;
-        state.passes += 1;
-        session.changed.notify_all();
-        while state.idle && state.stage == Stage::PreCopy && !state.closed {
-            state = session.wait(state);
-        }
-        if state.closed {
-            return Err(closed());
-        }
-    }
-}
-
-/// What the thread of a session that loads does.
-fn take_over<D: Device>(parts: &Parts<D>, session: &Arc<Session>) -> Result<(), StreamError> {
-    let turn = parts.loading.take(|| session.is_open());
-    let _turn = turn.ok_or_else(|| StreamError::Read(gone()))?;
-    load(parts, Bytes(session))
 }
 
 #[cfg(test)]

@@ -1,5 +1,6 @@
 use super::*;
 use crate::actor::scripted::{Scripted, info, put_together};
+use crate::actor::stream::Saver;
 use crate::actor::stream::apart::Kept;
 use crate::device::{Bar, Pass};
 use std::os::fd::OwnedFd;
