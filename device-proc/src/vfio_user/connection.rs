@@ -289,16 +289,9 @@ impl<'a, D: Device> Connection<'a, D> {
     /// Takes one whole message, if there is one, and answers it.
     #[inline]
     fn take_one(&mut self) -> Result<bool, Ended> {
-        match self.put_off.take() {
-            None => {}
-            Some(PutOff::Later(later)) => {
-                self.do_later(later)?;
-                return Ok(true);
-            }
-            Some(PutOff::Write(write)) => {
-                self.take_waiting(write)?;
-                return Ok(true);
-            }
+        if self.put_off.is_some() {
+            self.take_put_off()?;
+            return Ok(true);
         }
         if self.gone_since.is_some_and(|since| since.elapsed() >= LAST_PATIENCE) {
             return Err(LinkError::Gone.into());
@@ -330,6 +323,15 @@ impl<'a, D: Device> Connection<'a, D> {
         };
         self.go_on(next)?;
         Ok(true)
+    }
+
+    #[cold]
+    fn take_put_off(&mut self) -> Result<(), Ended> {
+        match self.put_off.take() {
+            None => Ok(()),
+            Some(PutOff::Later(later)) => self.do_later(later),
+            Some(PutOff::Write(write)) => self.take_waiting(write),
+        }
     }
 
     #[cold]
