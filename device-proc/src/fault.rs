@@ -1,6 +1,6 @@
 //! Doing wrong what this process was told to: only in builds with the feature `fault-injection`.
 //!
-//! [`arm`] takes faults, the runtime says at each [`Point`] that it has [reached](reach) it, and
+//! [`arm`] takes faults, the runtime says at each [`Point`] that it has [reached](reach) or [passes](pass) it, and
 //! whoever is there then dies, hangs or waits in that call, or is told what else to do wrong. The
 //! points themselves are in the code that they belong to, each under `#[cfg]`, so that a build
 //! without the feature has nothing of it.
@@ -65,18 +65,23 @@ pub(crate) fn arm_from_environment() -> io::Result<()> {
 }
 
 /// The process is at this point. What kills, stops, hangs or delays it is done here, on this
-/// thread; what is left is the caller's to do, in this order.
-pub(crate) fn reach(point: Point) -> Vec<Action> {
-    if KINDS.load(Ordering::Acquire) & armory::kind(point) == 0 {
-        return Vec::new();
-    }
-    let hits = {
+/// thread; what is left is the caller's to do. One comes after the other: what follows one that hangs has not
+/// happened, and what is before it has.
+pub(crate) fn reach(point: Point) -> impl Iterator<Item = Action> {
+    let hits = if KINDS.load(Ordering::Acquire) & armory::kind(point) == 0 {
+        Vec::new()
+    } else {
         let mut armory = armory();
         let hits = armory.reach(point);
         KINDS.store(armory.kinds(), Ordering::Release);
         hits
     };
-    hits.iter().filter_map(act).collect()
+    hits.into_iter().filter_map(|hit| act(&hit))
+}
+
+/// The process is at a point at which nothing is left to the caller.
+pub(crate) fn pass(point: Point) {
+    reach(point).for_each(drop);
 }
 
 /// Does what a thread can do by itself; gives back what it cannot.

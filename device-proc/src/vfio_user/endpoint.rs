@@ -134,7 +134,7 @@ impl<D: Device> Endpoint<D> {
                 self.check_read(permit, region, offset)?;
                 check_width(data.len())?;
                 #[cfg(feature = "fault-injection")]
-                crate::fault::reach(standstill_protocol::fault::Point::Mmio);
+                crate::fault::pass(standstill_protocol::fault::Point::Mmio);
                 let _handling = Handling::begin();
                 self.parts.device.region_read(bar, offset, data).map_err(|error| refused(&error))
             }
@@ -149,7 +149,7 @@ impl<D: Device> Endpoint<D> {
             Region::Raw(raw) => {
                 self.check_read(permit, region, offset)?;
                 #[cfg(feature = "fault-injection")]
-                crate::fault::reach(standstill_protocol::fault::Point::Mmio);
+                crate::fault::pass(standstill_protocol::fault::Point::Mmio);
                 raw.read(region, offset, data)
             }
         }
@@ -188,7 +188,7 @@ impl<D: Device> Endpoint<D> {
             Region::Registers(bar) => {
                 check_width(data.len())?;
                 #[cfg(feature = "fault-injection")]
-                crate::fault::reach(standstill_protocol::fault::Point::Mmio);
+                crate::fault::pass(standstill_protocol::fault::Point::Mmio);
                 let _handling = Handling::begin();
                 self.parts.device.region_write(bar, offset, data).map_err(|error| refused(&error))
             }
@@ -202,7 +202,7 @@ impl<D: Device> Endpoint<D> {
             Region::Raw(raw) if region == CONFIG_REGION => raw.write(region, offset, data),
             Region::Raw(raw) => {
                 #[cfg(feature = "fault-injection")]
-                crate::fault::reach(standstill_protocol::fault::Point::Mmio);
+                crate::fault::pass(standstill_protocol::fault::Point::Mmio);
                 raw.write(region, offset, data)
             }
         }

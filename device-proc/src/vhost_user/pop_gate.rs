@@ -102,7 +102,7 @@ impl PopGate {
     pub fn enter(&self, queue: usize) -> Option<Popped> {
         let queue = self.0.queues.get(queue)?;
         #[cfg(feature = "fault-injection")]
-        crate::fault::reach(standstill_protocol::fault::Point::Dma);
+        crate::fault::pass(standstill_protocol::fault::Point::Dma);
         let entered = queue.0.try_count_up();
         #[cfg(feature = "fault-injection")]
         let (queue, entered) = match entered {
@@ -111,7 +111,7 @@ impl PopGate {
         };
         let popped = Popped { age: entered?, queue: Arc::clone(queue) };
         #[cfg(feature = "fault-injection")]
-        crate::fault::reach(standstill_protocol::fault::Point::DmaInFlight);
+        crate::fault::pass(standstill_protocol::fault::Point::DmaInFlight);
         Some(popped)
     }
 

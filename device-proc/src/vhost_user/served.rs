@@ -181,7 +181,7 @@ impl<B: Backend> VhostUserBackend for Served<B> {
 
     fn get_config(&self, offset: u32, size: u32) -> Vec<u8> {
         #[cfg(feature = "fault-injection")]
-        crate::fault::reach(standstill_protocol::fault::Point::Mmio);
+        crate::fault::pass(standstill_protocol::fault::Point::Mmio);
         let mut data = self.core().backend.get_config(offset, size);
         self.core().kept().overlay(offset, &mut data);
         data
@@ -192,7 +192,7 @@ impl<B: Backend> VhostUserBackend for Served<B> {
         let permit = self.0.parts.accesses.try_enter();
         // What a stop waits for, as for an access to a register.
         #[cfg(feature = "fault-injection")]
-        crate::fault::reach(standstill_protocol::fault::Point::Mmio);
+        crate::fault::pass(standstill_protocol::fault::Point::Mmio);
         match permit {
             Some(_permit) => {
                 core.write_kept();

@@ -20,7 +20,8 @@ impl Saver {
             return None;
         }
         let spoils = |action: &Action| matches!(action, Action::Refuse(_) | Action::Send(_));
-        let action = fault::reach(Point::Saving).into_iter().find(spoils)?;
+        let action =
+            fault::reach(Point::Saving).filter(spoils).collect::<Vec<_>>().into_iter().next()?;
         let record = self.record();
         let end = record.len() - DIGEST;
         Some(match action {
@@ -44,7 +45,7 @@ impl Saver {
 
 /// A record is to be read.
 pub(super) fn reach_record() -> Result<(), StreamError> {
-    for action in fault::reach(Point::Loading) {
+    for action in fault::reach(Point::Loading).collect::<Vec<_>>() {
         if let Action::Refuse(errno) = action {
             return Err(StreamError::Read(io::Error::from_raw_os_error(errno)));
         }

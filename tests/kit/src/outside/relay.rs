@@ -157,8 +157,8 @@ impl Relay {
     /// the journal. What has fired once does not fire again in a later incarnation.
     ///
     /// It is in force for every packet that is sent after this returns, also if the device process
-    /// is not started yet. Several that are armed for one packet are done in their order. What is
-    /// armed for [`Moment::Running`] or [`Moment::Stopped`] is done at once, or when the device
+    /// is not started yet. Several that are armed for one packet are done in their order; of those that
+    /// decide what becomes of it, the worst one is. What is armed for [`Moment::Running`] or [`Moment::Stopped`] is done at once, or when the device
     /// process has been started: wait for it with [`until_fired`](Self::until_fired).
     ///
     /// # Errors

@@ -89,6 +89,12 @@ struct Done {
     cut: bool,
 }
 
+impl Done {
+    fn befalls(&mut self, fate: Fate) {
+        self.fate = self.fate.worse(fate);
+    }
+}
+
 struct Relay {
     child: Child,
     orders: Orders,
@@ -235,14 +241,14 @@ impl Relay {
                 }
                 OutsideAction::DelayMs(ms) => done.delay += Duration::from_millis(ms.into()),
                 OutsideAction::Hold => done.held_by = (!let_go).then_some(index).or(done.held_by),
-                OutsideAction::Drop => done.fate = Fate::Drop,
-                OutsideAction::Duplicate => done.fate = Fate::Twice,
+                OutsideAction::Drop => done.befalls(Fate::Drop),
+                OutsideAction::Duplicate => done.befalls(Fate::Twice),
                 // The first byte behind the header: which message it is.
-                OutsideAction::Corrupt => done.fate = Fate::CorruptAt(HEADER),
-                OutsideAction::CorruptAt(offset) => done.fate = Fate::CorruptAt(offset.into()),
-                OutsideAction::Split => done.fate = Fate::Split,
-                OutsideAction::Merge => done.fate = Fate::Merge,
-                OutsideAction::Swap => done.fate = Fate::Swap,
+                OutsideAction::Corrupt => done.befalls(Fate::CorruptAt(HEADER)),
+                OutsideAction::CorruptAt(offset) => done.befalls(Fate::CorruptAt(offset.into())),
+                OutsideAction::Split => done.befalls(Fate::Split),
+                OutsideAction::Merge => done.befalls(Fate::Merge),
+                OutsideAction::Swap => done.befalls(Fate::Swap),
                 OutsideAction::Cut => done.cut = true,
             }
         }

@@ -1,7 +1,7 @@
 //! What was seen when a plan was run: data, for [oracles](super::oracle) to judge.
 
 use standstill_coordinator::report::{CommandAnswer, TransitionReport};
-use standstill_coordinator::{MachineError, Status};
+use standstill_coordinator::{DeviceStanding, DeviceStatus, MachineError, Status};
 use standstill_protocol::migration::MigrationState;
 use standstill_protocol::transition::{MachineState, Outcome};
 use std::collections::BTreeSet;
@@ -152,8 +152,11 @@ pub(super) fn survivors(
     report: Option<&TransitionReport>,
     names: &[String],
 ) -> Vec<Survivor> {
-    let counting = status.devices.iter().filter(|device| device.lost.is_none());
-    let survivor = |device: &standstill_coordinator::DeviceStatus| {
+    // One that is started again counts when it has joined, not before.
+    let counts =
+        |device: &&DeviceStatus| device.lost.is_none() && device.standing == DeviceStanding::Ready;
+    let counting = status.devices.iter().filter(counts);
+    let survivor = |device: &DeviceStatus| {
         let number = names.iter().position(|name| *name == device.name)?;
         let answered = report.and_then(|report| {
             let participants = &mut report.participants.iter();

@@ -21,6 +21,23 @@ pub(super) enum Fate {
     Swap,
 }
 
+impl Fate {
+    /// What becomes of a packet that both is to befall: what does more harm, so that whoever is to be lost by
+    /// it is.
+    pub(super) fn worse(self, other: Self) -> Self {
+        let harm = |fate: Self| match fate {
+            Self::Deliver => 0,
+            Self::Twice => 1,
+            Self::Swap => 2,
+            Self::Merge => 3,
+            Self::Drop => 4,
+            Self::CorruptAt(_) => 5,
+            Self::Split => 6,
+        };
+        if harm(other) >= harm(self) { other } else { self }
+    }
+}
+
 /// A packet that waits to be delivered.
 struct Waiting {
     /// Not before.
@@ -130,5 +147,25 @@ impl Lane {
     pub(super) fn give_up(&mut self) {
         self.discard();
         self.ended = true;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_two_things_that_befall_a_packet_the_worse_one_does_whichever_comes_first() {
+        let (twice, drop, corrupt) = (Fate::Twice, Fate::Drop, Fate::CorruptAt(4));
+        for (one, other, worse) in [
+            (corrupt, twice, corrupt),
+            (drop, twice, drop),
+            (corrupt, drop, corrupt),
+            (Fate::Split, Fate::Swap, Fate::Split),
+            (Fate::Deliver, twice, twice),
+        ] {
+            assert_eq!(one.worse(other), worse);
+            assert_eq!(other.worse(one), worse);
+        }
     }
 }

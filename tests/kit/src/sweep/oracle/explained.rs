@@ -34,7 +34,7 @@ impl Judge {
             // Whoever is lost meanwhile accepts no declaration.
             Seen::Refused => step.act == Act::Declare && (comes_to(Seen::Refused) || fences()),
             word @ (Seen::RolledBack | Seen::Stopped) => comes_to(word),
-            Seen::Held => self.may_be_held(plan, seen, step),
+            Seen::Held => self.may_be_held(plan, seen, at, step),
             // No step ends so.
             Seen::Lost | Seen::GivenUp | Seen::NotStarted => false,
         }
@@ -72,7 +72,12 @@ impl Judge {
 
     /// The faults of devices that have something to do with an event: those that have happened in that step
     /// or since the step before, and those whose device has not gone on as ever since an earlier one.
-    fn at_work<'p>(&self, plan: &'p Plan, seen: &Observation, at: usize) -> Vec<&'p Injection> {
+    pub(super) fn at_work<'p>(
+        &self,
+        plan: &'p Plan,
+        seen: &Observation,
+        at: usize,
+    ) -> Vec<&'p Injection> {
         let now = fired_at(seen, at);
         let before = |number: usize| {
             let earlier = (0..at).rev();
