@@ -7,7 +7,7 @@ use super::subject::Engines;
 use super::summary::{Failure, Summary, as_text};
 use crate::progress::Progress;
 use standstill_testkit::plan::{Plan, PlanError};
-use standstill_testkit::sweep::cases::{self, Policies};
+use standstill_testkit::sweep::cases::{self, Policies, Victims};
 use standstill_testkit::sweep::resources::Resources;
 use standstill_testkit::sweep::seeded::Seeded;
 use standstill_testkit::sweep::{
@@ -278,19 +278,21 @@ fn plans(args: &ChaosArgs, seed: Option<u64>, judge: &Judge) -> Result<(Sweep, u
         let policies = if args.policies == All { Policies::All } else { Policies::InTurn };
         let mut swept = [&causes[..], &cases::limits()].concat();
         swept.retain(|cause| !args.disk || disk::is_judged(cause));
+        let victims = match policies {
+            _ if args.disk => Victims::Only(DISK),
+            Policies::All => Victims::Each,
+            Policies::InTurn => Victims::InTurn { from: 0 },
+        };
         // Those that wait longest come first.
-        plans = cases::sweep_of_restarts(&causes, SWEPT, times);
-        let mut last = cases::sweep_of_coordinators(SWEPT);
-        last.extend(cases::sweep_of_queries(SWEPT, times));
+        plans = cases::sweep_of_restarts(&causes, SWEPT, &victims, times);
         if args.disk {
-            let of_the_disk = plans.iter_mut().chain(&mut last).flat_map(|plan| &mut plan.faults);
-            of_the_disk.for_each(|fault| fault.device = DISK);
             plans.extend(cases::sweep_of_one(DISK, &swept, SWEPT, policies, expected, times));
         } else {
             plans.extend(cases::sweep(&swept, SWEPT, policies, expected, times));
         }
         plans.extend(cases::sweep_of_hooks(SWEPT, expected, times));
-        plans.extend(last);
+        plans.extend(cases::sweep_of_coordinators(SWEPT, &victims));
+        plans.extend(cases::sweep_of_queries(SWEPT, &victims, times));
         plans = plans.into_iter().step_by(args.every.into()).collect();
     }
     let mut all: u32 = plans.iter().map(rounds).fold(0, u32::saturating_add);

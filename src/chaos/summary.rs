@@ -31,10 +31,10 @@ the place of one of the engines (`--disk`) comes to the same, by the same table.
 - *refused*: a declaration of RAM was not accepted; it may be declared again.
 - *late*: bytes were written while the machine stood still.
 
-What comes after a comma came next; whatever is not said was *Done*. Where two things are possible (\"or\"),
-nobody outside can decide which one comes first; the table says why. A cell with \"-\" cannot be. *receipt*,
-*before-ack* and *after-ack* are points in the device process: it has read the command, would answer, has
-answered while others have not; *command* and *answer*: the packet is on its way. A hook is *before*,
+What comes after a comma came next; whatever is not said was *Done*. Where two things are possible, nobody
+outside can decide which one comes first, and the table says why: what has come is said, and in brackets
+what could have come and has not. A cell with \"-\" cannot be. *receipt*, *before-ack* and *after-ack* are
+points in the device process: it has read the command, would answer, has answered while others have not; *command* and *answer*: the packet is on its way. A hook is *before*,
 *between* or *after* the phases of a stop, and in the mirrored place of a start. With the policy
 `restart` it is as with `rollback`, and the device comes back; its *hello again* is the one after that
 loss, in one process or *each time*. Of *kill-coordinator*, *stop-coordinator* (it comes back when another

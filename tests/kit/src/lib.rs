@@ -90,3 +90,8 @@ pub fn chain(error: &dyn std::error::Error) -> String {
     let sources = std::iter::successors(error.source(), |&error| error.source());
     sources.fold(error.to_string(), |text, source| format!("{text}: {source}"))
 }
+
+/// The code in the documentation, compiled by the tests.
+#[cfg(doctest)]
+#[doc = include_str!("../../../docs/testkit.md")]
+struct TestkitPage;

@@ -197,3 +197,16 @@ fn what_cannot_be_is_refused_by_name() {
         }
     }
 }
+
+#[test]
+fn the_plan_in_the_documentation_is_one_that_can_be_run() {
+    use crate::sweep::{Expected, Judge, Times};
+
+    let page = include_str!("../../../../docs/testkit.md");
+    let (_, rest) = page.split_once("\n## Plans\n").unwrap();
+    let (_, rest) = rest.split_once("```toml\n").unwrap();
+    let plan = Plan::from_toml(rest.split_once("```").unwrap().0).unwrap();
+    assert_eq!((plan.devices, plan.faults.len(), plan.hooks.len()), (3, 2, 1));
+    let (expected, times) = (Expected::ours().unwrap(), Times::default());
+    Judge { expected, times, knows_liars: false }.accepts(&plan).unwrap();
+}

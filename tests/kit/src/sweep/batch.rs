@@ -1,6 +1,6 @@
 //! Many plans, several at the same time.
 
-use super::cases::{self, Policies};
+use super::cases::{self, Policies, Victims};
 use super::engine::run;
 use super::expected::{Expected, TableError};
 use super::observation::Observation;
@@ -17,6 +17,8 @@ use tokio::time::Instant;
 
 /// How many machines are at work at the same time: most of them wait for a deadline.
 const AT_ONCE: usize = 8;
+/// Where the place of the victim makes the least difference, it is another one each time.
+const IN_TURN: Victims = Victims::InTurn { from: 0 };
 /// How long it is looked for smaller plans in the place of those that have failed, unless said otherwise.
 const SHRINKING: Duration = Duration::from_secs(60);
 
@@ -86,8 +88,9 @@ impl Sweep {
         Ok(Self { plans, drawn: None, judge, at_once: AT_ONCE, shrinking: SHRINKING })
     }
 
-    /// Everything that can be done to device programs of any kind from outside, as
-    /// [`cases::sweep`] gives it, and faults of hooks and of coordinators beside them: machines of three.
+    /// What can be done to device programs of any kind from outside while their machine is paused and resumed
+    /// ([`cases::outside`]), as [`cases::sweep`] gives it, and faults of hooks and of coordinators beside them:
+    /// machines of three. It has no limits, of which it depends on the program what comes.
     ///
     /// # Errors
     ///
@@ -106,7 +109,7 @@ impl Sweep {
     pub fn everything() -> Result<Self, TableError> {
         let times = Times::default();
         let mut sweep = Self::of(&[cases::inside(&times), cases::outside(&times)].concat())?;
-        sweep.plans.extend(cases::sweep_of_queries(3, &times));
+        sweep.plans.extend(cases::sweep_of_queries(3, &IN_TURN, &times));
         Ok(sweep)
     }
 
@@ -114,10 +117,10 @@ impl Sweep {
         let mut sweep = Self::new([])?;
         let Judge { expected, times, .. } = &sweep.judge;
         // Those that wait longest come first.
-        sweep.plans = cases::sweep_of_restarts(causes, 3, times);
+        sweep.plans = cases::sweep_of_restarts(causes, 3, &IN_TURN, times);
         sweep.plans.extend(cases::sweep(causes, 3, Policies::InTurn, expected, times));
         sweep.plans.extend(cases::sweep_of_hooks(3, expected, times));
-        sweep.plans.extend(cases::sweep_of_coordinators(3));
+        sweep.plans.extend(cases::sweep_of_coordinators(3, &IN_TURN));
         Ok(sweep)
     }
 

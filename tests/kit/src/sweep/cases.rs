@@ -11,6 +11,7 @@ use crate::plan::{
 use crate::trace::Call;
 use standstill_protocol::fault::{Action, Fault, Forgery, Packet, Point};
 use standstill_protocol::message::Phase;
+use std::ops::Range;
 
 /// The phases of a pause and a resume.
 pub const PHASES: [Phase; 4] = [Phase::PrepareStop, Phase::Stop, Phase::PrepareStart, Phase::Start];
@@ -70,7 +71,8 @@ pub fn inside(times: &Times) -> Vec<Cause> {
     points
         .flat_map(|point| actions.iter().map(move |&action| Fault::new(point, action)))
         .filter(Fault::is_possible)
-        // Who greets twice is found out before the machine has started, or after it.
+        // Who greets twice is found out before the machine has started, or at any time after it: that has a test
+        // of its own, in which others have still to greet.
         .filter(|fault| (fault.point, fault.action) != (Point::Hello, Action::TwoAcks))
         .map(Cause::Inside)
         .collect()
@@ -135,17 +137,17 @@ pub fn coordinators() -> Vec<Cause> {
     moments.flat_map(of).collect()
 }
 
-/// Machines whose coordinator is lost, hangs or comes back, at every moment: at a packet of one device, of
-/// the next one at the next moment. What comes of it is the same under every policy.
+/// Machines whose coordinator is lost, hangs or comes back, at every moment: at a packet of each of those
+/// devices, or of the next one at the next moment. What comes of it is the same under every policy.
 #[must_use]
-pub fn sweep_of_coordinators(devices: u16) -> Vec<Plan> {
-    let all = coordinators();
-    let plan = |(at, cause): (usize, &Cause)| {
+pub fn sweep_of_coordinators(devices: u16, victims: &Victims) -> Vec<Plan> {
+    let plans = |(at, cause): (usize, &Cause)| {
         // Three to each moment.
-        let device = u16::try_from(at / 3).unwrap_or(0) % devices.max(1);
-        Plan::new(devices).inject(first(device, cause))
+        let moment = u16::try_from(at / 3).unwrap_or(0);
+        let plan = |device| Plan::new(devices).inject(first(device, cause));
+        victims.of(moment, devices).map(plan).collect::<Vec<_>>()
     };
-    all.iter().enumerate().map(plan).collect()
+    coordinators().iter().enumerate().flat_map(plans).collect()
 }
 
 /// Everything that a device process can do wrong when the coordinator that takes its machine over asks it where
@@ -157,16 +159,19 @@ pub fn queries(times: &Times) -> Vec<Cause> {
     faults.map(Cause::Inside).collect()
 }
 
-/// Machines whose coordinator is lost while they run, and of which one device does wrong when it is asked: the
-/// next one in the next plan. What comes of it is the same under every policy.
+/// Machines whose coordinator is lost while they run, and of which one device does wrong when it is asked: each
+/// of those devices in a plan of its own, or the next one in the next plan. What comes of it is the same under
+/// every policy.
 #[must_use]
-pub fn sweep_of_queries(devices: u16, times: &Times) -> Vec<Plan> {
-    let plan = |(at, cause): (u16, &Cause)| {
-        let device = at % devices.max(1);
+pub fn sweep_of_queries(devices: u16, victims: &Victims, times: &Times) -> Vec<Plan> {
+    let plans = |(at, cause): (u16, &Cause)| {
         let (moment, action) = (Moment::Running, OutsideAction::KillCoordinator);
-        Plan::new(devices).outside(device, moment, action).inject(first(device, cause))
+        let plan = |device| {
+            Plan::new(devices).outside(device, moment, action).inject(first(device, cause))
+        };
+        victims.of(at, devices).map(plan).collect::<Vec<_>>()
     };
-    (0..).zip(&queries(times)).map(plan).collect()
+    (0..).zip(&queries(times)).flat_map(plans).collect()
 }
 
 /// A fault of a device in the first round.
@@ -185,19 +190,26 @@ pub(super) fn hellos(causes: &[Cause]) -> Vec<Fault> {
 
 /// Machines of which a device is lost and greets again: with each of those faults that come at a Hello, in
 /// its first process that was started again; and in every one, if that does not take until a deadline
-/// each time.
+/// each time. It is each of those devices, or the next one with the next fault.
 #[must_use]
-pub fn sweep_of_restarts(causes: &[Cause], devices: u16, times: &Times) -> Vec<Plan> {
+pub fn sweep_of_restarts(
+    causes: &[Cause],
+    devices: u16,
+    victims: &Victims,
+    times: &Times,
+) -> Vec<Plan> {
     let mut plans = Vec::new();
     for (at, fault) in (0..).zip(hellos(causes)) {
         let ends = nature(&Cause::Inside(fault), times) == Nature::Ends;
         let each = ends.then_some(fault.nth(0));
         for fault in std::iter::once(fault).chain(each) {
-            let (device, round) = (at % devices.max(1), 2);
-            let plan = Plan::new(devices).rounds(round).policy(Policy::Restart);
-            let kill = Outside { moment: Moment::Running, action: OutsideAction::Kill };
-            let plan = plan.inject(Injection { device, round, cause: Cause::Outside(kill) });
-            plans.push(plan.inject(Injection { device, round, cause: Cause::Inside(fault) }));
+            for device in victims.of(at, devices) {
+                let round = 2;
+                let plan = Plan::new(devices).rounds(round).policy(Policy::Restart);
+                let kill = Outside { moment: Moment::Running, action: OutsideAction::Kill };
+                let plan = plan.inject(Injection { device, round, cause: Cause::Outside(kill) });
+                plans.push(plan.inject(Injection { device, round, cause: Cause::Inside(fault) }));
+            }
         }
     }
     plans
@@ -346,14 +358,7 @@ pub fn plans(
     };
     let mut plans = Vec::new();
     for (at, cause) in (0_u16..).zip(causes.iter().filter(possible)) {
-        let victims = match victims {
-            Victims::Each => 0..devices,
-            Victims::Only(victim) => *victim..victim + 1,
-            Victims::InTurn { from } => {
-                let victim = (at + from) % devices;
-                victim..victim + 1
-            }
-        };
+        let victims = victims.of(at, devices);
         plans.extend(victims.map(|victim| plan(cause, victim, devices, policy, times)));
     }
     plans
@@ -371,6 +376,20 @@ pub enum Victims {
         /// Which in the first plan.
         from: u16,
     },
+}
+
+impl Victims {
+    /// Those of the plans of one fault. `at` is its number.
+    fn of(&self, at: u16, devices: u16) -> Range<u16> {
+        match *self {
+            Self::Each => 0..devices,
+            Self::Only(victim) => victim..victim + 1,
+            Self::InTurn { from } => {
+                let victim = at.wrapping_add(from) % devices.max(1);
+                victim..victim + 1
+            }
+        }
+    }
 }
 
 #[cfg(test)]
@@ -438,6 +457,28 @@ mod tests {
             let same = |other: &&Plan| other.faults[0].cause == plan.faults[0].cause;
             assert_eq!(all.iter().filter(same).count(), 4, "{plan:?}");
             assert!(in_turn.iter().any(|other| same(&other)), "{plan:?}");
+        }
+    }
+
+    #[test]
+    fn each_device_is_the_victim_where_that_is_wanted_and_one_where_not() {
+        let times = Times::default();
+        let causes = inside(&times);
+        let all = |victims: &Victims| {
+            let restarts = sweep_of_restarts(&causes, 3, victims, &times);
+            [restarts, sweep_of_queries(3, victims, &times), sweep_of_coordinators(3, victims)]
+        };
+        let victims = [Victims::InTurn { from: 0 }, Victims::Each, Victims::Only(2)];
+        let [in_turn, each, only] = victims.map(|victims| all(&victims));
+        for ((in_turn, each), only) in in_turn.iter().zip(&each).zip(&only) {
+            assert_eq!((each.len(), only.len()), (3 * in_turn.len(), in_turn.len()));
+            assert!(in_turn.iter().chain(only).all(|plan| each.contains(plan)));
+            for victim in 0..3 {
+                let own = |plan: &&Plan| plan.faults.iter().all(|fault| fault.device == victim);
+                assert_eq!(each.iter().filter(own).count(), in_turn.len());
+                assert!(in_turn.iter().any(|plan| own(&plan)));
+            }
+            assert!(only.iter().flat_map(|plan| &plan.faults).all(|fault| fault.device == 2));
         }
     }
 

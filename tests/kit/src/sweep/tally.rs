@@ -196,7 +196,7 @@ impl Tally {
     }
 
     /// What came of each fault, as tables: by policy, with faults of which the same came in one line.
-    /// Where several things are possible, all of them are said, if what came is one of them; and where
+    /// Where something else is possible by the table, that follows in brackets; and where
     /// the kernel decides, what is to come under the other one. Of `restart` only that is told which
     /// other policies have not: it is `rollback` and what comes after.
     #[must_use]
@@ -240,9 +240,13 @@ impl Tally {
                 let possible = expected.courses(policy, word, place).unwrap_or_default();
                 let possible: Vec<_> = possible.iter().map(ToString::to_string).collect();
                 let seen: Vec<_> = courses.keys().cloned().collect();
-                let tried = cell.word == word;
-                let one_of = !tried || seen.iter().all(|course| possible.contains(course));
-                (if one_of { possible } else { seen }).join(" or ")
+                // Of the word of another kernel nothing was seen.
+                if cell.word != word {
+                    return possible.join(" or ");
+                }
+                let others = possible.iter().filter(|course| !seen.contains(course));
+                let others = others.map(|course| format!(" (or {course})"));
+                std::iter::once(seen.join(" or ")).chain(others).collect()
             };
             lines.entry((row, columns.iter().map(field).collect())).or_default().push(word);
         }
