@@ -175,11 +175,10 @@ impl Interrupts {
         let mut lines = self.lines();
         let asserted = asserted && lines.has_intx;
         let was = std::mem::replace(&mut lines.intx_asserted, asserted);
+        lines.intx.latched &= asserted;
         drop(lines);
         if asserted && !was {
             self.raise_line(IrqIndex::Intx, 0);
-        } else if !asserted {
-            self.lines().intx.latched = false;
         }
     }
 
@@ -386,7 +385,8 @@ impl Interrupts {
                 // By level: raised for whoever comes or unmasks it while it is asserted.
                 (IrqIndex::Intx, _) => asserted,
                 (_, Why::Latched) => true,
-                (_, Why::New) => line.masked,
+                // One that waits already waits on.
+                (_, Why::New) => line.latched || line.masked,
             };
             return;
         };

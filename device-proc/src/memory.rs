@@ -352,12 +352,18 @@ impl MemoryMap {
             (Some(fd), Some(facts)) => {
                 let ram = changes.is_ram(facts.id);
                 let file = changes.file(facts.id, spec.writable, fd);
-                Window::of_file(spec, file, facts.id, ram).map_err(io_error)?
+                let made = Window::of_file(spec, file, facts.id, ram);
+                made.inspect_err(|_| changes.forget_files()).map_err(io_error)?
             }
             _ => Window::without_file(spec),
         };
         if let Some(log) = &mut changes.log {
-            log.add(&window).map_err(|source| MapError::Log { spec, source })?;
+            let added = log.add(&window);
+            if let Err(source) = added {
+                drop(window);
+                changes.forget_files();
+                return Err(MapError::Log { spec, source });
+            }
         }
         (changes.with_file, changes.mapped) = (with_file, mapped);
         // Nobody else changes the windows while this holds `changes`, so the place still holds.
@@ -574,7 +580,7 @@ impl MemoryMap {
         changes.lost_sight |= lost_sight;
         changes.with_file = changes.with_file.saturating_sub(with_file);
         changes.mapped = changes.mapped.saturating_sub(bytes);
-        changes.files.retain(|_, file| file.strong_count() > 0);
+        changes.forget_files();
     }
 }
 
@@ -640,6 +646,11 @@ impl Changes {
         let file = Arc::new(File::from(fd));
         self.files.insert((id, writable), Arc::downgrade(&file));
         file
+    }
+
+    /// Forgets files that no window uses.
+    fn forget_files(&mut self) {
+        self.files.retain(|_, file| file.strong_count() > 0);
     }
 }
 

@@ -9,7 +9,7 @@
 //! |---|---|
 //! | requests | read, write, flush, get-id, discard, write-zeroes |
 //! | rings | split; indirect descriptors, event index; one thread for each queue |
-//! | cache mode | writeback or writethrough, as the driver says in the configuration space; writethrough for a driver that does not flush |
+//! | cache mode | writeback; writethrough for a driver that does not flush |
 //! | I/O | the page cache is read and written at once; all else goes through `io_uring`, or is waited for where the kernel gives none |
 //!
 //! What a guest puts into a ring is not trusted: a request that makes no sense fails, or is handed back
@@ -58,7 +58,7 @@ use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
 use thiserror::Error;
@@ -66,7 +66,7 @@ use uring::Ring;
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use vhost_user_backend::bitmap::BitmapMmapRegion;
 use vhost_user_backend::{VhostUserBackend, VringRwLock};
-use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH};
+use virtio_bindings::virtio_blk::VIRTIO_BLK_F_FLUSH;
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
@@ -175,8 +175,6 @@ pub struct VhostUserBlk {
     /// That of the present connection.
     memory: RwLock<Option<GuestMemoryAtomic<Memory>>>,
     acked_features: AtomicU64,
-    /// The cache mode in the configuration space.
-    writeback: AtomicBool,
 }
 
 struct Shared {
@@ -240,7 +238,6 @@ impl VhostUserBlk {
             engines,
             memory: RwLock::new(None),
             acked_features: AtomicU64::new(0),
-            writeback: AtomicBool::new(true),
         })
     }
 
@@ -312,13 +309,10 @@ impl VhostUserBlk {
         self.engines.iter().map(of).collect()
     }
 
-    /// What is written must be stable before it is answered: the driver has said so, or it does not
-    /// know that it could flush. The virtio specification, section 5.2.6.2.
+    /// What is written must be stable before it is answered: the driver does not know that it could
+    /// flush. The virtio specification, section 5.2.6.2.
     fn is_write_through(&self) -> bool {
-        let acked = self.acked_features.load(Ordering::Relaxed);
-        let has = |bit: u32| acked & 1 << bit != 0;
-        let asked = has(VIRTIO_BLK_F_CONFIG_WCE) && !self.writeback.load(Ordering::Relaxed);
-        asked || !has(VIRTIO_BLK_F_FLUSH)
+        self.acked_features.load(Ordering::Relaxed) & 1 << VIRTIO_BLK_F_FLUSH == 0
     }
 
     fn restart(&self) {
@@ -327,16 +321,13 @@ impl VhostUserBlk {
 }
 
 impl SaveState for VhostUserBlk {
-    /// Writes what a driver can have changed, and what tells that another disk is the same one.
+    /// Writes what tells that another disk is the same one.
     fn save(&self, to: &mut dyn Write) -> io::Result<()> {
-        let writeback = self.writeback.load(Ordering::Relaxed);
-        state::save(self.identity, writeback, to).map_err(io::Error::other)
+        state::save(self.identity, to).map_err(io::Error::other)
     }
 
     fn load(&self, from: &mut dyn Read) -> io::Result<()> {
-        let writeback = state::load(self.identity, from).map_err(io::Error::other)?;
-        self.writeback.store(writeback, Ordering::Relaxed);
-        Ok(())
+        state::load(self.identity, from).map_err(io::Error::other)
     }
 }
 
@@ -373,7 +364,6 @@ impl VhostUserBackend for VhostUserBlk {
     }
 
     fn reset_device(&self) {
-        self.writeback.store(true, Ordering::Relaxed);
         self.acked_features.store(0, Ordering::Relaxed);
         self.restart();
     }
@@ -382,20 +372,12 @@ impl VhostUserBackend for VhostUserBlk {
     fn set_event_idx(&self, _enabled: bool) {}
 
     fn get_config(&self, offset: u32, size: u32) -> Vec<u8> {
-        self.config.read(self.writeback.load(Ordering::Relaxed), offset, size)
+        self.config.read(offset, size)
     }
 
-    /// Only the cache mode can be written; the rest is left as it is, without an error, which would
-    /// cost the guest its disk.
+    /// Nothing can be written. Without an error, which would cost the guest its disk.
     fn set_config(&self, offset: u32, buf: &[u8]) -> io::Result<()> {
-        match ConfigSpace::writeback_of(offset, buf) {
-            Some(writeback) => self.writeback.store(writeback, Ordering::Relaxed),
-            None => tracing::debug!(
-                offset,
-                len = buf.len(),
-                "a write to the configuration space is ignored"
-            ),
-        }
+        tracing::debug!(offset, len = buf.len(), "a write to the configuration space is ignored");
         Ok(())
     }
 

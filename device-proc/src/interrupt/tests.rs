@@ -81,6 +81,17 @@ async fn a_frozen_vector_is_latched_and_raised_on_the_eventfd_installed_at_the_t
     assert_eq!(interrupts.raised(), 2);
 }
 
+#[tokio::test]
+async fn what_waits_for_an_eventfd_is_not_lost_when_it_is_raised_again() {
+    let interrupts = device();
+    interrupts.freeze().await;
+    interrupts.raise(1);
+    interrupts.thaw();
+    interrupts.raise(1);
+    assert_eq!(interrupts.latched().msix, [1]);
+    assert_eq!(signalled(&install(&interrupts, MSIX, 1)), 1);
+}
+
 #[test]
 fn vectors_are_there_once_and_in_order() {
     let latched =

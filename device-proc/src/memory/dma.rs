@@ -12,7 +12,7 @@ use crate::gate::{Age, InFlight, Permit};
 use standstill_protocol::fault::Point;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use vm_memory::{Bytes, VolatileMemory};
+use vm_memory::Bytes;
 
 /// As many spans are kept without a heap allocation.
 const INLINE_SPANS: usize = 4;
@@ -104,7 +104,7 @@ impl Dma {
             if part.user.window.class() == WindowClass::Peer {
                 class = WindowClass::Peer;
             }
-            if part.user.window.region().is_none() && link.is_none() {
+            if !part.user.window.is_mapped() && link.is_none() {
                 link = Some(self.shared.messages.link(span.iova)?);
             }
             held.push(part);
@@ -196,9 +196,9 @@ impl Held {
         }
         let offset = self.offset.checked_add(offset)?;
         let window = &self.user.window;
-        match window.region() {
-            Some(region) => region.get_slice(offset, len).ok().map(Place::Mapped),
-            None => Some(Place::Asked(window.spec.iova + offset as u64)),
+        match window.is_mapped() {
+            true => window.slice(offset, len).map(Place::Mapped),
+            false => Some(Place::Asked(window.spec.iova + offset as u64)),
         }
     }
 

@@ -211,7 +211,7 @@ impl ClientLog {
         let place = self.ranges.partition_point(|(_, last)| *last < spec.iova);
         let is_meant = self.ranges.is_empty()
             || self.ranges.get(place).is_some_and(|(first, _)| *first <= spec.last());
-        is_meant && window.region().is_some() && spec.writable && window.log().is_none()
+        is_meant && window.is_mapped() && spec.writable && window.log().is_none()
     }
 
     /// Whether there may be bitmaps for these windows, too.

@@ -113,6 +113,24 @@ fn a_file_that_cannot_be_written_is_mapped_only_for_reading() {
     let _ = dma.access(&[Span::read(0x1000, 8)]).expect("readable");
 }
 
+/// Nothing of it is touched, so no huge page has to be there.
+#[test]
+fn a_part_of_a_huge_page_is_a_window_like_any_other() {
+    let name = "huge-pages-of-a-window";
+    let file = memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB).unwrap();
+    ftruncate(&file, 4 << 30).unwrap();
+    let mapped = || std::fs::read_to_string("/proc/self/maps").unwrap().matches(name).count();
+    let map = empty();
+    for (offset, size) in [(1 << 20, 1 << 20), (0x3000, 0x1000), ((1 << 20) - 0x1000, 1 << 30)] {
+        let spec = WindowSpec { offset, ..window(0x10_0000, size) };
+        assert_eq!(map.map(spec, Some(again(&file))).unwrap(), Mapped::New, "{spec:?}");
+        assert_eq!(mapped(), 1);
+        assert_eq!(map.map(spec, Some(again(&file))).unwrap(), Mapped::Repeated);
+        map.unmap(spec.iova, spec.size, Duration::ZERO).unwrap();
+        assert_eq!(mapped(), 0, "{spec:?}");
+    }
+}
+
 #[test]
 fn unmapping_needs_the_exact_range() {
     let (map, _ram, _peer) = machine();

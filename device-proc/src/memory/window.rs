@@ -13,7 +13,7 @@ use std::io;
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
-use vm_memory::{FileOffset, MmapRegion};
+use vm_memory::{FileOffset, MmapRegion, VolatileMemory, VolatileSlice};
 
 /// What `fstat` says about a file that is to be mapped.
 #[derive(Clone, Copy, Debug)]
@@ -64,6 +64,8 @@ pub(super) struct Window {
     /// The file behind it; `None` for a window without fd.
     pub(super) file: Option<FileIdentity>,
     region: Option<MmapRegion>,
+    /// Where the window begins in the region, in bytes: huge pages are mapped as a whole.
+    begin: usize,
     /// Set when its file was declared RAM, never cleared.
     ram: AtomicBool,
     /// Who uses it; closed while it is being unmapped.
@@ -79,6 +81,7 @@ impl Window {
             spec,
             file: None,
             region: None,
+            begin: 0,
             ram: AtomicBool::new(false),
             users: InFlight::new(),
             log: RwLock::default(),
@@ -92,14 +95,22 @@ impl Window {
         id: FileIdentity,
         ram: bool,
     ) -> io::Result<Self> {
+        let page = page_size(&file)?;
+        let before = spec.offset % page;
         let size =
-            usize::try_from(spec.size).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
+            spec.size.checked_add(before).and_then(|size| size.checked_next_multiple_of(page));
+        let size = size.and_then(|size| usize::try_from(size).ok());
+        let size = size.ok_or(io::ErrorKind::InvalidInput)?;
+        // Less than a page.
+        let begin = usize::try_from(before).map_err(|_| io::ErrorKind::InvalidInput)?;
         let protection = Protection { readable: spec.readable, writable: spec.writable };
-        let region = map_shared(FileOffset::from_arc(file, spec.offset), size, protection)?;
+        let place = FileOffset::from_arc(file, spec.offset - before);
+        let region = map_shared(place, size, protection)?;
         Ok(Self {
             spec,
             file: Some(id),
             region: Some(region),
+            begin,
             ram: AtomicBool::new(ram),
             users: InFlight::new(),
             log: RwLock::default(),
@@ -129,9 +140,25 @@ impl Window {
         }
     }
 
-    pub(super) fn region(&self) -> Option<&MmapRegion> {
-        self.region.as_ref()
+    /// Whether its memory is mapped, and not asked for by messages.
+    pub(super) fn is_mapped(&self) -> bool {
+        self.region.is_some()
     }
+
+    /// Memory of the window, from `offset` on, which is inside; `None` if it is not mapped.
+    pub(super) fn slice(&self, offset: usize, len: usize) -> Option<VolatileSlice<'_>> {
+        self.region.as_ref()?.get_slice(self.begin.checked_add(offset)?, len).ok()
+    }
+}
+
+/// The unit in which a file is mapped, in bytes: the page, or the huge page of a file in hugetlbfs. There
+/// the kernel refuses an offset that is no multiple of it, and maps no less.
+fn page_size(file: &File) -> io::Result<u64> {
+    /// `HUGETLBFS_MAGIC` of `linux/magic.h`.
+    const HUGETLBFS: i64 = 0x9584_58f6;
+    let system = rustix::fs::fstatfs(file)?;
+    let page = u64::try_from(system.f_bsize).ok().filter(|page| page.is_power_of_two());
+    Ok(page.filter(|_| system.f_type == HUGETLBFS).unwrap_or(super::PAGE))
 }
 
 /// What a mapping may be used for.

@@ -21,8 +21,8 @@ use crate::serve::DataSocket;
 use ractor::ActorRef;
 use std::io;
 use std::os::unix::net::UnixListener;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
 use std::thread::Builder;
 use std::time::Duration;
 use thiserror::Error;
@@ -97,6 +97,7 @@ impl<B: Backend> Server<B> {
     fn serve(&self) -> Result<(), ServerError> {
         let core = self.served.core();
         let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
+        let shared = memory.clone();
         let name = "vhost-user".to_owned();
         let mut daemon =
             VhostUserDaemon::new(name, self.served.clone(), memory).map_err(ServerError::Daemon)?;
@@ -117,6 +118,10 @@ impl<B: Backend> Server<B> {
             }
         }
         self.end(daemon);
+        // Whoever has it has it in common: without this a guest's memory would stay as long as nobody
+        // follows it.
+        let locked = shared.lock().unwrap_or_else(PoisonError::into_inner);
+        locked.replace(GuestMemoryMmap::new());
         if accepted.is_ok() {
             core.frontend_is_there.store(false, Ordering::Relaxed);
             Message::tell_present(&self.actor, false, PATIENCE);

@@ -11,7 +11,7 @@ use crate::actor::parts::Parts;
 use crate::actor::transfer::{Direction, transfer};
 use crate::device::Device;
 use std::fs::File;
-use std::sync::mpsc::{Receiver, sync_channel};
+use std::sync::mpsc::{Receiver, TryRecvError, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::Builder;
 use std::time::Duration;
@@ -25,13 +25,19 @@ const PATIENCE: Duration = Duration::from_secs(60);
 pub(super) struct Transfers(Mutex<Option<Receiver<Result<(), String>>>>);
 
 impl Transfers {
-    /// Begins one. An error is a text.
+    /// Begins one, unless the last one goes on: each has a thread and two fds. An error is a text.
     pub(super) fn begin<D: Device>(
         &self,
         parts: &Arc<Parts<D>>,
         direction: VhostTransferStateDirection,
         file: File,
     ) -> Result<(), String> {
+        let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(wait) = &*last
+            && matches!(wait.try_recv(), Err(TryRecvError::Empty))
+        {
+            return Err("another transfer goes on".into());
+        }
         let direction = match direction {
             VhostTransferStateDirection::SAVE => Direction::Save,
             VhostTransferStateDirection::LOAD => Direction::Load,
@@ -48,7 +54,7 @@ impl Transfers {
             .name("device-state".into())
             .spawn(work)
             .map_err(|error| error.to_string())?;
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(wait);
+        *last = Some(wait);
         Ok(())
     }
 

@@ -149,7 +149,7 @@ impl Shared {
         let index = current.state.head as usize;
         let sequences = &current.state.sequences;
         let executed = sequences.get(index).map_or(0, |sequence| sequence.executed);
-        Some((index, executed + 1))
+        Some((index, executed.wrapping_add(1)))
     }
 }
 

@@ -3,22 +3,23 @@
 #![forbid(unsafe_code)]
 
 use super::SECTOR;
-use super::request::{MAX_RANGE_SECTORS, MAX_RANGES};
+use super::request::{MAX_RANGE_SECTORS, MAX_RANGES, MAX_ZEROES_SECTORS};
 use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH,
-    VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_TOPOLOGY,
-    VIRTIO_BLK_F_WRITE_ZEROES,
+    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ,
+    VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES,
 };
 
 /// Length of the fields that there are, up to `zoned`, in bytes; all beyond it reads as 0.
 const LEN: usize = 72;
-/// Where the field `writeback` is, the only one that a driver can write.
-pub(super) const WRITEBACK: u32 = 32;
 /// The most data segments of a request that a driver is told to make: with header and status they
 /// fit into a ring of 128 descriptors, the smallest in wide use.
 const SEG_MAX: u32 = 126;
 
-/// What a driver finds there, apart from the cache mode.
+/// What a driver finds there, all of which it can only read.
+///
+/// A driver can flush (`VIRTIO_BLK_F_FLUSH`) but not choose the cache mode (`VIRTIO_BLK_F_CONFIG_WCE`).
+/// What it had chosen would be lost with the process, in a live migration and, since QEMU tells it only
+/// when it changes, in a reboot of the guest; and a guest that believes in writethrough sends no flushes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct ConfigSpace {
     /// Size of the disk in bytes, a multiple of `block`.
@@ -39,7 +40,6 @@ impl ConfigSpace {
             VIRTIO_BLK_F_BLK_SIZE,
             VIRTIO_BLK_F_TOPOLOGY,
             VIRTIO_BLK_F_FLUSH,
-            VIRTIO_BLK_F_CONFIG_WCE,
             VIRTIO_BLK_F_MQ,
         ];
         if self.read_only {
@@ -51,8 +51,8 @@ impl ConfigSpace {
     }
 
     /// `len` bytes at `offset`; what lies beyond the fields is 0.
-    pub(super) fn read(&self, writeback: bool, offset: u32, len: u32) -> Vec<u8> {
-        let fields = self.fields(writeback);
+    pub(super) fn read(&self, offset: u32, len: u32) -> Vec<u8> {
+        let fields = self.fields();
         let at = |index: u32| {
             let place = usize::try_from(u64::from(offset) + u64::from(index)).unwrap_or(usize::MAX);
             fields.get(place).copied().unwrap_or(0)
@@ -60,17 +60,7 @@ impl ConfigSpace {
         (0..len).map(at).collect()
     }
 
-    /// The cache mode that a write of these bytes at `offset` asks for; `None` if it is no write of
-    /// the field `writeback`, and so changes nothing.
-    pub(super) fn writeback_of(offset: u32, bytes: &[u8]) -> Option<bool> {
-        match (offset, bytes) {
-            (WRITEBACK, [0]) => Some(false),
-            (WRITEBACK, [1]) => Some(true),
-            _ => None,
-        }
-    }
-
-    fn fields(&self, writeback: bool) -> [u8; LEN] {
+    fn fields(&self) -> [u8; LEN] {
         let mut fields = [0; LEN];
         let mut put = |offset: usize, bytes: &[u8]| {
             for (field, byte) in fields.iter_mut().skip(offset).zip(bytes) {
@@ -84,14 +74,13 @@ impl ConfigSpace {
         // Topology: a physical block is a logical one, and of the sizes of I/O only the smallest
         // good one is known.
         put(26, &1_u16.to_le_bytes());
-        put(WRITEBACK as usize, &[writeback.into()]);
         put(34, &self.queues.to_le_bytes());
         if !self.read_only {
             put(36, &MAX_RANGE_SECTORS.to_le_bytes());
             put(40, &MAX_RANGES.to_le_bytes());
             put(44, &sectors_per_block.to_le_bytes());
-            put(48, &MAX_RANGE_SECTORS.to_le_bytes());
-            put(52, &MAX_RANGES.to_le_bytes());
+            put(48, &MAX_ZEROES_SECTORS.to_le_bytes());
+            put(52, &1_u32.to_le_bytes());
             put(56, &[1]);
         }
         fields
@@ -112,7 +101,7 @@ mod tests {
 
     #[test]
     fn fields_are_where_the_specification_has_them() {
-        let bytes = DISK.read(true, 0, 57);
+        let bytes = DISK.read(0, 57);
         assert_eq!(bytes.len(), 57);
         let field = |at: usize, len: usize| number(&bytes[at..at + len]);
         assert_eq!(field(0, 8), (1 << 30) / 512, "capacity");
@@ -121,15 +110,18 @@ mod tests {
         assert_eq!(field(20, 4), 4096, "blk_size");
         assert_eq!(field(24, 1), 0, "physical_block_exp");
         assert_eq!(field(26, 2), 1, "min_io_size");
-        assert_eq!(field(32, 1), 1, "writeback");
+        assert_eq!(field(32, 1), 0, "writeback, which is none");
         assert_eq!(field(34, 2), 3, "num_queues");
         assert_eq!(field(36, 4), u64::from(MAX_RANGE_SECTORS), "max_discard_sectors");
         assert_eq!(field(40, 4), u64::from(MAX_RANGES), "max_discard_seg");
         assert_eq!(field(44, 4), 8, "discard_sector_alignment");
-        assert_eq!(field(48, 4), u64::from(MAX_RANGE_SECTORS), "max_write_zeroes_sectors");
-        assert_eq!(field(52, 4), u64::from(MAX_RANGES), "max_write_zeroes_seg");
+        assert_eq!(field(48, 4), u64::from(MAX_ZEROES_SECTORS), "max_write_zeroes_sectors");
+        assert_eq!(field(52, 4), 1, "max_write_zeroes_seg");
         assert_eq!(field(56, 1), 1, "write_zeroes_may_unmap");
-        assert_eq!(DISK.read(false, 32, 1), [0]);
+        // A driver cuts a range at the longest one, and the next begins where it ends.
+        for field in [field(36, 4), field(48, 4)] {
+            assert!((field * 512).is_multiple_of(64 << 10), "{field}");
+        }
     }
 
     #[test]
@@ -140,24 +132,14 @@ mod tests {
         for bit in [VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_WRITE_ZEROES] {
             assert!(has(DISK, bit) && !has(read_only, bit));
         }
-        assert_eq!(number(&read_only.read(true, 36, 21)), 0);
-    }
-
-    #[test]
-    fn only_the_cache_mode_can_be_written() {
-        assert_eq!(ConfigSpace::writeback_of(32, &[0]), Some(false));
-        assert_eq!(ConfigSpace::writeback_of(32, &[1]), Some(true));
-        for (offset, bytes) in [(32, &[2][..]), (32, &[]), (32, &[1, 0]), (31, &[1]), (0, &[1; 8])]
-        {
-            assert_eq!(ConfigSpace::writeback_of(offset, bytes), None, "{bytes:?} at {offset}");
-        }
+        assert_eq!(number(&read_only.read(36, 21)), 0);
     }
 
     proptest! {
         #[test]
         fn exactly_what_was_asked_for_is_answered(offset: u32, len in 0_u32..1024) {
-            let all = DISK.read(true, 0, 1024);
-            let read = DISK.read(true, offset, len);
+            let all = DISK.read(0, 1024);
+            let read = DISK.read(offset, len);
             prop_assert_eq!(read.len(), len as usize);
             let begin = (offset as usize).min(all.len());
             let end = (begin + len as usize).min(all.len());

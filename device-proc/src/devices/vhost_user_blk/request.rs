@@ -24,8 +24,12 @@ use vm_memory::{Address, Bytes, GuestAddress, GuestMemory, Permissions};
 pub(super) const MAX_DESCRIPTORS: usize = 1024 + 2;
 /// The most ranges of one discard or write-zeroes request.
 pub(super) const MAX_RANGES: u32 = 16;
-/// The most sectors of such a range: 2 GiB, less one sector, as other devices have it.
-pub(super) const MAX_RANGE_SECTORS: u32 = (1 << 22) - 1;
+/// The most sectors of a range to be discarded: 2 GiB less 64 KiB, which is a number of blocks whatever
+/// their size.
+pub(super) const MAX_RANGE_SECTORS: u32 = (1 << 22) - (1 << 7);
+/// The most sectors to be zeroed by one request, in one range: 128 MiB. Where the file system has no
+/// better way so many zeros are written, and a stop waits for that.
+pub(super) const MAX_ZEROES_SECTORS: u32 = 1 << 18;
 
 /// Length of the header in bytes.
 const HEADER: u32 = 16;
@@ -115,10 +119,10 @@ pub(super) enum Refusal {
     Beyond { sector: u64, bytes: u64 },
     #[error("sector {0:#x} is not where a block begins")]
     Alignment(u64),
-    #[error("{0} bytes of ranges: not 1 to {MAX_RANGES} of them")]
-    Ranges(u64),
-    #[error("a range of {0} sectors: not 1 to {MAX_RANGE_SECTORS}")]
-    RangeLength(u32),
+    #[error("{bytes} bytes of ranges: not 1 to {most} of them")]
+    Ranges { bytes: u64, most: u32 },
+    #[error("a range of {sectors} sectors: not 1 to {most}")]
+    RangeLength { sectors: u32, most: u32 },
     #[error("data lies at {0:#x}, where there is no memory")]
     Memory(u64),
     #[error("a descriptor has no bytes")]
@@ -323,12 +327,11 @@ fn operation<M: GuestMemory>(
             Err(Refusal::ReadOnly)
         }
         VIRTIO_BLK_T_DISCARD => {
-            ranges(memory, readable, to_device, disk, 0, &mut pieces.ranges)?;
+            ranges(memory, readable, to_device, disk, &DISCARDS, &mut pieces.ranges)?;
             Ok(Operation::Discard)
         }
         VIRTIO_BLK_T_WRITE_ZEROES => {
-            let flags = VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP;
-            ranges(memory, readable, to_device, disk, flags, &mut pieces.ranges)?;
+            ranges(memory, readable, to_device, disk, &ZEROES, &mut pieces.ranges)?;
             Ok(Operation::WriteZeroes)
         }
         other => Err(Refusal::Type(other)),
@@ -360,29 +363,47 @@ fn on_disk(disk: &Disk, sector: u64, bytes: u64) -> Result<u64, Refusal> {
     }
 }
 
+/// What a request with ranges may have.
+struct RangeLimits {
+    /// The most ranges.
+    count: u32,
+    /// The most sectors of one of them.
+    sectors: u32,
+    /// The flags of one that are known.
+    flags: u32,
+}
+
+const DISCARDS: RangeLimits =
+    RangeLimits { count: MAX_RANGES, sectors: MAX_RANGE_SECTORS, flags: 0 };
+const ZEROES: RangeLimits = RangeLimits {
+    count: 1,
+    sectors: MAX_ZEROES_SECTORS,
+    flags: VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
+};
+
 /// Reads the ranges that follow the header, `bytes` of them.
 fn ranges<M: GuestMemory>(
     memory: &M,
     readable: &[Segment],
     bytes: u64,
     disk: &Disk,
-    flags_known: u32,
+    limits: &RangeLimits,
     into: &mut Vec<Range>,
 ) -> Result<(), Refusal> {
     let count = bytes / u64::from(RANGE);
     let whole = bytes.is_multiple_of(u64::from(RANGE));
-    if !whole || !(1..=u64::from(MAX_RANGES)).contains(&count) {
-        return Err(Refusal::Ranges(bytes));
+    if !whole || !(1..=u64::from(limits.count)).contains(&count) {
+        return Err(Refusal::Ranges { bytes, most: limits.count });
     }
     for index in 0..count {
         let mut range = [0; RANGE as usize];
         gather(memory, readable, u64::from(HEADER) + index * u64::from(RANGE), &mut range)?;
         let [low, high, sectors, flags] = words(range);
-        if flags & !flags_known != 0 {
+        if flags & !limits.flags != 0 {
             return Err(Refusal::Flags(flags));
         }
-        if !(1..=MAX_RANGE_SECTORS).contains(&sectors) {
-            return Err(Refusal::RangeLength(sectors));
+        if !(1..=limits.sectors).contains(&sectors) {
+            return Err(Refusal::RangeLength { sectors, most: limits.sectors });
         }
         let len = u64::from(sectors) * u64::from(SECTOR);
         if !len.is_multiple_of(u64::from(disk.block)) {

@@ -1,4 +1,5 @@
-//! What is saved of a disk beside its rings.
+//! What is saved of a disk beside its rings: what tells whether another disk is the same one. There is
+//! nothing in a disk that its driver could have changed.
 
 #![forbid(unsafe_code)]
 
@@ -21,13 +22,6 @@ pub(super) struct Identity {
     pub(super) block: u32,
     pub(super) read_only: bool,
     pub(super) serial: [u8; SERIAL],
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-struct Saved {
-    identity: Identity,
-    /// The cache mode in the configuration space.
-    writeback: bool,
 }
 
 /// A saved state is none for this disk.
@@ -64,22 +58,18 @@ fn text(serial: &[u8; SERIAL]) -> String {
 }
 
 /// Writes the state of a disk.
-pub(super) fn save(
-    identity: Identity,
-    writeback: bool,
-    to: &mut dyn Write,
-) -> Result<(), StateError> {
-    Ok(to.write_all(&encode_state(&Saved { identity, writeback })?)?)
+pub(super) fn save(identity: Identity, to: &mut dyn Write) -> Result<(), StateError> {
+    Ok(to.write_all(&encode_state(&identity)?)?)
 }
 
-/// Reads what [`save`] wrote, to the end, and checks that it is for this disk. Returns the cache mode.
-pub(super) fn load(here: Identity, from: &mut dyn Read) -> Result<bool, StateError> {
+/// Reads what [`save`] wrote, to the end, and checks that it is for this disk.
+pub(super) fn load(here: Identity, from: &mut dyn Read) -> Result<(), StateError> {
     let mut bytes = Vec::new();
     from.take(MOST_BYTES + 1).read_to_end(&mut bytes)?;
     if bytes.len() as u64 > MOST_BYTES {
         return Err(StateError::TooLong);
     }
-    let Saved { identity: saved, writeback } = decode_state(&bytes)?;
+    let saved: Identity = decode_state(&bytes)?;
     if saved.size != here.size {
         return Err(StateError::Size { saved: saved.size, here: here.size });
     }
@@ -92,7 +82,7 @@ pub(super) fn load(here: Identity, from: &mut dyn Read) -> Result<bool, StateErr
     if saved.serial != here.serial {
         return Err(StateError::Serial { saved: saved.serial, here: here.serial });
     }
-    Ok(writeback)
+    Ok(())
 }
 
 #[cfg(test)]
@@ -107,23 +97,20 @@ mod tests {
         serial: *b"standstill-0001\0\0\0\0\0",
     };
 
-    fn saved(identity: Identity, writeback: bool) -> Vec<u8> {
+    fn saved(identity: Identity) -> Vec<u8> {
         let mut bytes = Vec::new();
-        save(identity, writeback, &mut bytes).unwrap();
+        save(identity, &mut bytes).unwrap();
         bytes
     }
 
     #[test]
-    fn the_cache_mode_is_saved() {
-        for writeback in [false, true] {
-            assert_eq!(load(DISK, &mut &saved(DISK, writeback)[..]).unwrap(), writeback);
-        }
+    fn the_same_disk_takes_it() {
+        load(DISK, &mut &saved(DISK)[..]).unwrap();
     }
 
     #[test]
     fn another_disk_is_refused_with_a_text_that_says_what_differs() {
-        let refusal =
-            |other: Identity| load(DISK, &mut &saved(other, true)[..]).unwrap_err().to_string();
+        let refusal = |other: Identity| load(DISK, &mut &saved(other)[..]).unwrap_err().to_string();
         let size = refusal(Identity { size: 1 << 21, ..DISK });
         assert_eq!(size, "saved was a disk of 2097152 bytes, this one has 1048576");
         let block = refusal(Identity { block: 4096, ..DISK });
@@ -138,7 +125,7 @@ mod tests {
 
     #[test]
     fn what_is_no_state_is_refused() {
-        let good = saved(DISK, true);
+        let good = saved(DISK);
         for end in 0..good.len() {
             assert!(load(DISK, &mut &good[..end]).is_err(), "{end} bytes");
         }
@@ -155,11 +142,11 @@ mod tests {
             byte: u8,
         ) {
             let _ = load(DISK, &mut &bytes[..]);
-            let mut changed = saved(DISK, true);
+            let mut changed = saved(DISK);
             let at = at.index(changed.len());
             changed[at] = byte;
-            if let Ok(writeback) = load(DISK, &mut &changed[..]) {
-                prop_assert_eq!(saved(DISK, writeback), changed);
+            if load(DISK, &mut &changed[..]).is_ok() {
+                prop_assert_eq!(saved(DISK), changed);
             }
         }
     }

@@ -351,9 +351,10 @@ impl Work {
     }
 
     /// Does with a range what `fallocate` has failed to do. That a file system cannot give blocks back
-    /// is no reason to fail: a discard is a hint.
+    /// is no reason to fail: a discard is a hint. EINVAL says so of a block device, if its blocks are
+    /// larger than what a range was cut to.
     fn range_otherwise(&self, index: usize, error: io::Error, means: &Means<'_>) -> io::Result<()> {
-        if error.raw_os_error() != Some(libc::EOPNOTSUPP) {
+        if !matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::EINVAL)) {
             return Err(error);
         }
         match (self.operation(), self.pieces.ranges.get(index)) {

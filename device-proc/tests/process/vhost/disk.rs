@@ -5,7 +5,7 @@
 //! refuses all that `io_uring` needs.
 
 use super::guest::Guest;
-use crate::child::{Device, command, wait};
+use crate::child::{Device, command, until, wait};
 use seccompiler::{BpfProgram, SeccompAction, SeccompFilter};
 use standstill_device_proc::ServeOptions;
 use standstill_device_proc::devices::vhost_user_blk::{BlockConfig, Lock, VhostUserBlk};
@@ -23,9 +23,6 @@ use std::time::Duration;
 use tempfile::TempDir;
 
 pub(crate) const SCRIPT: &str = "disk";
-
-/// Where the cache mode is in the configuration space.
-const WRITEBACK: u32 = 32;
 
 /// Runs as a device process, until that is to end.
 pub(crate) fn run(socket: &str, script: &[&str]) -> Result<(), ServeError> {
@@ -105,10 +102,6 @@ pub(super) fn write(sector: u64, byte: u8) -> BlockRequest {
 
 pub(super) fn was_read(byte: u8) -> (BlockStatus, Vec<u8>) {
     (BlockStatus::Ok, vec![byte; 512])
-}
-
-fn cache_mode(guest: &mut Guest) -> u8 {
-    guest.frontend.config(WRITEBACK, 1).unwrap()[0]
 }
 
 #[test]
@@ -214,14 +207,26 @@ fn who_follows_a_killed_device_does_what_was_in_flight() {
 }
 
 #[test]
-fn the_cache_mode_goes_along_with_its_disk_and_no_other_one_takes_it() {
+fn of_a_guest_that_has_gone_no_memory_is_left() {
+    let image = Image::new();
+    let device = Device::welcomed(&image.script(""));
+    let maps = format!("/proc/{}/maps", device.process.id());
+    let has_memory = || std::fs::read_to_string(&maps).unwrap().contains("memfd:guest");
+    let mut guest = Guest::start(&device.socket(), 1);
+    guest.push_block(0, &write(0, 1));
+    guest.wait_used(0, 1);
+    assert!(has_memory());
+    drop(guest);
+    until("nothing of it is mapped", || !has_memory());
+}
+
+#[test]
+fn a_saved_disk_is_loaded_by_the_same_one_and_by_no_other() {
     let image = Image::new();
     let device = Device::welcomed(&image.script("serial:first"));
     let mut guest = Guest::start(&device.socket(), 1);
     guest.push_block(0, &write(0, 1));
     guest.wait_used(0, 1);
-    assert_eq!(cache_mode(&mut guest), 1);
-    guest.set_config(WRITEBACK, &[0]).unwrap();
     device.go(101, Phase::PrepareStop, S::RunningP2p);
     device.go(101, Phase::Stop, S::StopCopy);
     let mut file = tempfile::tempfile().unwrap();
@@ -250,7 +255,6 @@ fn the_cache_mode_goes_along_with_its_disk_and_no_other_one_takes_it() {
     let device = load(&image.path, "first");
     assert_eq!(device.reached().state, S::Stop);
     let mut guest = Guest::connect(&device.socket(), memory);
-    assert_eq!(cache_mode(&mut guest), 0);
     guest.start_ring(0, 1);
     guest.push_block(0, &read(0));
     device.resume(103);

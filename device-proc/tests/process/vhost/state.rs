@@ -154,6 +154,25 @@ fn a_ring_that_runs_already_is_compared_too() {
 }
 
 #[test]
+fn one_transfer_at_a_time_goes_on() {
+    let device = Device::welcomed("vhost");
+    let mut guest = stopped(&device);
+    guest.stop_ring(0);
+    device.go(103, Phase::Stop, S::Stop);
+    device.resume(104);
+    // It waits for a state that does not come.
+    let (reader, writer) = std::io::pipe().unwrap();
+    in_band(&mut guest, Direction::LOAD, reader.try_clone().unwrap().into()).unwrap();
+    in_band(&mut guest, Direction::LOAD, reader.into()).unwrap_err();
+    drop(writer);
+    check(&mut guest).unwrap_err();
+    let (mut reader, writer) = std::io::pipe().unwrap();
+    in_band(&mut guest, Direction::SAVE, writer.into()).unwrap();
+    assert!(reader.read_to_end(&mut Vec::new()).unwrap() > 0);
+    check(&mut guest).unwrap();
+}
+
+#[test]
 fn a_frontend_carries_the_same_bytes() {
     let device = Device::welcomed("vhost");
     let mut guest = stopped(&device);

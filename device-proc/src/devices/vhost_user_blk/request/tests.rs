@@ -162,23 +162,33 @@ fn ranges_are_read_and_checked() {
         };
         list.iter().enumerate().fold(begun, put)
     };
-    let (request, pieces) = parsed(&ranges(VIRTIO_BLK_T_WRITE_ZEROES, &[(1, 2, 0), (14, 2, 1)]));
-    assert_eq!(request.unwrap().what, Ok(Operation::WriteZeroes));
     let range = |offset, unmap| Range { offset, len: 1024, unmap };
-    assert_eq!(pieces.ranges, [range(512, false), range(14 * 512, true)]);
-    let (request, pieces) = parsed(&ranges(VIRTIO_BLK_T_DISCARD, &[(1, 2, 0)]));
+    for (one, unmap) in [((14, 2, 0), false), ((14, 2, 1), true)] {
+        let (request, pieces) = parsed(&ranges(VIRTIO_BLK_T_WRITE_ZEROES, &[one]));
+        assert_eq!(request.unwrap().what, Ok(Operation::WriteZeroes));
+        assert_eq!(pieces.ranges, [range(14 * 512, unmap)]);
+    }
+    let (request, pieces) = parsed(&ranges(VIRTIO_BLK_T_DISCARD, &[(1, 2, 0), (14, 2, 0)]));
     assert_eq!(request.unwrap().what, Ok(Operation::Discard));
-    assert_eq!(pieces.ranges, [range(512, false)]);
+    assert_eq!(pieces.ranges, [range(512, false), range(14 * 512, false)]);
+    let two = ranges(VIRTIO_BLK_T_WRITE_ZEROES, &[(1, 2, 0), (14, 2, 1)]);
+    assert_eq!(refusal(&two), Refusal::Ranges { bytes: 32, most: 1 });
 
+    let too_long = |sectors, most| Refusal::RangeLength { sectors, most };
     for (kind, bad, why) in [
         (VIRTIO_BLK_T_DISCARD, (0, 1, 1), Refusal::Flags(1)),
-        (VIRTIO_BLK_T_WRITE_ZEROES, (0, 1, 2), Refusal::Flags(2)),
-        (VIRTIO_BLK_T_DISCARD, (0, 0, 0), Refusal::RangeLength(0)),
-        (VIRTIO_BLK_T_DISCARD, (0, 1 << 22, 0), Refusal::RangeLength(1 << 22)),
+        (VIRTIO_BLK_T_DISCARD, (0, 0, 0), too_long(0, MAX_RANGE_SECTORS)),
+        (VIRTIO_BLK_T_DISCARD, (0, 1 << 22, 0), too_long(1 << 22, MAX_RANGE_SECTORS)),
         (VIRTIO_BLK_T_DISCARD, (15, 2, 0), Refusal::Beyond { sector: 15, bytes: 1024 }),
         (VIRTIO_BLK_T_DISCARD, (u64::MAX, 1, 0), Refusal::Beyond { sector: u64::MAX, bytes: 512 }),
     ] {
         assert_eq!(refusal(&ranges(kind, &[(0, 1, 0), bad])), why);
+    }
+    for (bad, why) in [
+        ((0, 1, 2), Refusal::Flags(2)),
+        ((0, MAX_ZEROES_SECTORS + 1, 0), too_long(MAX_ZEROES_SECTORS + 1, MAX_ZEROES_SECTORS)),
+    ] {
+        assert_eq!(refusal(&ranges(VIRTIO_BLK_T_WRITE_ZEROES, &[bad])), why);
     }
     assert_eq!(Refusal::Flags(1).status(), Status::Unsupported);
     for len in [0, 1, 15, 17, 16 * 17] {
@@ -189,7 +199,7 @@ fn ranges_are_read_and_checked() {
         } else {
             usual(guest(VIRTIO_BLK_T_DISCARD, 0), len, 0)
         };
-        assert_eq!(refusal(&request), Refusal::Ranges(len.into()));
+        assert_eq!(refusal(&request), Refusal::Ranges { bytes: len.into(), most: MAX_RANGES });
     }
 }
 
