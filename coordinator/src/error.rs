@@ -257,6 +257,12 @@ pub enum MachineError {
         /// Why, for a person.
         why: String,
     },
+    /// As many files as there can be were declared RAM already; no device was told of this one.
+    #[error("{most} files are declared RAM already, and no device accepts another one")]
+    TooMuchRam {
+        /// How many there can be.
+        most: usize,
+    },
     /// Which pages are written cannot be tracked as was asked.
     #[error(transparent)]
     Dirty(#[from] DirtyError),

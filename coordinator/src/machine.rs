@@ -243,7 +243,9 @@ impl Machine {
     ///
     /// # Errors
     ///
-    /// [`MachineError::Memory`] names a device that did not accept it.
+    /// [`MachineError::Memory`] names a device that did not accept it. A new file that no device has
+    /// accepted within the deadline is declared to nobody later. [`MachineError::TooMuchRam`] if 64 files are declared
+    /// already.
     pub async fn declare_ram(&self, ram: impl AsFd) -> Result<(), MachineError> {
         let fd: OwnedFd =
             ram.as_fd().try_clone_to_owned().map_err(|source| MachineError::Fd { source })?;

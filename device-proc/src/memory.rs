@@ -50,6 +50,7 @@ pub use message::{Handling, MESSAGE_PATIENCE, MessageDma, MessageError, MessageL
 pub use revoke::RevokeError;
 pub use shared::{MAX_SHARED_MEMORY, SharedAccessError, SharedMemory, SharedMemoryError};
 pub use span::{AccessKind, DmaError, MAX_SPANS, Span};
+pub use standstill_protocol::message::MAX_RAM_FILES;
 pub use window::WindowSpec;
 
 use crate::gate::Gate;
@@ -77,8 +78,6 @@ pub const PAGE: u64 = 4096;
 pub const MAX_WINDOWS: usize = 65_535;
 /// The most bytes in all mapped windows together: 16 TiB. Windows without a file count not.
 pub const MAX_MAPPED: u64 = 1 << 44;
-/// The most files that can be declared RAM.
-pub const MAX_RAM_FILES: usize = 64;
 
 /// What a window's memory is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -29,6 +29,9 @@ pub const MAX_TEXT: usize = 512;
 pub const MAX_FDS: usize = 16;
 /// The most files in one [`Hello`] or [`Revocation`]: a PCI device has six BARs.
 pub const MAX_FILES: usize = 8;
+/// The most files that can be declared RAM, in all [`MemoryDeclaration`]s together. A device does not
+/// accept one more, and a coordinator does not ask for it.
+pub const MAX_RAM_FILES: usize = 64;
 
 /// Which coordinator speaks: grows with each one that takes a machine over.
 #[derive(

@@ -382,7 +382,7 @@ impl Operator {
                 (Code::Refused, Some(ADVICE_HELD))
             }
             MachineError::State { .. } | MachineError::Device { .. } => (Code::Refused, None),
-            MachineError::Plan { .. } => (Code::Refused, None),
+            MachineError::Plan { .. } | MachineError::TooMuchRam { .. } => (Code::Refused, None),
             MachineError::Missing { .. } => (
                 Code::Refused,
                 Some("bring it back (`standstill restart`), or take it out (`standstill remove`)"),

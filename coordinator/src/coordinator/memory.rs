@@ -9,7 +9,8 @@ use crate::dirty::{self, DirtyError, DirtyTracking};
 use crate::error::MachineError;
 use standstill_protocol::channel::SendError;
 use standstill_protocol::message::{
-    CoordinatorMessage, MAX_FDS, MAX_FILES, MemoryDeclaration, Revocation,
+    CoordinatorMessage, FileIdentity, MAX_FDS, MAX_FILES, MAX_RAM_FILES, MemoryDeclaration,
+    Revocation,
 };
 use standstill_protocol::transition::{Loss, ParticipantId};
 use std::collections::BTreeSet;
@@ -23,17 +24,22 @@ impl State {
             Ok((file, _)) => file,
             Err(source) => return drop(reply.send(Err(MachineError::Fd { source }))),
         };
+        let known = self.ram.iter().position(|(known, _)| *known == file);
+        // What no device accepts would keep every later one from coming in.
+        if known.is_none() && self.ram.len() >= MAX_RAM_FILES {
+            return drop(reply.send(Err(MachineError::TooMuchRam { most: MAX_RAM_FILES })));
+        }
         if let Some(Err(error)) = self.tracking.as_ref().map(|tracking| tracking.add_file(&ram)) {
             return drop(reply.send(Err(error.into())));
         }
         // Kept for those who come later; and nobody else's file can get its identity meanwhile.
-        let known = self.ram.iter().position(|(known, _)| *known == file);
         let at = known.unwrap_or(self.ram.len());
         if known.is_none() {
             self.ram.push((file, ram));
         }
+        let purpose = |reply| Declared::By { reply, new: known.is_none().then_some(file) };
         match self.declare_to_all(at..at + 1) {
-            Ok((sequence, waiting)) => self.await_memory(sequence, waiting, Declared::By(reply)),
+            Ok((sequence, waiting)) => self.await_memory(sequence, waiting, purpose(reply)),
             Err(error) => drop(reply.send(Err(error))),
         }
     }
@@ -123,7 +129,8 @@ impl State {
             waiting.keys().map(|&id| self.memory_budget(id, &purpose)).collect();
         let expires = |budget| self.after(budget, move || Message::MemoryExpired(sequence, budget));
         let deadlines = Alarms(budgets.into_iter().map(expires).collect());
-        self.declarations.insert(sequence, Declaration { waiting, purpose, deadlines });
+        let declaration = Declaration { waiting, purpose, deadlines, accepted: false };
+        self.declarations.insert(sequence, declaration);
     }
 
     /// How long a device has for its answer. To let go of a peer's memory is what a first phase asks
@@ -181,6 +188,7 @@ impl State {
             return;
         }
         declaration.waiting.remove(&id);
+        declaration.accepted = true;
         if let Declared::Tracking(tracking, _) = &declaration.purpose {
             tracking.relied_on(id);
         }
@@ -194,7 +202,7 @@ impl State {
     /// Everybody has answered.
     fn in_force(&mut self, purpose: Declared) {
         match purpose {
-            Declared::By(reply) => drop(reply.send(Ok(()))),
+            Declared::By { reply, .. } => drop(reply.send(Ok(()))),
             Declared::To(id) => self.newcomer_knows(id),
             Declared::Tracking(tracking, reply) => {
                 // Whoever has given up waiting drops it, and so ends it.
@@ -218,9 +226,12 @@ impl State {
     /// Whoever has no more than this for the answer is late.
     pub(super) fn memory_expired(&mut self, sequence: u64, time: Duration) {
         let Some(declaration) = self.declarations.remove(&sequence) else { return };
-        let Declaration { waiting, purpose, deadlines } = declaration;
+        let Declaration { waiting, purpose, deadlines, accepted } = declaration;
         match purpose {
-            Declared::By(reply) => {
+            Declared::By { reply, new } => {
+                if let Some(file) = new.filter(|_| !accepted) {
+                    self.forget_ram(file);
+                }
                 let error = self.not_declared(&waiting, &format!("no answer within {time:?}"));
                 let _ = reply.send(Err(error));
             }
@@ -241,7 +252,8 @@ impl State {
                     .partition(|&(peer, _)| self.memory_budget(peer, &purpose) <= time);
                 let is_last = waiting.is_empty();
                 if !is_last {
-                    let rest = Declaration { waiting, purpose: Declared::Gone(id), deadlines };
+                    let purpose = Declared::Gone(id);
+                    let rest = Declaration { waiting, purpose, deadlines, accepted };
                     self.declarations.insert(sequence, rest);
                 }
                 for peer in late.into_keys() {
@@ -271,12 +283,12 @@ impl State {
         for sequence in lost {
             let Some(mut declaration) = self.declarations.remove(&sequence) else { continue };
             match declaration.purpose {
-                Declared::By(reply) if !joining => {
+                Declared::By { reply, .. } if !joining => {
                     let _ = reply.send(Err(self.not_declared(&Waiting::from([(id, 1)]), why)));
                 }
                 Declared::To(_) => {}
                 // A newcomer does not count yet; what a lost device has written is known to nobody.
-                Declared::By(_) | Declared::Gone(_) | Declared::Tracking(..) => {
+                Declared::By { .. } | Declared::Gone(_) | Declared::Tracking(..) => {
                     declaration.waiting.remove(&id);
                     if declaration.waiting.is_empty() {
                         self.in_force(declaration.purpose);
@@ -286,6 +298,12 @@ impl State {
                 }
             }
         }
+    }
+
+    /// A file that the owner has declared and nobody has accepted is none of the RAM: a device that
+    /// comes later would not accept it either, and be lost for that.
+    fn forget_ram(&mut self, file: FileIdentity) {
+        self.ram.retain(|(known, _)| *known != file);
     }
 
     fn not_declared(&self, silent: &Waiting, why: &str) -> MachineError {

@@ -370,6 +370,8 @@ pub(super) struct Declaration {
     pub(super) purpose: Declared,
     /// One for each budget that somebody has.
     pub(super) deadlines: Alarms,
+    /// Somebody has accepted it.
+    pub(super) accepted: bool,
 }
 
 /// Deadlines that are forgotten together.
@@ -385,7 +387,12 @@ impl Drop for Alarms {
 /// What about memory is declared.
 pub(super) enum Declared {
     /// RAM, by the owner.
-    By(Reply<()>),
+    By {
+        /// Where the owner waits.
+        reply: Reply<()>,
+        /// The file, if it was not declared before.
+        new: Option<FileIdentity>,
+    },
     /// RAM, to this newcomer.
     To(ParticipantId),
     /// RAM, again, with bitmaps to mark in what is written to it.

@@ -59,7 +59,7 @@ impl State {
         // Whoever asked may be gone.
         for (_, declaration) in std::mem::take(&mut self.declarations) {
             match declaration.purpose {
-                Declared::By(reply) => drop(reply.send(Err(refused()))),
+                Declared::By { reply, .. } => drop(reply.send(Err(refused()))),
                 Declared::Tracking(_, reply) => drop(reply.send(Err(refused()))),
                 Declared::To(_) | Declared::Gone(_) => {}
             }

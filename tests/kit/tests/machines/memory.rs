@@ -1,7 +1,10 @@
 //! Memory is declared to everybody or the owner hears who has not accepted it.
 
 use crate::fixture::{LONG, SHORT, assert_usable, builder, deadlines, honest, start};
+use crate::supervised::{restarted, signal, until_joined};
+use rustix::process::Signal;
 use standstill_coordinator::error::MachineError;
+use standstill_protocol::message::MAX_RAM_FILES;
 use standstill_testkit::{Processes, Script, Step, Trace, Trigger, What, within};
 
 #[tokio::test]
@@ -61,6 +64,44 @@ async fn a_device_that_ends_instead_is_named_at_once() {
         assert!(matches!(&error, MachineError::Memory { device, .. } if device == "dies"));
         processes.assert_gone_within(LONG).await;
     }
+}
+
+/// Devices accept 64 files and no more, so that nobody would accept the next one who comes later.
+#[tokio::test]
+async fn a_file_too_many_is_refused_and_told_nobody() {
+    let trace = Trace::new().unwrap();
+    let machine = start(builder().device(honest("d0", &trace))).await;
+    let files: Vec<_> = (0..MAX_RAM_FILES).map(|_| tempfile::tempfile().unwrap()).collect();
+    for file in &files {
+        within(LONG, "declare_ram", machine.declare_ram(file)).await.unwrap();
+    }
+    let told = || trace.entries().iter().filter(|e| matches!(e.what, What::Memory { .. })).count();
+    let before = told();
+    let more = tempfile::tempfile().unwrap();
+    let error = within(LONG, "declare_ram", machine.declare_ram(&more)).await.unwrap_err();
+    assert!(matches!(error, MachineError::TooMuchRam { most: MAX_RAM_FILES }), "{error}");
+    assert_eq!(told(), before, "{}", trace.text());
+    // What is declared already is no more.
+    within(LONG, "declare_ram", machine.declare_ram(&files[0])).await.unwrap();
+    assert_usable(&machine).await;
+}
+
+#[tokio::test]
+async fn what_no_device_has_accepted_is_not_declared_to_those_that_come_later() {
+    let trace = Trace::new().unwrap();
+    // Nor does the next process accept anything that is declared to it.
+    let deaf = Script::honest().on(Trigger::Memory, []);
+    let mut short = deadlines();
+    short.memory = SHORT;
+    let machine = start(builder().deadlines(short).device(restarted(deaf, "deaf", &trace))).await;
+    let ram = tempfile::tempfile().unwrap();
+    let error = within(SHORT, "declare_ram", machine.declare_ram(&ram)).await.unwrap_err();
+    assert!(matches!(&error, MachineError::Memory { device, .. } if device == "deaf"), "{error}");
+    let mut events = machine.events();
+    signal(&machine, "deaf", Signal::KILL).await;
+    let (seen, incarnation) = until_joined(&mut events, "deaf").await;
+    assert_eq!(incarnation, 2, "{seen:?}");
+    assert_usable(&machine).await;
 }
 
 #[tokio::test]
