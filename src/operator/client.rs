@@ -4,6 +4,9 @@
 //! is told from one that is at work.
 
 use super::message::{Body, EventLine, Greeting, Line, PROTOCOL, Problem, Request, RequestLine};
+use rustix::net::{
+    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with, sockopt,
+};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use serde::de::DeserializeOwned;
 use std::io::{self, BufRead, BufReader, Read, Write};
@@ -92,7 +95,8 @@ impl Client {
     /// Connects and reads the greeting.
     pub(crate) fn connect(socket: &Path) -> Result<Self, ClientError> {
         let system = |source| ClientError::System { socket: socket.to_owned(), source };
-        let stream = UnixStream::connect(socket).map_err(|error| match error.kind() {
+        let stream = connect_within(socket, SILENCE).map_err(|error| match error.kind() {
+            io::ErrorKind::WouldBlock => ClientError::Silent { socket: socket.to_owned() },
             io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => ClientError::NotRunning {
                 socket: socket.to_owned(),
                 left: error.kind() == io::ErrorKind::ConnectionRefused,
@@ -240,6 +244,17 @@ impl Client {
     }
 }
 
+/// Connects, and waits no longer than that: a process that hangs takes nobody out of its socket's queue,
+/// which those fill who have given up.
+fn connect_within(socket: &Path, time: Duration) -> io::Result<UnixStream> {
+    let fd = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+    // To wait for a place in the queue is to send.
+    sockopt::set_socket_timeout(&fd, sockopt::Timeout::Send, Some(time))?;
+    let address = SocketAddrUnix::new(socket)?;
+    rustix::io::retry_on_intr(|| connect(&fd, &address))?;
+    Ok(fd.into())
+}
+
 /// What a stream of events says.
 #[derive(Debug)]
 pub(crate) enum Told {
@@ -247,4 +262,25 @@ pub(crate) enum Told {
     Event(Box<EventLine>),
     /// That many were lost.
     Lost(u64),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_socket_whose_queue_is_full_is_not_waited_for_without_end() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("control.sock");
+        let flags = SocketFlags::CLOEXEC;
+        let hangs = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).unwrap();
+        rustix::net::bind(&hangs, &SocketAddrUnix::new(&path).unwrap()).unwrap();
+        rustix::net::listen(&hangs, 0).unwrap();
+        // It stays in the queue although this end is closed at once.
+        drop(connect_within(&path, SILENCE).unwrap());
+        let error = connect_within(&path, Duration::from_millis(20)).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::WouldBlock, "{error}");
+        let error = Client::connect(&path).unwrap_err();
+        assert!(matches!(error, ClientError::Silent { .. }), "{error}");
+    }
 }

@@ -1,7 +1,7 @@
 //! From the start of a machine to its end.
 
 use super::attach::{self, Plan};
-use super::directory::MachineDirectory;
+use super::directory::{DirectoryError, MachineDirectory};
 use super::observers::{Observers, Prepared, Readers};
 use super::output::Output;
 use super::qmp::Qmp;
@@ -16,6 +16,7 @@ use crate::operator::server::{ADVICE_HELD, Ending, Operator, Server, problem};
 use standstill::coordinator::{Events, Machine, MachineError, MachineEvent, TakenOver};
 use standstill::protocol::transition::MachineState;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -115,11 +116,15 @@ pub(super) async fn stay(
             return Err(error);
         }
     };
-    let turn = directory.turn().await?;
-    if !directory.keep()? {
+    let turn = match have(&mut directory).await {
+        Ok(Some(turn)) => turn,
         // What there is of the machine in the folder is the other one's.
-        return Err(RunError::Superseded { machine: loaded.file.name });
-    }
+        Ok(None) => return Err(RunError::Superseded { machine: loaded.file.name }),
+        Err(error) => {
+            give_up(&machine, beginning, &directory).await;
+            return Err(error.into());
+        }
+    };
     let directory = Arc::new(directory);
 
     let (endings, mut asked) = mpsc::channel(1);
@@ -135,11 +140,7 @@ pub(super) async fn stay(
     let server = match Server::start(directory.operator_socket(), Arc::clone(&operator)) {
         Ok(server) => server,
         Err(error) => {
-            // What was taken over stays as it is.
-            if beginning == Beginning::Start {
-                let _ = machine.shutdown().await;
-                directory.remove();
-            }
+            give_up(&machine, beginning, &directory).await;
             return Err(RunError::System { what: "make the operator socket", source: error });
         }
     };
@@ -156,6 +157,20 @@ pub(super) async fn stay(
         directory.remove();
     }
     ended.map(|over| over.exit)
+}
+
+/// Waits for one's turn in the folder and keeps it; `None` if another coordinator has it.
+async fn have(directory: &mut MachineDirectory) -> Result<Option<OwnedFd>, DirectoryError> {
+    let turn = directory.turn().await?;
+    Ok(directory.keep()?.then_some(turn))
+}
+
+/// Nobody could operate the machine. One that was started ends; what was taken over stays as it is.
+async fn give_up(machine: &Machine, beginning: Beginning, directory: &MachineDirectory) {
+    if beginning == Beginning::Start {
+        let _ = machine.shutdown().await;
+        directory.remove();
+    }
 }
 
 /// Whether the text of the file is a machine.
@@ -235,10 +250,13 @@ async fn start(
             (machine, readers, events)
         }
     };
-    let observers = match observers.watch(&machine, readers, output).await {
+    let observers = match observers.watch(&machine, readers, output, beginning).await {
         Ok(observers) => observers,
         Err(error) => {
-            let _ = machine.shutdown().await;
+            // The caller removes the folder.
+            if beginning == Beginning::Start {
+                let _ = machine.shutdown().await;
+            }
             return Err(error);
         }
     };

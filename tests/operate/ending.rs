@@ -4,6 +4,7 @@ use crate::fixture::{PATIENCE, Place, gone, pidfd, send, two_engines};
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use rustix::process::Signal;
 use std::io::{self, Write};
+use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::process::ExitStatusExt;
 use std::time::{Duration, Instant};
 
@@ -67,6 +68,28 @@ fn sigkill_takes_the_devices_of_a_machine_with_orphans_that_exit() {
     assert!(devices.iter().all(|device| gone(device, Duration::from_secs(20))));
     // Nothing is left that would stand in the way.
     let _again = place.run(&two_engines("orphan = \"exit\""));
+}
+
+#[test]
+fn a_machine_that_nobody_could_operate_leaves_no_device_behind() {
+    let place = Place::new();
+    let folder = place.runtime().join("vm0");
+    for folder in [place.runtime(), folder.clone()] {
+        std::fs::DirBuilder::new().mode(0o700).create(folder).unwrap();
+    }
+    // Somebody has the turn in the folder, and does not go.
+    let turn = std::fs::File::open(&folder).unwrap();
+    rustix::fs::flock(&turn, rustix::fs::FlockOperation::LockExclusive).unwrap();
+    let file = place.write("vm0.toml", &two_engines(""));
+    let ended = place.begin(&[file.to_str().unwrap()]).ends();
+    assert_eq!(ended.status.code(), Some(1), "{}", ended.stderr);
+    assert!(ended.stderr.contains("lock"), "{}", ended.stderr);
+    assert!(!folder.join("control/machine.json").exists(), "{}", ended.stderr);
+    drop(turn);
+    // Nobody is in its way.
+    let running = place.run(&two_engines(""));
+    place.expect(0, &["shutdown"]);
+    assert_eq!(running.ends().status.code(), Some(0));
 }
 
 #[test]
