@@ -109,6 +109,8 @@ pub(crate) enum Message {
     Expired(u64, Timer),
     /// The deadline of the greetings.
     HelloExpired,
+    /// The deadline for welcomed devices to show that they outlive this coordinator.
+    SettlingExpired,
     /// The deadline of a memory declaration or revocation, for those who have that long.
     MemoryExpired(u64, Duration),
     /// The deadline of a shutdown.
@@ -174,7 +176,11 @@ impl Message {
     fn is_deadline_of_an_answer(&self) -> bool {
         matches!(
             self,
-            Self::Expired(..) | Self::HelloExpired | Self::MemoryExpired(..) | Self::JoinExpired(_)
+            Self::Expired(..)
+                | Self::HelloExpired
+                | Self::SettlingExpired
+                | Self::MemoryExpired(..)
+                | Self::JoinExpired(_)
         )
     }
 }
@@ -196,6 +202,7 @@ impl State {
             Message::Local(answer) => self.local_answer(answer),
             Message::Expired(transition, timer) => self.timer_expired(transition, timer),
             Message::HelloExpired => self.hello_expired(),
+            Message::SettlingExpired => self.settling_expired(),
             Message::MemoryExpired(sequence, time) => self.memory_expired(sequence, time),
             Message::ShutdownExpired => self.shutdown_expired(),
             Message::Spawned(id, next, spawned) => self.spawned(id, next, spawned).await,
@@ -245,7 +252,7 @@ impl State {
             match reason {
                 HeldReason::FenceUnproven(id) => {
                     if let Some(device) = self.device(id)
-                        && let Standing::Lost(why) = &device.standing
+                        && let Standing::Lost(_, why) = &device.standing
                     {
                         let why = format!("{why}; not proven gone, taken as it is by the owner");
                         device.standing = Standing::Fenced(why);

@@ -1,6 +1,5 @@
 //! Hello and Welcome.
 
-use super::Message;
 use super::join::Failure;
 use super::state::{EndingReply, Standing, Starting, State};
 use crate::device::Message as DeviceMessage;
@@ -131,29 +130,32 @@ impl State {
     fn not_started(&mut self, id: ParticipantId, why: &str) {
         self.close(id);
         let Some(device) = self.device(id) else { return };
-        device.standing = Standing::Lost(format!("it {why}"));
+        device.standing = Standing::Lost(Loss::Refused, format!("it {why}"));
         let device = device.spec.name.clone();
         self.emit(MachineEvent::DeviceNotStarted { device, why: why.to_owned() });
         self.fence_outside(id, Loss::Refused, why);
         self.maybe_started();
     }
 
+    /// Whoever has not said Hello is late. Those that have, and are to show that they outlive this
+    /// coordinator, have a deadline of their own: they may have been asked for that only now.
     pub(super) fn hello_expired(&mut self) {
-        let time = self.deadlines.hello;
         let silent = self.devices.iter().filter(|device| device.standing == Standing::Greeting);
-        let mut silent: Vec<_> = silent.map(|device| device.id).collect();
+        self.are_silent(silent.map(|device| device.id).collect());
+    }
+
+    /// Whoever has not shown that it outlives this coordinator is late.
+    pub(super) fn settling_expired(&mut self) {
         let settling = self.starting.as_ref().and_then(|starting| starting.settling.as_ref());
-        silent.extend(settling.into_iter().flatten());
+        self.are_silent(settling.into_iter().flatten().copied().collect());
+    }
+
+    fn are_silent(&mut self, silent: Vec<ParticipantId>) {
+        let time = self.deadlines.hello;
         for id in silent {
             if self.starting.is_some() {
                 self.greeting_failed(id, GreetingError::Silent(time));
             }
-        }
-        // Who is left was asked only now to show that it outlives this coordinator, and has as long
-        // for that.
-        let deadline = self.starting.is_some().then(|| self.after(time, || Message::HelloExpired));
-        if let (Some(starting), Some(deadline)) = (&mut self.starting, deadline) {
-            starting.deadline = deadline;
         }
     }
 }

@@ -229,7 +229,6 @@ pub(super) async fn without_channel(
         dropped_logs: 0,
         exit: None,
         gone: false,
-        lost_before: None,
         allowance: Allowance::new(),
         tellings: Tellings::new(),
         care: Care::default(),

@@ -206,7 +206,7 @@ impl State {
             Standing::Ready | Standing::Joining => {
                 self.lost(id, Loss::Disconnected, Loss::Disconnected.to_string());
             }
-            Standing::Lost(_) | Standing::Fenced(_) | Standing::Leaving => {}
+            Standing::Lost(..) | Standing::Fenced(_) | Standing::Leaving => {}
         }
     }
 
@@ -232,8 +232,11 @@ impl State {
             self.close(id);
             return;
         }
+        // A record that cannot be read forbids it: the machine may be another one's.
+        let may_kill = heedless || self.custody().is_none_or(|custody| custody.check().is_ok());
         let Some(device) = self.device(id) else { return };
         if !matches!(why, Loss::Exited | Loss::Disconnected)
+            && may_kill
             && let Some(process) = &device.process
         {
             // Before it can see the end of its channel: its exit is to tell of the fence that
@@ -242,7 +245,7 @@ impl State {
         }
         self.close(id);
         let Some(device) = self.device(id) else { return };
-        device.standing = Standing::Lost(text.clone());
+        device.standing = Standing::Lost(why, text.clone());
         self.unsettled = true;
         self.memory_lost(id, &text);
         if self.starting.is_some() {
@@ -301,7 +304,7 @@ impl State {
             tracking.gone(id, device.standing == Standing::Leaving);
         }
         let why = match std::mem::replace(&mut device.standing, Standing::Greeting) {
-            Standing::Lost(why) | Standing::Fenced(why) => why,
+            Standing::Lost(_, why) | Standing::Fenced(why) => why,
             Standing::Leaving => "it was removed".to_owned(),
             Standing::Greeting | Standing::Joining | Standing::Ready => Loss::Exited.to_string(),
         };

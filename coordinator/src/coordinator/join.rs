@@ -109,7 +109,7 @@ impl State {
                 Recovery::Unproven => Some("nothing proves that it is gone".to_owned()),
                 _ => None,
             },
-            (None, Standing::Lost(_)) => Some("it is not proven gone yet".to_owned()),
+            (None, Standing::Lost(..)) => Some("it is not proven gone yet".to_owned()),
             (None, _) => Some("it is not lost".to_owned()),
         };
         if let Some(why) = why {
@@ -190,7 +190,7 @@ impl State {
             Failure::Start(error) => (Loss::Exited, with_sources(&**error)),
         };
         device.care.failure = Some(failure);
-        device.standing = Standing::Lost(text.clone());
+        device.standing = Standing::Lost(loss, text.clone());
         self.fence_outside(id, loss, &text);
     }
 
@@ -322,7 +322,7 @@ impl State {
         device.care.join = None;
         let failure = device.care.failure.take().unwrap_or_else(|| {
             let text = match &device.standing {
-                Standing::Lost(text) | Standing::Fenced(text) => text.clone(),
+                Standing::Lost(_, text) | Standing::Fenced(text) => text.clone(),
                 _ => String::new(),
             };
             Failure::Greeting(GreetingError::Joining(text))

@@ -1,5 +1,6 @@
 //! What a later coordinator will need, written down while this one has the machine.
 
+use super::Message;
 use super::start::Start;
 use super::state::{Device, Standing, State};
 use crate::control_directory::{ControlDirectory, ControlDirectoryError};
@@ -168,6 +169,9 @@ impl State {
         let waiting = self.devices.iter().filter(|device| counts(device));
         let ids: BTreeSet<_> = waiting.map(|device| device.id).collect();
         let settled = ids.is_empty();
+        // They have as long for this as they had for their Hello, which may have come in time just so.
+        let deadline = self.myself.cast_after(self.deadlines.hello, || Message::SettlingExpired);
+        std::mem::replace(&mut starting.deadline, deadline).abort();
         starting.settling = Some(ids);
         settled
     }

@@ -85,7 +85,7 @@ impl State {
                 HeldReason::FenceUnproven(id) => self
                     .devices
                     .get(*id)
-                    .is_some_and(|device| matches!(device.standing, Standing::Lost(_))),
+                    .is_some_and(|device| matches!(device.standing, Standing::Lost(..))),
                 _ => false,
             });
             let unproven: Vec<_> = unproven.collect();

@@ -17,7 +17,7 @@ impl State {
     /// What an operation would be for this machine as it is.
     pub(super) fn plan(&self, operation: Operation) -> Plan {
         let devices = self.devices.iter().filter_map(|device| {
-            let counts = matches!(device.standing, Standing::Ready | Standing::Lost(_));
+            let counts = matches!(device.standing, Standing::Ready | Standing::Lost(..));
             counts.then(|| self.member(device)).flatten()
         });
         let locals = self.locals.iter().filter(|local| !local.hung);
@@ -40,7 +40,7 @@ impl State {
         let lost = match device.standing {
             Standing::Ready | Standing::Greeting | Standing::Joining => false,
             // It was lost before; what is left is to prove it.
-            Standing::Lost(_) => true,
+            Standing::Lost(..) => true,
             Standing::Fenced(_) | Standing::Leaving => return None,
         };
         let on_loss = match lost {
@@ -133,7 +133,7 @@ impl State {
                 && device.care.leaving.is_none()
                 && !self.policies.may_be_missing(&device.spec);
             let why = match &device.standing {
-                Standing::Lost(why) | Standing::Fenced(why) => why.clone(),
+                Standing::Lost(_, why) | Standing::Fenced(why) => why.clone(),
                 Standing::Greeting | Standing::Joining => "it is being restarted".to_owned(),
                 Standing::Ready | Standing::Leaving => continue,
             };

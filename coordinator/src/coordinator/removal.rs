@@ -89,7 +89,7 @@ impl State {
             }
             Standing::Ready => self.leave_stopped(id),
             Standing::Greeting | Standing::Joining => self.leave_at_once(id),
-            Standing::Lost(_) => {
+            Standing::Lost(..) => {
                 device.tell(DeviceActorMessage::Fence);
                 self.set_leaving(id, LeaveStage::Ending);
                 self.await_fence(id, self.deadlines.fence);
@@ -133,7 +133,7 @@ impl State {
         let text = "it is being removed";
         self.close(id);
         let Some(device) = self.device(id) else { return };
-        device.standing = Standing::Lost(text.to_owned());
+        device.standing = Standing::Lost(Loss::Refused, text.to_owned());
         self.memory_lost(id, text);
         self.set_leaving(id, LeaveStage::Ending);
         self.fence_outside(id, Loss::Refused, text);
@@ -144,7 +144,8 @@ impl State {
         let Some(device) = self.device(id) else { return };
         let Some(leaving) = device.care.leaving.take() else { return };
         if device.standing == Standing::Leaving {
-            device.standing = Standing::Lost("it was being removed and did not end".to_owned());
+            let text = "it was being removed and did not end".to_owned();
+            device.standing = Standing::Lost(Loss::Timeout, text);
             // Its end may still come, and nobody else would ask for the proof of it.
             device.tell(DeviceActorMessage::Fence);
         }

@@ -142,6 +142,25 @@ fn a_machine_does_not_wait_for_ever_for_one_that_does_not_show_that_it_outlives_
     assert_eq!(run.wrong, None, "{}", search::tell(0, &run));
 }
 
+/// Both Hellos are there and were not read when the time for them is over.
+#[test]
+fn whoever_is_asked_at_the_last_moment_whether_it_outlives_its_coordinator_has_time_to_answer() {
+    use action::Action::{Greet, Handle, Tick};
+    let optional = action::Kind { optional: true, ..action::Kind::default() };
+    let case = action::Case {
+        devices: vec![optional, optional],
+        kept: true,
+        faults: action::Faults { time: 1, ..action::Faults::default() },
+        plain: true,
+        ..action::Case::default()
+    };
+    let actions = [Greet(0), Greet(1), Tick, Handle];
+    let run = search::replay(&case, &actions, Slips::default(), true).unwrap();
+    assert_eq!(run.wrong, None, "{}", search::tell(0, &run));
+    assert_eq!(run.actions, actions, "{}", search::tell(0, &run));
+    assert!(!run.reached.contains("DeviceNotStarted"), "{}", search::tell(0, &run));
+}
+
 /// A pause of three devices, of which one dies and is not proven gone in time, and one hangs. The
 /// coordinator is so late that the hold has run out of its time before the third one is told to stop:
 /// that one is left in RUNNING_P2P. Then both proofs come, and the owner tries to pause again and gives

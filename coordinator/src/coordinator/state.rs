@@ -121,8 +121,6 @@ pub(super) struct Device {
     pub(super) dropped_logs: u64,
     pub(super) exit: Option<Exit>,
     pub(super) gone: bool,
-    /// In what way it was lost before this coordinator had it.
-    pub(super) lost_before: Option<Loss>,
     pub(super) allowance: Allowance,
     pub(super) tellings: Tellings,
     pub(super) care: Care,
@@ -147,7 +145,6 @@ impl Device {
             dropped_logs: 0,
             exit: None,
             gone: true,
-            lost_before: None,
             allowance: Allowance::new(),
             tellings: Tellings::new(),
             care: Care::default(),
@@ -180,8 +177,8 @@ pub(super) enum Standing {
     Joining,
     /// It counts.
     Ready,
-    /// It does not; its end is not proven yet.
-    Lost(String),
+    /// It does not, for that reason; its end is not proven yet.
+    Lost(Loss, String),
     /// It does not, and nothing of it is left.
     Fenced(String),
     /// It is in STOP, and its process is to end.
@@ -339,6 +336,7 @@ impl Drop for Timers {
 /// The greeting of a new machine.
 pub(super) struct Starting {
     pub(super) reply: oneshot::Sender<Result<Machine, StartError>>,
+    /// For the Hello of everybody, and then for `settling`.
     pub(super) deadline: Alarm,
     /// Who has been welcomed and has not shown yet that it can outlive this coordinator; `None`
     /// while some have still to be welcomed.
@@ -450,7 +448,7 @@ impl State {
                 Standing::Greeting => (DeviceStanding::Starting, None),
                 Standing::Joining => (DeviceStanding::Joining, None),
                 Standing::Leaving => (DeviceStanding::Leaving, None),
-                Standing::Lost(why) => (DeviceStanding::Lost, Some(why.clone())),
+                Standing::Lost(_, why) => (DeviceStanding::Lost, Some(why.clone())),
                 Standing::Fenced(why) => {
                     let restarts = device.care.recovery.is_under_way();
                     let fenced = DeviceStanding::Fenced;

@@ -378,7 +378,7 @@ impl State {
             return;
         }
         let Some(device) = self.device(id) else { return };
-        if !matches!(device.standing, Standing::Lost(_) | Standing::Leaving) {
+        if !matches!(device.standing, Standing::Lost(..) | Standing::Leaving) {
             return;
         }
         let (name, incarnation) = (device.spec.name.clone(), device.incarnation);

@@ -466,7 +466,9 @@ impl State {
         device.hello = Some(hello);
         device.standing = match sent {
             Ok(()) => Standing::Ready,
-            Err(error) => Standing::Lost(format!("it cannot be welcomed: {error}")),
+            Err(error) => {
+                Standing::Lost(Loss::Disconnected, format!("it cannot be welcomed: {error}"))
+            }
         };
         if device.standing == Standing::Ready {
             self.listen_to(id, channel);
@@ -479,7 +481,8 @@ impl State {
         match watched {
             Ok(()) => device.channel = Some(channel),
             Err(error) => {
-                device.standing = Standing::Lost(format!("it cannot be watched: {error}"));
+                let text = format!("it cannot be watched: {error}");
+                device.standing = Standing::Lost(Loss::Disconnected, text);
             }
         }
     }
@@ -489,8 +492,7 @@ impl State {
         let Unreachable { loss, why } = unreachable;
         if let Some(device) = self.device(id) {
             tracing::warn!(device = device.spec.name, why, "cannot be taken over");
-            device.lost_before = Some(loss);
-            device.standing = Standing::Lost(why);
+            device.standing = Standing::Lost(loss, why);
         }
     }
 

@@ -54,7 +54,7 @@ impl State {
             .for_each(|device| tracking.add_device(device.id, &device.spec.name, device.tracks()));
         // One that is lost already, and not proven gone, may write for as long.
         let unproven = |device: &&Device| {
-            matches!(device.standing, Standing::Lost(_))
+            matches!(device.standing, Standing::Lost(..))
                 || matches!(device.care.recovery, Recovery::Unproven)
         };
         for device in self.devices.iter().filter(unproven) {

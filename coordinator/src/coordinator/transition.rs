@@ -109,8 +109,10 @@ impl State {
         let lost: Vec<_> = self
             .devices
             .iter()
-            .filter(|device| matches!(device.standing, Standing::Lost(_)))
-            .map(|device| Event::Lost(device.id, device.lost_before.unwrap_or(Loss::Exited)))
+            .filter_map(|device| match device.standing {
+                Standing::Lost(loss, _) => Some(Event::Lost(device.id, loss)),
+                _ => None,
+            })
             .collect();
         // Those that are lost already are not told anything.
         for event in lost.into_iter().chain([Event::Begin]) {
@@ -281,7 +283,7 @@ impl State {
         let Some(device) = self.device(id) else { return };
         // What was seen says more than the kind of loss.
         let detail = match &device.standing {
-            Standing::Lost(text) | Standing::Fenced(text) => text.clone(),
+            Standing::Lost(_, text) | Standing::Fenced(text) => text.clone(),
             _ => contradiction.unwrap_or(why.to_string()),
         };
         let counted = matches!(device.standing, Standing::Ready | Standing::Joining);
@@ -295,7 +297,7 @@ impl State {
         match &device.standing {
             Standing::Fenced(_) => events.push_back(Event::Fenced(id)),
             _ => {
-                device.standing = Standing::Lost(detail.clone());
+                device.standing = Standing::Lost(why, detail.clone());
                 self.memory_lost(id, &detail);
                 let Some(device) = self.device(id) else { return };
                 // An actor that is gone cannot prove anything: the grace decides.

@@ -179,7 +179,7 @@ fn nobody_is_left(world: &mut World) {
 /// Nobody is left alive that does not count.
 fn lost_are_fenced(world: &mut World) {
     let lost = |unit: &super::unit::Unit| {
-        matches!(world.standing(unit), Some(Standing::Lost(_))) && unit.is_alive()
+        matches!(world.standing(unit), Some(Standing::Lost(..))) && unit.is_alive()
     };
     let lost = world.units.iter().position(lost);
     if let Some(i) = lost.filter(|_| !world.superseded) {
