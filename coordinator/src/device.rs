@@ -11,10 +11,11 @@ use ractor::{Actor, ActorProcessingErr, ActorRef};
 use standstill_protocol::channel::Readiness;
 use standstill_protocol::message::Term;
 use standstill_protocol::transition::ParticipantId;
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::task::{AbortHandle, JoinHandle};
 
-/// How soon the locks of a dead process's files are tried again at first; twice as late each time …
+/// How soon the locks of a dead process's files, or its end, are tried again at first; twice as late each time …
 const FIRST_RETRY: Duration = Duration::from_millis(2);
 /// … but not later than this.
 const LAST_RETRY: Duration = Duration::from_millis(64);
@@ -35,8 +36,10 @@ pub(crate) enum Message {
     Expect(Duration),
     /// The time is over.
     Kill,
-    /// The pidfd says that the process has ended.
+    /// The pidfd says that the process has ended, or has said so before and how was not to be learned.
     Exited,
+    /// The process is to outlive this program from now on, as long as it is this program's.
+    PlaceUnder(Arc<Custody>),
     /// Try the locks again.
     TryLocks,
     /// Its log was read to the end, or was waited for long enough.
@@ -86,6 +89,8 @@ pub(crate) struct State {
     /// One try of the locks is due already.
     retrying: bool,
     retry_after: Duration,
+    /// When an end is looked for again that could not be learned.
+    look_after: Duration,
     coordinator: ActorRef<CoordinatorMessage>,
     tasks: Vec<AbortHandle>,
     log: Option<JoinHandle<()>>,
@@ -159,6 +164,16 @@ impl State {
         }
     }
 
+    /// The process has ended, and nobody can say yet how.
+    fn look_again(&mut self, myself: &ActorRef<Message>) {
+        if self.look_after == FIRST_RETRY {
+            let (device, incarnation) = self.who();
+            tracing::warn!(device, incarnation, "its end is kept back by whoever traces it");
+        }
+        myself.send_after(self.look_after, || Message::Exited);
+        self.look_after = (self.look_after * 2).min(LAST_RETRY);
+    }
+
     fn retry(&mut self, myself: &ActorRef<Message>) {
         if !std::mem::replace(&mut self.retrying, true) {
             myself.send_after(self.retry_after, || Message::TryLocks);
@@ -215,6 +230,7 @@ impl Actor for DeviceActor {
             proven: None,
             retrying: false,
             retry_after: FIRST_RETRY,
+            look_after: FIRST_RETRY,
             coordinator,
             tasks,
             log,
@@ -231,6 +247,7 @@ impl Actor for DeviceActor {
     ) -> Result<(), ActorProcessingErr> {
         match message {
             Message::BackingFiles(files) => state.files = files,
+            Message::PlaceUnder(custody) => state.process.place_under(custody),
             Message::Unprovable(why) => state.unprovable = Some(why),
             Message::Fence => match state.proven {
                 Some((exit, locks)) => state.tell(ProcessEvent::Fenced { exit, locks }),
@@ -259,11 +276,12 @@ impl Actor for DeviceActor {
                         tracing::debug!(device, incarnation, %exit, "process ended");
                         state.tell(ProcessEvent::Exited(exit));
                     }
-                    Ok(None) => tracing::warn!(
-                        device = state.name,
-                        incarnation = state.incarnation,
-                        "pidfd readable, no exit"
-                    ),
+                    // Whoever traces it from another process learns of its end first, and its parent
+                    // when that one has let go of it. The pidfd does not tell of that.
+                    Ok(None) => {
+                        state.look_again(&myself);
+                        return Ok(());
+                    }
                     Err(error) => {
                         let (device, incarnation) = state.who();
                         tracing::warn!(device, incarnation, %error, "cannot be reaped");

@@ -42,15 +42,6 @@ impl Child {
             Self::Scripted(_) => std::process::id(),
         }
     }
-
-    /// It is to outlive this program, as long as it is this program's.
-    pub(super) fn place_under(&mut self, custody: Arc<Custody>) {
-        match self {
-            Self::Process(process) => process.place_under(custody),
-            #[cfg(any(test, fuzzing))]
-            Self::Scripted(_) => drop(custody),
-        }
-    }
 }
 
 /// The process of a device, whose actor owns it.
@@ -81,6 +72,15 @@ impl Process {
             Self::Running { actor, .. } => drop(actor.cast(message)),
             #[cfg(any(test, fuzzing))]
             Self::Scripted(process) => process.tell(message),
+        }
+    }
+
+    /// It is to outlive this program, as long as it is this program's.
+    fn place_under(&self, custody: Arc<Custody>) {
+        match self {
+            Self::Running { actor, .. } => drop(actor.cast(DeviceMessage::PlaceUnder(custody))),
+            #[cfg(any(test, fuzzing))]
+            Self::Scripted(_) => drop(custody),
         }
     }
 
@@ -195,6 +195,23 @@ pub(super) async fn device(
     Ok(device)
 }
 
+/// The same of a later incarnation, which nobody could find yet: it outlives this program, if it is to,
+/// from the moment on that it has an actor. If it gets none, it ends.
+pub(super) async fn newcomer(
+    myself: &Mailbox,
+    id: ParticipantId,
+    spec: DeviceSpec,
+    incarnation: u64,
+    spawned: Spawned,
+    custody: Option<&Arc<Custody>>,
+) -> io::Result<Device> {
+    let device = device(myself, id, spec, incarnation, spawned).await?;
+    if let (Some(process), Some(custody)) = (&device.process, custody) {
+        process.place_under(Arc::clone(custody));
+    }
+    Ok(device)
+}
+
 /// What the coordinator keeps of a process with which it cannot talk (yet); its actor lives from
 /// now on.
 pub(super) async fn without_channel(
@@ -251,4 +268,32 @@ async fn own(
     let spawned = Actor::spawn_linked(None, DeviceActor, arguments, supervisor).await;
     let (actor, _) = spawned.map_err(io::Error::other)?;
     Ok(Process::Running { pid, pidfd, actor })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::control_directory::ControlDirectory;
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+    use standstill_protocol::message::Term;
+
+    #[tokio::test]
+    async fn a_newcomer_that_gets_no_actor_ends_although_the_others_outlive_their_coordinator() {
+        let folder = tempfile::tempdir().unwrap();
+        let directory = ControlDirectory::create(&folder.path().join("vm")).unwrap();
+        let custody = Arc::new(Custody::new(directory, uuid::Uuid::nil(), Term(1)));
+        custody.keep();
+        let spec = DeviceSpec::new("d0", "sleep").args(["60"]);
+        let spawned = spawn(&Spawner::new().unwrap(), &spec, None).unwrap();
+        let Child::Process(process) = &spawned.1 else { unreachable!("it is a real one") };
+        let pidfd = process.pidfd().try_clone_to_owned().unwrap();
+        // There is no actor here to which it could be linked.
+        let nobody = Mailbox::Script(Script::new());
+        let id = ParticipantId(1);
+        let error = newcomer(&nobody, id, spec, 2, spawned, Some(&custody)).await.err().unwrap();
+        assert!(error.to_string().contains("stands in for the actor"), "{error}");
+        let patience = Timespec { tv_sec: 30, tv_nsec: 0 };
+        let mut fds = [PollFd::new(&pidfd, PollFlags::IN)];
+        assert_eq!(poll(&mut fds, Some(&patience)).unwrap(), 1, "it lives on");
+    }
 }

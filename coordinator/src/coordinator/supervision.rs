@@ -20,7 +20,6 @@ use crate::restarts::{Attempt, Restarts};
 use crate::watchdog::Pulse;
 use standstill_protocol::transition::{Loss, MachineState, Operation, ParticipantId};
 use std::io;
-use std::sync::Arc;
 
 /// How many requests may wait for their turn.
 const QUEUE: usize = 64;
@@ -303,16 +302,16 @@ impl State {
         id: ParticipantId,
         spec: crate::description::DeviceSpec,
         incarnation: u64,
-        mut spawned: Spawned,
+        spawned: Spawned,
     ) -> Result<Device, Box<StartError>> {
         let system = |source: io::Error| {
             Box::new(StartError::System { what: "watch a device process", source })
         };
         self.poll.add(id, &spawned.0).map_err(system)?;
-        if let Some(custody) = self.custody() {
-            spawned.1.place_under(Arc::clone(custody));
-        }
-        incarnation::device(&self.myself, id, spec, incarnation, spawned).await.map_err(system)
+        let custody = self.custody();
+        let newcomer =
+            incarnation::newcomer(&self.myself, id, spec, incarnation, spawned, custody).await;
+        newcomer.map_err(system)
     }
 
     /// The next incarnation takes the place of the last one.

@@ -39,7 +39,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::task::JoinSet;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::timeout;
 
 /// How often one that waits for greetings looks whether another one has a higher term.
 const LOOK: Duration = Duration::from_millis(100);
@@ -103,8 +103,8 @@ pub(crate) async fn take_over(builder: MachineBuilder) -> Result<TakenOver, Take
         (builder.name.clone(), builder.devices.clone(), policies(&builder));
     let (directory, record) = blocking(move || claim(&path, &name, &specs, policies)).await?;
 
-    let deadline = Instant::now() + builder.deadlines.hello;
-    let greetings = greet_all(&directory, &record, &builder.devices, deadline).await?;
+    let time = builder.deadlines.hello;
+    let greetings = greet_all(&directory, &record, &builder.devices, time).await?;
     let uuid = record.uuid;
     let hellos = builder.devices.iter().zip(&greetings);
     let hellos =
@@ -211,7 +211,7 @@ fn claim(
     Ok((directory, record))
 }
 
-/// Connects to every device and waits for its Hello, all at the same time.
+/// Connects to every device and waits for its Hello, all at the same time and each that long.
 ///
 /// A device greets one at a time: of two that take the machine over at once, each may have the device
 /// that the other one waits for. So the one with the lower term goes as soon as it learns of the other.
@@ -219,7 +219,7 @@ async fn greet_all(
     directory: &ControlDirectory,
     record: &MachineRecord,
     specs: &[DeviceSpec],
-    deadline: Instant,
+    time: Duration,
 ) -> Result<Vec<Result<Greeting, Unreachable>>, TakeOverError> {
     let mut greetings: Vec<_> = specs
         .iter()
@@ -228,7 +228,7 @@ async fn greet_all(
     let mut tasks = JoinSet::new();
     for (at, spec) in specs.iter().enumerate() {
         let path = directory.socket_path(&spec.name).map_err(ControlDirectoryError::from)?;
-        tasks.spawn(async move { (at, greet(path, deadline).await) });
+        tasks.spawn(async move { (at, greet(path, time).await) });
     }
     let mut looks = tokio::time::interval(LOOK);
     loop {
@@ -252,7 +252,7 @@ async fn greet_all(
 }
 
 /// Connects to one device and waits for its Hello. An error says what it did instead.
-async fn greet(path: PathBuf, deadline: Instant) -> Result<Greeting, Unreachable> {
+async fn greet(path: PathBuf, time: Duration) -> Result<Greeting, Unreachable> {
     let lost = |why| Unreachable::new(Loss::Disconnected, why);
     let broke =
         |what: &str| Unreachable::new(Loss::Protocol, format!("it broke the protocol: {what}"));
@@ -284,7 +284,7 @@ async fn greet(path: PathBuf, deadline: Instant) -> Result<Greeting, Unreachable
         .ok_or_else(|| Unreachable::new(Loss::Exited, format!("its process {pid} has ended")))?;
     let channel = AsyncChannel::new(channel)
         .map_err(|error| lost(format!("it cannot be watched: {error}")))?;
-    let received = match timeout_at(deadline, channel.recv()).await {
+    let received = match timeout(time, channel.recv()).await {
         Ok(Ok(received)) => received,
         Ok(Err(RecvError::Disconnected)) => {
             return Err(lost("it closed the connection before it said Hello".to_owned()));

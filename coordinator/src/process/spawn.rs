@@ -25,6 +25,8 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 use thiserror::Error;
 
+/// How long the start of one process may take: a program may lie where the kernel does not get at it.
+const LONGEST_START: Duration = Duration::from_secs(30);
 /// How often the thread looks after processes that did not end within their grace.
 const REAP_INTERVAL: Duration = Duration::from_millis(100);
 /// How often it looks after children that live on although their machine was dropped.
@@ -151,6 +153,15 @@ pub enum SpawnError {
         /// Why not.
         source: io::Error,
     },
+    /// The kernel has not executed the program in time, or is still at an earlier one: it cannot be read
+    /// from where it lies, for example. A process that comes of it all the same is ended.
+    #[error("{} was not started within {time:?}", program.display())]
+    Timeout {
+        /// The program.
+        program: PathBuf,
+        /// How long that was waited for.
+        time: Duration,
+    },
     /// The thread that starts processes does not exist here (any more). Threads do not survive a
     /// `fork`: make a new [`Spawner`] after it.
     #[error("cannot start {}: the thread that starts device processes is gone", program.display())]
@@ -177,7 +188,7 @@ impl Spawner {
         Ok(Self { thread })
     }
 
-    /// Starts a process and returns as soon as the program is executed.
+    /// Starts a process and returns as soon as the program is executed, after 30 seconds at the latest.
     ///
     /// Its standard input is `stdin`, of which this program keeps no copy; its standard output is
     /// `/dev/null`; its standard error is a pipe that the [`DeviceProcess`] holds. It has a process
@@ -187,6 +198,15 @@ impl Spawner {
     ///
     /// Every [`SpawnError`] but `Thread`.
     pub fn spawn(&self, spec: &ProcessSpec, stdin: OwnedFd) -> Result<DeviceProcess, SpawnError> {
+        self.spawn_within(spec, stdin, LONGEST_START)
+    }
+
+    fn spawn_within(
+        &self,
+        spec: &ProcessSpec,
+        stdin: OwnedFd,
+        time: Duration,
+    ) -> Result<DeviceProcess, SpawnError> {
         let image = Image::new(spec)?;
         let gone = || SpawnError::ThreadGone { program: spec.program.clone() };
         if self.thread.owner != std::process::id() {
@@ -195,7 +215,13 @@ impl Spawner {
         let (reply, answer) = mpsc::sync_channel(1);
         let job = Job::Spawn { image, stdin, reply };
         self.thread.jobs.send(job).map_err(|_| gone())?;
-        answer.recv().map_err(|_| gone())?
+        answer.recv_timeout(time).map_err(|error| match error {
+            RecvTimeoutError::Disconnected => gone(),
+            // The answer goes nowhere, and with it the process.
+            RecvTimeoutError::Timeout => {
+                SpawnError::Timeout { program: spec.program.clone(), time }
+            }
+        })?
     }
 }
 
@@ -410,5 +436,23 @@ mod tests {
         let stdin = std::fs::File::open("/dev/null").unwrap();
         let error = spawner.spawn(&ProcessSpec::new("true"), stdin.into()).unwrap_err();
         assert!(matches!(error, SpawnError::ThreadGone { .. }), "{error}");
+    }
+
+    #[test]
+    fn a_start_that_takes_too_long_is_given_up_and_its_process_ends() {
+        let (jobs, queue) = mpsc::channel();
+        let owner = std::process::id();
+        let spawner = Spawner { thread: SpawnThread { jobs, owner } };
+        let stdin = std::fs::File::open("/dev/null").unwrap();
+        let time = Duration::from_millis(20);
+        let spec = ProcessSpec::new("sleep").arg("60");
+        let error = spawner.spawn_within(&spec, stdin.into(), time).unwrap_err();
+        assert!(matches!(error, SpawnError::Timeout { .. }), "{error}");
+        // Now the thread comes to it after all.
+        let Ok(Job::Spawn { image, stdin, reply }) = queue.recv() else { panic!("no job") };
+        let process = image.start(stdin, &mut Vec::new()).unwrap();
+        let pidfd = process.pidfd().try_clone_to_owned().unwrap();
+        drop(reply.send(Ok(process)));
+        assert!(super::super::wait_readable(pidfd.as_fd(), Duration::from_secs(30)).unwrap());
     }
 }

@@ -570,3 +570,37 @@ async fn who_waits_for_a_device_goes_when_another_one_has_a_higher_term() {
     assert!(matches!(error, TakeOverError::Superseded { term } if term.0 == 3), "{error}");
     assert!(!process.ends_within(Duration::ZERO).await, "it was harmed");
 }
+
+/// Whoever cannot read the record does not know whether the device is its own.
+#[tokio::test]
+async fn nobody_is_killed_as_long_as_the_record_cannot_be_read() {
+    let breaks = Script::honest().on(Trigger::Memory, [Step::Send(Packet::Garbage)]);
+    let left = Left::new(|| [Script::honest(), breaks, Script::honest()]);
+    let machine = within(LONG, "start", left.course.builder().unwrap().start()).await.unwrap();
+    let process = left.process("d1");
+    let path = left.directory().join("machine.json");
+    let whole = std::fs::read(&path).unwrap();
+    std::fs::write(&path, &whole[..whole.len() / 2]).unwrap();
+    let mut events = machine.events();
+    let ram = tempfile::tempfile().unwrap();
+    within(LONG, "declare_ram", machine.declare_ram(&ram)).await.unwrap_err();
+    let lost =
+        async { while !matches!(events.recv().await.unwrap(), MachineEvent::DeviceLost { .. }) {} };
+    within(LONG, "the loss", lost).await;
+    assert!(!process.ends_within(Duration::from_millis(300)).await, "it was killed");
+    std::fs::write(&path, &whole).unwrap();
+    let fenced = async {
+        while !matches!(events.recv().await.unwrap(), MachineEvent::DeviceFenced { .. }) {}
+    };
+    within(LONG, "the fence", fenced).await;
+    left.end(machine).await;
+}
+
+#[tokio::test]
+async fn a_deadline_that_no_clock_can_say_is_none() {
+    let mut left = left_with(Script::honest()).await;
+    left.course.other = Duration::MAX;
+    let TakenOver { machine, report } = left.take_over().await;
+    assert_eq!(report.outcome, Outcome::Done, "{report}");
+    left.end(machine).await;
+}

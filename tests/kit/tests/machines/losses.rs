@@ -1,14 +1,17 @@
 //! Devices that are lost: optional ones, and outside of any transition.
 
 use crate::fixture::{
-    LONG, PHASES, SHORT, assert_all_in, assert_machine, builder, fenced, honest, short_in, start,
-    until,
+    LONG, PHASES, SHORT, assert_all_in, assert_machine, builder, deadlines, fenced, honest,
+    short_in, start, until,
 };
+use crate::supervised::{events_until, signal};
 use rustix::process::{Pid, Signal, kill_process};
 use standstill_coordinator::{Events, MachineEvent, Outcome};
 use standstill_protocol::migration::MigrationState;
 use standstill_protocol::transition::MachineState;
 use standstill_testkit::{Packet, Processes, Script, Step, Trace, Trigger, within};
+use std::io::{BufRead, BufReader};
+use std::process::{Command, Stdio};
 
 #[tokio::test]
 async fn a_machine_goes_on_without_an_optional_device() {
@@ -148,4 +151,35 @@ async fn a_pause_right_after_a_death_never_hangs_and_never_counts_the_dead() {
         let status = machine.status().await.unwrap();
         assert!(status.devices[2].lost.is_some(), "{status:?}");
     }
+}
+
+/// The pidfd says that it has ended long before its parent may learn how.
+#[tokio::test]
+async fn a_device_that_a_debugger_is_attached_to_is_proven_gone_when_that_one_lets_go() {
+    let trace = Trace::new().unwrap();
+    let mut limits = deadlines();
+    limits.fence = SHORT;
+    let devices = ["d0", "d1"].map(|name| honest(name, &trace));
+    let machine = start(builder().deadlines(limits).devices(devices)).await;
+    let status = machine.status().await.unwrap();
+    let pid = status.devices.iter().find(|device| device.name == "d1").unwrap().pid.unwrap();
+    let mut tracer = Command::new(env!("CARGO_BIN_EXE_standstill-testkit-tracer"))
+        .arg(pid.to_string())
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut said = String::new();
+    BufReader::new(tracer.stdout.take().unwrap()).read_line(&mut said).unwrap();
+    assert_eq!(said, "traced\n", "what may refuse it: kernel.yama.ptrace_scope, seccomp");
+    let mut events = machine.events();
+    signal(&machine, "d1", Signal::KILL).await;
+    let unproven = |event: &MachineEvent| matches!(event, MachineEvent::FenceUnproven { .. });
+    let seen = events_until(&mut events, "the grace to end", unproven).await;
+    let ended = |event: &MachineEvent| matches!(event, MachineEvent::DeviceExited { .. });
+    assert!(!seen.iter().any(ended), "{seen:?}");
+    drop(tracer.stdin.take());
+    let proven = |event: &MachineEvent| matches!(event, MachineEvent::DeviceFenced { device, exit, .. } if device == "d1" && exit.is_kill());
+    events_until(&mut events, "the proof", proven).await;
+    tracer.wait().unwrap();
 }

@@ -1,6 +1,6 @@
 //! Devices are added to a machine and removed from it, wherever it is.
 
-use crate::fixture::{LONG, SHORT, assert_machine, builder, deadlines, honest, start};
+use crate::fixture::{LONG, SHORT, assert_machine, builder, deadlines, honest, report_of, start};
 use crate::supervised::{
     assert_nothing_left, assert_whole_and_end, device, events_until, kinds, signal, until_joined,
 };
@@ -11,7 +11,7 @@ use standstill_coordinator::process::Exit;
 use standstill_coordinator::{Deadlines, DeviceStanding, HookSpec, MachineEvent, Slot};
 use standstill_protocol::message::{FileIdentity, Phase};
 use standstill_protocol::migration::MigrationState;
-use standstill_protocol::transition::MachineState;
+use standstill_protocol::transition::{Loss, MachineState};
 use standstill_testkit::{
     Call, Gate, Processes, Script, Step, Trace, TracedHook, Trigger, What, within,
 };
@@ -217,6 +217,27 @@ async fn a_device_that_cannot_be_proven_gone_stays_until_it_can() {
     events_until(&mut events, "the fence", fenced).await;
     within(LONG, "removal", machine.remove_device("locked")).await.unwrap();
     assert_whole_and_end(&machine, &trace, 1).await;
+}
+
+#[tokio::test]
+async fn a_transition_says_in_which_way_a_device_was_lost_before_it() {
+    let trace = Trace::new().unwrap();
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let lock = file.reopen().unwrap();
+    flock(&lock, FlockOperation::LockExclusive).unwrap();
+    let locked = Script::honest().backing_file(file.path()).device("locked", &trace).unwrap();
+    let limits = Deadlines { fence: SHORT, ..deadlines() };
+    let machine =
+        start(builder().deadlines(limits).device(honest("d0", &trace)).device(locked)).await;
+    // It is asked to end, and that cannot be proven in time.
+    within(LONG, "removal", machine.remove_device("locked")).await.unwrap_err();
+    let error = within(LONG, "pause", machine.pause()).await.unwrap_err();
+    let report = report_of(&error);
+    let fences = report.participants.iter().filter_map(|one| one.fence.as_ref());
+    let why: Vec<_> = fences.map(|fence| fence.why).collect();
+    assert_eq!(why, [Loss::Timeout], "{report}");
+    drop(lock);
+    within(LONG, "shutdown", machine.shutdown()).await.unwrap();
 }
 
 /// A newcomer that may run in a machine that is to stand: nothing starts before that is settled.
