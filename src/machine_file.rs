@@ -266,12 +266,12 @@ fn deadlines(root: &Fields<'_>) -> Deadlines {
         ("silence", &mut deadlines.silence),
     ];
     for (key, slot) in slots {
-        if let Some(duration) = fields.duration(key) {
-            // Only the last two may be switched off.
-            if duration.is_zero() && !matches!(key, "stall" | "silence") {
-                let span = fields.key(key).unwrap_or_default();
-                fields.note(Problem::new(format!("`{key}` cannot be zero"), span));
-            }
+        // Only the last two may be switched off.
+        let duration = match key {
+            "stall" | "silence" => fields.duration(key),
+            _ => fields.deadline(key),
+        };
+        if let Some(duration) = duration {
             *slot = duration;
         }
     }

@@ -4,7 +4,7 @@ use super::show::{json, line};
 use super::target::Target;
 use super::{CommandError, exit_of_report, finish};
 use crate::exit::Exit;
-use crate::operator::message::{ReportReply, Request, ShutdownReply, StatusReply};
+use crate::operator::message::{DeviceEnd, ReportReply, Request, ShutdownReply, StatusReply};
 use clap::Args;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde_json::Value;
@@ -125,12 +125,10 @@ fn shut_down(args: &ShutdownArgs) -> Result<Exit, CommandError> {
     } else if reply.kept {
         line("the devices are left as they are; `standstill run --attach` takes them over");
     } else {
-        for end in &reply.devices {
-            let exit = end.exit.as_deref().unwrap_or("ended unseen");
-            line(&format!("{} {exit}", end.device));
-        }
+        reply.devices.iter().for_each(|end| line(&end.to_string()));
     }
-    Ok(Exit::Done)
+    let all_gone = reply.devices.iter().all(DeviceEnd::is_gone);
+    Ok(if all_gone { Exit::Done } else { Exit::Failed })
 }
 
 /// Waits until a process has ended, but not for long.

@@ -365,7 +365,7 @@ fn client(fields: &Fields<'_>, on_loss: Option<LossPolicy>) -> Option<&'static s
 
 /// Both deadlines of a device, where it has one of its own.
 fn deadlines(fields: &Fields<'_>) -> Option<(Duration, Duration)> {
-    let both = [fields.duration("first-phase"), fields.duration("second-phase")];
+    let both = [fields.deadline("first-phase"), fields.deadline("second-phase")];
     match both {
         [Some(first), Some(second)] => Some((first, second)),
         [None, None] => None,

@@ -118,6 +118,16 @@ impl<'a> Fields<'a> {
         })
     }
 
+    /// The same, for a deadline: nobody could meet one of no time at all.
+    pub(crate) fn deadline(&self, name: &str) -> Option<Duration> {
+        let deadline = self.duration(name)?;
+        if deadline.is_zero() {
+            let span = self.key(name).unwrap_or_default();
+            self.note(Problem::new(format!("`{name}` cannot be zero"), span));
+        }
+        Some(deadline)
+    }
+
     /// A text such as `"1MiB"`.
     pub(crate) fn size(&self, name: &str) -> Option<Placed<u64>> {
         let value =

@@ -56,7 +56,7 @@ impl HookEntry {
             start_slot: fields.choice("start-slot", &SLOTS),
             rank: fields.number("rank").unwrap_or(0),
             start_rank: fields.number("start-rank"),
-            deadline: fields.duration("deadline"),
+            deadline: fields.deadline("deadline"),
         }
     }
 

@@ -26,11 +26,9 @@ impl QmpEntry {
         // Its type is noted where the other deadlines are read.
         let deadlines = root.quiet_table("deadlines", "the table of deadlines");
         let deadline = deadlines.as_ref().and_then(|fields| {
-            let deadline = fields.duration("qmp")?;
+            let deadline = fields.deadline("qmp")?;
             let span = fields.key("qmp").unwrap_or_default();
-            if deadline.is_zero() {
-                fields.note(Problem::new("`qmp` cannot be zero", span));
-            } else if root.key("qmp").is_none() {
+            if !deadline.is_zero() && root.key("qmp").is_none() {
                 let message = "the deadline `qmp` needs a machine with `qmp`, the path of a socket";
                 fields.note(Problem::new(message, span));
             }

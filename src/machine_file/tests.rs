@@ -225,6 +225,15 @@ fn machines_hooks_and_tables_that_cannot_be_are_refused_with_the_reason() {
             "name = \"m\"\n[[hook]]\nname = \"h\"\nslot = \"before\"\nstop = [\"a\"]\nrank = 1.5",
             "a number with a fraction",
         ),
+        (
+            "name = \"m\"\n[[hook]]\nname = \"h\"\nslot = \"before\"\nstop = [\"a\"]\ndeadline = \"0s\"",
+            "`deadline` cannot be zero",
+        ),
+        (
+            "name = \"m\"\n[[device]]\nname = \"d\"\nprogram = \"/bin/true\"\nfirst-phase = \"0s\"\n\
+             second-phase = \"1s\"",
+            "`first-phase` cannot be zero",
+        ),
     ] {
         let (found, shown) = problems(text);
         assert_eq!(found, 1, "{text}: {shown}");

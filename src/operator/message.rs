@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use standstill::coordinator::events::JsonEvent;
 use standstill::coordinator::report::JsonReport;
 use standstill::coordinator::status::JsonStatus;
+use std::fmt;
 use std::path::PathBuf;
 use thiserror::Error;
 
@@ -343,6 +344,27 @@ pub(crate) struct DeviceEnd {
     pub(crate) device: String,
     /// How it ended; absent if that was not seen.
     pub(crate) exit: Option<String>,
+    /// True if it had a process when the end began. Without an exit it is not proven to have ended then.
+    #[serde(default)]
+    pub(crate) had_process: bool,
+}
+
+impl DeviceEnd {
+    /// False if its process may still be there.
+    pub(crate) fn is_gone(&self) -> bool {
+        self.exit.is_some() || !self.had_process
+    }
+}
+
+impl fmt::Display for DeviceEnd {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { device, exit, had_process } = self;
+        match exit {
+            Some(exit) => write!(f, "{device} {exit}"),
+            None if *had_process => write!(f, "{device} is not proven to have ended"),
+            None => write!(f, "{device} had no process"),
+        }
+    }
 }
 
 /// An event.

@@ -31,6 +31,10 @@ use tokio::sync::watch;
 /// The target of log lines about the VM.
 const TARGET: &str = "standstill::vm";
 
+/// A call of the hook does not wait longer than this, whatever its deadline is: a clock cannot say every
+/// time.
+const LONGEST: Duration = Duration::from_secs(365 * 24 * 3600);
+
 /// What the connection and the hook have in common.
 #[derive(Debug, Default)]
 struct Shared {
@@ -56,6 +60,12 @@ impl Shared {
     }
 }
 
+/// How long a call with that deadline waits: an error must come before the deadline, at which the call counts
+/// as one that hangs.
+fn within(deadline: Duration) -> Duration {
+    (deadline - deadline / 5).min(LONGEST)
+}
+
 /// The VM of a machine.
 #[derive(Clone, Debug)]
 pub(super) struct Qmp {
@@ -71,8 +81,7 @@ impl Qmp {
         let (link, handle, status) = link::link(&entry.path.value, Arc::clone(&shared));
         tokio::spawn(link.run());
         let memory = Arc::new(Memory::at(memory));
-        // An error must come before the deadline, at which the call counts as one that hangs.
-        let within = entry.deadline * 4 / 5;
+        let within = within(entry.deadline);
         let processors = Processors { link: handle, memory, shared, within };
         let spec = HookSpec::new(QmpEntry::HOOK, Slot::Before).deadline(entry.deadline);
         Self { processors, spec, status }
@@ -116,5 +125,18 @@ impl Qmp {
         if let Err(error) = std::thread::Builder::new().name("qmp".into()).spawn(go_on) {
             tracing::error!(target: TARGET, %error, "the VM does not go on");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_call_waits_less_than_its_deadline_and_no_longer_than_a_clock_can_say() {
+        assert_eq!(within(Duration::from_secs(5)), Duration::from_secs(4));
+        let long = humantime::parse_duration("200000000000years").unwrap();
+        assert_eq!(within(long), LONGEST);
+        assert_eq!(within(Duration::MAX), LONGEST);
     }
 }

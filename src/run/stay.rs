@@ -393,20 +393,17 @@ async fn end(
     };
     let had_process =
         |name: &str| before.iter().any(|device| device.name == name && device.pid.is_some());
-    let all_gone = exits.iter().all(|(name, exit)| exit.is_some() || !had_process(name));
-    for (name, exit) in &exits {
-        match exit {
-            Some(exit) => output.say(&format!("{name} {exit}")),
-            None if had_process(name) => output.say(&format!("{name} is not proven to have ended")),
-            None => {}
-        }
-    }
+    let devices: Vec<_> = exits
+        .into_iter()
+        .map(|(device, exit)| {
+            let had_process = had_process(&device);
+            DeviceEnd { device, exit: exit.map(|exit| exit.to_string()), had_process }
+        })
+        .collect();
+    let told = devices.iter().filter(|end| end.exit.is_some() || end.had_process);
+    told.for_each(|end| output.say(&end.to_string()));
+    let all_gone = devices.iter().all(DeviceEnd::is_gone);
     if let Some(reply) = client {
-        let end = |(device, exit): (String, Option<_>)| DeviceEnd {
-            device,
-            exit: exit.map(|exit: standstill::coordinator::process::Exit| exit.to_string()),
-        };
-        let devices = exits.into_iter().map(end).collect();
         let _ = reply.send(Ok(ShutdownReply { kept: false, devices }));
     }
     Ok(Over { exit: exit_of(all_gone), kept: false })
