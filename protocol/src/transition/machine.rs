@@ -179,6 +179,8 @@ pub struct Transition {
     /// Batches of hooks that are still to run in the present stage.
     batches: VecDeque<Vec<(HookId, HookMoment)>>,
     running_hooks: Vec<(HookId, HookMoment)>,
+    /// Those of them that were called before the transition was given up.
+    overtaken: Vec<(HookId, HookMoment)>,
     awaited: usize,
     fencing: usize,
     told: bool,
@@ -241,6 +243,7 @@ impl Transition {
             phase: None,
             batches: VecDeque::new(),
             running_hooks: Vec::new(),
+            overtaken: Vec::new(),
             awaited: 0,
             fencing: 0,
             told: false,

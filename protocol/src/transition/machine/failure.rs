@@ -226,6 +226,9 @@ impl Transition {
         }
         self.batches.clear();
         self.stages.clear();
+        if self.mode == Mode::Forward {
+            self.overtaken.clone_from(&self.running_hooks);
+        }
         self.disarm(out, |timer| matches!(timer, Timer::Phase(..) | Timer::Query(_)));
     }
 

@@ -68,6 +68,7 @@ impl Transition {
 
     pub(super) fn hook_done(&mut self, id: HookId, moment: HookMoment, out: &mut Vec<Effect>) {
         if self.hook_returned(id, moment, out) {
+            self.overtaken.retain(|&call| call != (id, moment));
             self.hook_called(id, moment);
         }
     }
@@ -96,6 +97,10 @@ impl Transition {
         match self.mode {
             Mode::Forward if self.broken.is(Mutation::GoesOnAfterAFailedHook) => {}
             Mode::Forward => self.undo(out),
+            // It is as it was, and what follows goes on from there: it calls the hook again if it has to.
+            _ if self.overtaken.contains(&(id, moment)) => {
+                self.overtaken.retain(|&call| call != (id, moment));
+            }
             _ => self.hold(HeldReason::HookFailed(id), out),
         }
     }

@@ -181,6 +181,32 @@ fn a_hung_hook_holds_the_machine_while_fencing_goes_on() {
     assert_eq!(script.outcome(), Some(&Outcome::Held { reasons, fenced }));
 }
 
+/// Its failure says that it is as it was: as if it had not been called.
+#[test]
+fn a_hook_whose_call_was_overtaken_by_a_loss_may_fail() {
+    for on_failure in [OnFailure::Rollback, OnFailure::StayStopped] {
+        let hooks = vec![hook(0, Slot::After, 0)];
+        let states = [S::Running, S::Running];
+        let plan = Plan { hooks, on_failure, ..machine(Operation::Pause, &states) };
+        let mut script = Script::begin(plan);
+        script.reach_all();
+        script.reach_all();
+        assert_eq!(script.hooks(), [(0, Stop)]);
+        script.step(Event::Lost(id(1), Loss::Exited));
+        script.step(Event::Fenced(id(1)));
+        script.step(Event::HookFailed(HookId(0), Stop));
+        let rolls_back = on_failure == OnFailure::Rollback;
+        let expected: &[_] = if rolls_back { &[] } else { &["0"] };
+        let seen = follow(&mut script);
+        let called: Vec<_> = seen.iter().filter(|what| what.parse::<u32>().is_ok()).collect();
+        assert_eq!(called, expected, "it is not called for a start, but for a stop again");
+        let fenced = vec![(id(1), Loss::Exited)];
+        let machine = if rolls_back { MachineState::Running } else { MachineState::Stopped };
+        assert_eq!(script.outcome(), Some(&Outcome::Degraded { machine, fenced }));
+        assert_eq!(script.transition.hooks()[0].stopped, !rolls_back);
+    }
+}
+
 #[test]
 fn a_hook_that_fails_during_an_undo_holds_the_machine() {
     let plan = with_hooks(Operation::Pause, S::Running, vec![hook(0, Slot::Before, 0)]);

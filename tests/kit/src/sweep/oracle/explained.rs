@@ -34,7 +34,7 @@ impl Judge {
             // Whoever is lost meanwhile accepts no declaration.
             Seen::Refused => step.act == Act::Declare && (comes_to(Seen::Refused) || fences()),
             word @ (Seen::RolledBack | Seen::Stopped) => comes_to(word),
-            Seen::Held => self.may_be_held(plan, seen, at, step),
+            Seen::Held => self.may_be_held(plan, seen, step),
             // No step ends so.
             Seen::Lost | Seen::GivenUp | Seen::NotStarted => false,
         }

@@ -90,27 +90,16 @@ impl Judge {
     }
 
     /// Whether a step of several faults can end in Held: a hook has hung in it; or one has failed on the
-    /// way back from what another fault has led to. A device can be lost while a hook is called on the way there:
-    /// then that call, too, fails when it goes back already. `at` is the step's place among the events.
-    pub(super) fn may_be_held(
-        &self,
-        plan: &Plan,
-        seen: &Observation,
-        at: usize,
-        step: &Step,
-    ) -> bool {
+    /// way back from what another fault has led to.
+    pub(super) fn may_be_held(&self, plan: &Plan, seen: &Observation, step: &Step) -> bool {
         let back = match (step.act, plan.policy) {
             (Act::Pause, Policy::StayStopped) | (Act::Resume, _) => Call::Stop,
             (Act::Pause, _) => Call::Start,
             (Act::Declare | Act::TakeOver, _) => return false,
         };
-        let is_lost = |fault: &&Injection| nature(&fault.cause, &self.times) == Nature::Ends;
         let holds = |fault: &HookFault| match hook_nature(fault, &self.times) {
             HookNature::Hangs => true,
-            HookNature::Fails => {
-                (fault.call == back && has_another_reason(seen, step))
-                    || self.at_work(plan, seen, at).iter().any(is_lost)
-            }
+            HookNature::Fails => fault.call == back && has_another_reason(seen, step),
             HookNature::Slow => false,
         };
         hooks(plan, step).any(holds)
