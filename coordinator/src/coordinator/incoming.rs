@@ -87,7 +87,6 @@ impl State {
     ) -> Result<(), ProtocolError> {
         let Received { message, fds } = received;
         let present = self.term;
-        let is_member = self.active.as_ref().is_some_and(|a| a.transition.state(id).is_some());
         let Some(device) = self.device(id) else { return Ok(()) };
         device.care.pulse.heard();
         let greeting = device.standing == Standing::Greeting;
@@ -114,8 +113,7 @@ impl State {
                     answer: Answer::Reached,
                 };
                 if reached.term == present {
-                    let state = (!is_member).then_some(reached.state);
-                    device.lease_answered(reached.epoch, reached.phase, state);
+                    self.lease_answered(id, reached.epoch, reached.phase, reached.state);
                 }
                 if let Some(active) = &mut self.active
                     && reached.term == self.term
@@ -134,8 +132,7 @@ impl State {
                     answer: Answer::Refused,
                 };
                 if refused.term == present {
-                    let state = (!is_member).then_some(refused.state);
-                    device.lease_answered(refused.epoch, refused.phase, state);
+                    self.lease_answered(id, refused.epoch, refused.phase, refused.state);
                 }
                 if let Some(active) = &mut self.active
                     && refused.term == self.term

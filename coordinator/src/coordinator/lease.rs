@@ -39,21 +39,6 @@ impl Lease {
 }
 
 impl Device {
-    /// It has answered to a command of the present term: what it was told before is over. Outside a
-    /// transition that was what was told last before it was given up, and says where it is.
-    pub(super) fn lease_answered(
-        &mut self,
-        epoch: Epoch,
-        phase: Phase,
-        outside: Option<MigrationState>,
-    ) {
-        let asked = self.told == Some((epoch, phase)) && phase != Phase::Save;
-        if asked && self.lease.is_some_and(|lease| lease.epoch < epoch) {
-            self.lease = None;
-            self.state = outside.unwrap_or(self.state);
-        }
-    }
-
     /// True if it counts and is not in STOP. In a machine that was stopped it has left STOP by itself
     /// then, and has not been told to go anywhere since; not even by a transition that was given up
     /// before this was known.
@@ -83,6 +68,26 @@ impl State {
     pub(super) fn stands(&self) -> bool {
         let mut counts = self.devices.iter().filter(|device| device.standing == Standing::Ready);
         self.machine == MachineState::Stopped && self.active.is_none() && counts.all(Device::stands)
+    }
+
+    /// A device has answered to a command of the present term: what it was told before is over. Outside a
+    /// transition that was what it was told last before it was given up, and says where it is.
+    pub(super) fn lease_answered(
+        &mut self,
+        id: ParticipantId,
+        epoch: Epoch,
+        phase: Phase,
+        state: MigrationState,
+    ) {
+        let Some(device) = self.devices.get_mut(id) else { return };
+        let asked = device.told == Some((epoch, phase)) && phase != Phase::Save;
+        if !asked || device.lease.is_none_or(|lease| lease.epoch >= epoch) {
+            return;
+        }
+        device.lease = None;
+        if self.active.as_ref().is_none_or(|active| active.transition.state(id).is_none()) {
+            device.state = state;
+        }
     }
 
     /// A device says that its lease has run out.

@@ -59,6 +59,7 @@ impl Transition {
     ) -> bool {
         let before = self.running_hooks.len();
         self.running_hooks.retain(|&running| running != (id, moment));
+        self.overtaken.retain(|&call| call != (id, moment));
         let waited = self.running_hooks.len() < before;
         if waited {
             self.disarm(out, |timer| timer == Timer::Hook(id, moment));
@@ -68,7 +69,6 @@ impl Transition {
 
     pub(super) fn hook_done(&mut self, id: HookId, moment: HookMoment, out: &mut Vec<Effect>) {
         if self.hook_returned(id, moment, out) {
-            self.overtaken.retain(|&call| call != (id, moment));
             self.hook_called(id, moment);
         }
     }
@@ -90,6 +90,7 @@ impl Transition {
     }
 
     pub(super) fn hook_failed(&mut self, id: HookId, moment: HookMoment, out: &mut Vec<Effect>) {
+        let overtaken = self.overtaken.contains(&(id, moment));
         if !self.hook_returned(id, moment, out) {
             return;
         }
@@ -98,9 +99,7 @@ impl Transition {
             Mode::Forward if self.broken.is(Mutation::GoesOnAfterAFailedHook) => {}
             Mode::Forward => self.undo(out),
             // It is as it was, and what follows goes on from there: it calls the hook again if it has to.
-            _ if self.overtaken.contains(&(id, moment)) => {
-                self.overtaken.retain(|&call| call != (id, moment));
-            }
+            _ if overtaken => {}
             _ => self.hold(HeldReason::HookFailed(id), out),
         }
     }
