@@ -8,14 +8,16 @@ use rustix::fs::{FlockOperation, flock};
 use rustix::process::Signal;
 use standstill_coordinator::error::{GreetingError, MachineError, StartError};
 use standstill_coordinator::process::Exit;
-use standstill_coordinator::{Deadlines, DeviceStanding, HookSpec, MachineEvent, Slot};
+use standstill_coordinator::{Deadlines, DeviceStanding, HookSpec, Machine, MachineEvent, Slot};
 use standstill_protocol::message::{FileIdentity, Phase};
 use standstill_protocol::migration::MigrationState;
 use standstill_protocol::transition::{Loss, MachineState};
 use standstill_testkit::{
     Call, Gate, Processes, Script, Step, Trace, TracedHook, Trigger, What, within,
 };
+use std::fs::File;
 use std::time::Duration;
+use tempfile::NamedTempFile;
 
 #[tokio::test]
 async fn a_device_is_added_to_a_running_machine() {
@@ -198,16 +200,22 @@ async fn a_lost_device_is_forgotten_and_can_come_again_under_its_name() {
     assert_whole_and_end(&machine, &trace, 2).await;
 }
 
+/// A machine with a device "locked", which cannot be proven gone before the lock is dropped: the last of
+/// what is returned.
+async fn with_a_locked_device(trace: &Trace) -> (Machine, NamedTempFile, File) {
+    let file = NamedTempFile::new().unwrap();
+    let lock = file.reopen().unwrap();
+    flock(&lock, FlockOperation::LockExclusive).unwrap();
+    let locked = Script::honest().backing_file(file.path()).device("locked", trace).unwrap();
+    let limits = Deadlines { fence: SHORT, ..deadlines() };
+    let machine = builder().deadlines(limits).device(honest("d0", trace)).device(locked);
+    (start(machine).await, file, lock)
+}
+
 #[tokio::test]
 async fn a_device_that_cannot_be_proven_gone_stays_until_it_can() {
     let trace = Trace::new().unwrap();
-    let file = tempfile::NamedTempFile::new().unwrap();
-    let lock = file.reopen().unwrap();
-    flock(&lock, FlockOperation::LockExclusive).unwrap();
-    let locked = Script::honest().backing_file(file.path()).device("locked", &trace).unwrap();
-    let limits = Deadlines { fence: SHORT, ..deadlines() };
-    let machine =
-        start(builder().deadlines(limits).device(honest("d0", &trace)).device(locked)).await;
+    let (machine, _file, lock) = with_a_locked_device(&trace).await;
     let error = within(LONG, "removal", machine.remove_device("locked")).await.unwrap_err();
     assert!(matches!(&error, MachineError::Unproven { device } if device == "locked"), "{error}");
     assert_eq!(device(&machine, "locked").await.standing, DeviceStanding::Lost);
@@ -222,13 +230,7 @@ async fn a_device_that_cannot_be_proven_gone_stays_until_it_can() {
 #[tokio::test]
 async fn a_transition_says_in_which_way_a_device_was_lost_before_it() {
     let trace = Trace::new().unwrap();
-    let file = tempfile::NamedTempFile::new().unwrap();
-    let lock = file.reopen().unwrap();
-    flock(&lock, FlockOperation::LockExclusive).unwrap();
-    let locked = Script::honest().backing_file(file.path()).device("locked", &trace).unwrap();
-    let limits = Deadlines { fence: SHORT, ..deadlines() };
-    let machine =
-        start(builder().deadlines(limits).device(honest("d0", &trace)).device(locked)).await;
+    let (machine, _file, lock) = with_a_locked_device(&trace).await;
     // It is asked to end, and that cannot be proven in time.
     within(LONG, "removal", machine.remove_device("locked")).await.unwrap_err();
     let error = within(LONG, "pause", machine.pause()).await.unwrap_err();
@@ -244,7 +246,7 @@ async fn a_transition_says_in_which_way_a_device_was_lost_before_it() {
 #[tokio::test]
 async fn a_newcomer_that_cannot_be_proven_stopped_holds_a_stopped_machine() {
     let trace = Trace::new().unwrap();
-    let file = tempfile::NamedTempFile::new().unwrap();
+    let file = NamedTempFile::new().unwrap();
     let lock = file.reopen().unwrap();
     flock(&lock, FlockOperation::LockExclusive).unwrap();
     let frozen = Script::honest().backing_file(file.path()).on(Phase::PrepareStop, [Step::Freeze]);
